@@ -1,0 +1,230 @@
+"""Fine-tune a pretrained ViT or ConvNeXt on folders of images and write a Kaggle submission.
+
+    accelerate launch --config_file accelerate_config.yaml finetune_vit.py recipes/sample.yaml
+    accelerate launch --config_file accelerate_config.yaml finetune_vit.py recipes/offline.yaml --data_dir DATA.zip
+
+The first needs no data and no hub and ends in under five minutes on two CPU cores. Every run leaves submission.csv,
+metrics.json, run.json and model/ in outputs/<recipe name>; `--help` lists what a recipe may say.
+"""
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import transformers
+from accelerate.utils import set_seed
+
+from data_loading import (
+    ImageFolder,
+    describe_layout,
+    load_dataset,
+    open_data,
+    split_fingerprint,
+    take_evenly,
+)
+from transfer import exits_cleanly
+from transfer.arguments import FinetuningArguments, RunArguments, parse_command_line
+from transfer.augmentation import EvaluationView, TrainingView, check_view, read_geometry
+from transfer.hub import push_model
+from transfer.modeling import Classifier, build_classifier, load_trained
+from transfer.pixels import PixelDataset, PixelStore, open_pixel_store
+from transfer.record import (
+    claim_output_dir,
+    describe_arguments,
+    make_record,
+    replace_folder,
+    write_record,
+    write_whole,
+)
+from transfer.reporting import measure, write_card, write_metrics
+from transfer.submission import digest_of, make_template, read_template, render_submission
+from transfer.training import (
+    FinetuningTrainer,
+    find_checkpoint,
+    logits_to_accuracy,
+    settle_precision,
+    start_training,
+)
+
+
+def say(args: FinetuningArguments, *lines: str) -> None:
+    """Print from the main process alone."""
+    if args.process_index == 0:
+        print(*lines, sep="\n", flush=True)
+
+
+def set_up_logging(args: FinetuningArguments) -> None:
+    """Progress bars and warnings from the main process; nobody needs a line for each file that is loaded."""
+    logging.basicConfig(level=logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()  # the one for loading weights; the Trainer keeps its own
+
+
+def prepare_model(run: RunArguments, args: FinetuningArguments, folder: ImageFolder) -> Classifier:
+    """The checkpoint with a head for our classes, or an already fine-tuned model where nothing is trained."""
+    if not args.do_train:
+        return load_trained(run.model_name_or_path, folder.wnids, run.model_revision)
+    set_seed(args.seed)  # before the head is drawn
+    classifier = build_classifier(
+        run.model_name_or_path,
+        folder.wnids,
+        folder.class_names,
+        folder.glosses,
+        run.image_size,
+        run.model_revision,
+        run.head_warm_start,
+    )
+    parameters = sum(p.numel() for p in classifier.model.parameters())
+    say(
+        args,
+        f"model       {type(classifier.model).__name__}, {parameters / 1e6:.1f} M parameters; "
+        f"the head starts from the checkpoint's for {classifier.warm_classes} of {len(folder.wnids)} classes",
+    )
+    return classifier
+
+
+def prepare_pixels(args: FinetuningArguments, folder: ImageFolder, view: EvaluationView) -> PixelStore:
+    """Every image decoded, once a machine."""
+    geometry = view.geometry
+    files = folder.train_files + folder.test_files
+    with args.main_process_first(local=True, desc="decoding images"):
+        return open_pixel_store(folder.root, files, geometry.apply, geometry.crop[0], geometry.rule)
+
+
+def make_trainer(
+    run: RunArguments,
+    args: FinetuningArguments,
+    classifier: Classifier,
+    view: EvaluationView,
+    store: PixelStore,
+    dataset: datasets.DatasetDict,
+) -> FinetuningTrainer:
+    size = run.train_image_size or view.geometry.crop[0]
+    return FinetuningTrainer(
+        classifier,
+        args,
+        evaluation_view=view,
+        training_view=TrainingView(view, size, run.min_crop_area),
+        layer_decay=run.layer_decay,
+        train_dataset=PixelDataset(store, dataset["train"]),
+        eval_dataset=PixelDataset(store, dataset["validation"]),
+        compute_metrics=logits_to_accuracy,
+    )
+
+
+def evaluate_split(trainer: FinetuningTrainer, split: PixelDataset) -> dict:
+    """Metrics of the evaluation view of a labelled split."""
+    outcome = trainer.predict(split)
+    return measure(outcome.predictions, outcome.label_ids)
+
+
+def sample_of_train(dataset: datasets.DatasetDict, store: PixelStore) -> PixelDataset:
+    """As many training images as there are validation images, evenly over the classes."""
+    train = dataset["train"]
+    positions = take_evenly(range(len(train)), train["file"], train["label"], len(dataset["validation"]))
+    return PixelDataset(store, train.select(positions))
+
+
+def train_and_measure(
+    trainer: FinetuningTrainer, dataset: datasets.DatasetDict, store: PixelStore, checkpoint: str | None
+) -> dict:
+    """Measure, train, keep the best epoch, and measure what was kept on validation and on unaugmented training images."""
+    zero_epoch = evaluate_split(trainer, trainer.eval_dataset)["accuracy"]
+    say(trainer.args, f"zero epoch  validation accuracy {zero_epoch:.4f} before any training")
+    speed = start_training(trainer, checkpoint)
+    validation = evaluate_split(trainer, trainer.eval_dataset)
+    train = evaluate_split(trainer, sample_of_train(dataset, store))
+    return {"validation": validation, "zero_epoch": {"accuracy": zero_epoch}, "train": train | speed}
+
+
+def predict_test(
+    trainer: FinetuningTrainer, store: PixelStore, test: datasets.Dataset
+) -> tuple[dict[str, int], dict]:
+    """Label of every test id, and how fast."""
+    start = time.perf_counter()
+    logits = trainer.predict(PixelDataset(store, test)).predictions
+    seconds = time.perf_counter() - start
+    labels = dict(zip(test["image_id"], logits.argmax(-1).tolist(), strict=True))
+    return labels, {"samples_per_second": len(test) / seconds, "seconds": seconds}
+
+
+def save_model(trainer: FinetuningTrainer, folder: Path) -> None:
+    """model/: what from_pretrained and pipeline need, and nothing else."""
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(unfinished)
+    trainer.processing_class.save_pretrained(unfinished)
+    replace_folder(unfinished, folder)
+
+
+def write_results(trainer, run, folder, dataset, store, metrics, labels, precision) -> None:
+    """Everything a run leaves, the submission last."""
+    args, out = trainer.args, Path(trainer.args.output_dir)
+    arguments = describe_arguments(run, args)
+    record = make_record(arguments, precision, store.data_fingerprint, split_fingerprint(dataset))
+    if args.do_train:
+        save_model(trainer, out / "model")
+        write_card(out / "model", metrics, record, folder.class_names)
+    write_metrics(out, metrics)
+    if labels is None:
+        write_record(out, record)
+        return
+    template = read_template(folder.template_path) if folder.template_path else make_template(sorted(labels))
+    submission = render_submission(template, labels)
+    write_record(out, record | {"submission_sha256": digest_of(submission)})
+    write_whole(out / "submission.csv", submission)
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    """Run one recipe from data to submission."""
+    precision = settle_precision()
+    run, args, _ = parse_command_line(sys.argv[1:] if argv is None else argv)
+    out = Path(args.output_dir)
+    checkpoint = find_checkpoint(out, args.resume_from_checkpoint)
+    claim_output_dir(out, resuming=checkpoint is not None)
+    set_up_logging(args)
+    push, args.push_to_hub = args.push_to_hub, False  # the Trainer would upload the whole output folder
+    say(args, precision)
+
+    folder = open_data(run.data_dir)
+    say(args, *describe_layout(folder))
+    dataset = load_dataset(folder, run.validation_fraction, run.split_seed, run.max_train_samples)
+    say(args, "splits      " + ", ".join(f"{name} {len(split)}" for name, split in dataset.items()))
+
+    classifier = prepare_model(run, args, folder)
+    view = EvaluationView(read_geometry(classifier.processor))
+    check_view(classifier.processor, view)
+    store = prepare_pixels(args, folder, view)
+    trainer = make_trainer(run, args, classifier, view, store, dataset)
+
+    if args.do_train:
+        metrics = train_and_measure(trainer, dataset, store, checkpoint)
+    else:
+        metrics = {"validation": evaluate_split(trainer, trainer.eval_dataset)}
+    labels = None
+    if "test" in dataset:
+        labels, metrics["prediction"] = predict_test(trainer, store, dataset["test"])
+
+    if args.process_index == 0:
+        write_results(trainer, run, folder, dataset, store, metrics, labels, precision)
+    validation = metrics["validation"]
+    low, high = validation["accuracy_ci95"]
+    say(
+        args,
+        f"validation accuracy {validation['accuracy']:.4f} (95% interval {low:.4f} to {high:.4f}, "
+        f"n={validation['n']}); results in {out}",
+    )
+    if push and args.process_index == 0:
+        model = out / "model" if args.do_train else Path(run.model_name_or_path)
+        say(
+            args,
+            f"model link  {push_model(model, args.hub_model_id, args.hub_private_repo, args.hub_revision)}",
+        )
+
+
+if __name__ == "__main__":
+    main()

