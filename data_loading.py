@@ -138,9 +138,7 @@ def check_class_folders(root: Path, wnids: Sequence[str]) -> None:
 def find_root(path: Path) -> Path:
     """The data set's root: the folder itself or the one folder inside it that looks like one."""
     if not path.is_dir():
-        raise UserError(
-            f"{path}: no such folder or zip; --data_dir takes the data set's folder, its zip, or `sample`"
-        )
+        raise UserError(f"{path}: no such folder or zip; --data_dir takes the data set's folder, its zip, or `sample`")
     _, folders = list_folder(path)
     candidates = [path, *(path / name for name in folders if not name.startswith((".", "__")))]
     for marks in (("wnids.txt", "train"), ("wnids.txt",), ("train", "test")):
@@ -314,10 +312,10 @@ def split_fingerprint(dataset: datasets.DatasetDict) -> str:
 def describe_layout(folder: ImageFolder) -> list[str]:
     """What was understood from names alone, a line each."""
     sizes = Counter(folder.train_labels).values()
-    order = (
-        "is sorted" if folder.wnids == sorted(folder.wnids) else "is not the sorted order: labels follow wnids.txt"
-    )
+    order = "is sorted" if folder.wnids == sorted(folder.wnids) else "is not the sorted order: labels follow wnids.txt"
     ignored = ", ".join(f"{count} {name}" for name, count in sorted(folder.ignored.items())) or "nothing"
+    named = zip(folder.wnids, folder.class_names, strict=True)
+    labels = ", ".join(f"{label} = {wnid} {name}" for label, (wnid, name) in enumerate(named) if label < 3)
     if folder.template_path is None:
         template = f"no {TEMPLATE_NAME}: a submission will list the test images by name"
     else:
@@ -326,9 +324,7 @@ def describe_layout(folder: ImageFolder) -> list[str]:
         f"data set    {folder.root}",
         "layout      train/<wnid>/images/*, test/images/*, labels from wnids.txt",
         f"classes     {len(folder.wnids)}, {min(sizes)} to {max(sizes)} training images each; wnids.txt {order}",
-        f"first       0 = {folder.wnids[0]} {folder.class_names[0]}, 1 = {folder.wnids[1]} {folder.class_names[1]} ..."
-        if len(folder.wnids) > 1
-        else f"first       0 = {folder.wnids[0]} {folder.class_names[0]}",
+        f"labels      {labels} ...",
         f"images      {len(folder.train_files)} to train and validate, {len(folder.test_files)} to predict",
         f"ignored     {ignored}",
         f"template    {template}",

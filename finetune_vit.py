@@ -132,7 +132,7 @@ def sample_of_train(dataset: datasets.DatasetDict, store: PixelStore) -> PixelDa
 def train_and_measure(
     trainer: FinetuningTrainer, dataset: datasets.DatasetDict, store: PixelStore, checkpoint: str | None
 ) -> dict:
-    """Measure, train, keep the best epoch, and measure what was kept on validation and on unaugmented training images."""
+    """Train, keep the best epoch and measure it on validation and on unaugmented training images."""
     zero_epoch = evaluate_split(trainer, trainer.eval_dataset)["accuracy"]
     say(trainer.args, f"zero epoch  validation accuracy {zero_epoch:.4f} before any training")
     speed = start_training(trainer, checkpoint)
@@ -141,9 +141,7 @@ def train_and_measure(
     return {"validation": validation, "zero_epoch": {"accuracy": zero_epoch}, "train": train | speed}
 
 
-def predict_test(
-    trainer: FinetuningTrainer, store: PixelStore, test: datasets.Dataset
-) -> tuple[dict[str, int], dict]:
+def predict_test(trainer: FinetuningTrainer, store: PixelStore, test: datasets.Dataset) -> tuple[dict[str, int], dict]:
     """Label of every test id, and how fast."""
     start = time.perf_counter()
     logits = trainer.predict(PixelDataset(store, test)).predictions

@@ -1,7 +1,6 @@
 """Safe extraction of the data set's zip as downloaded."""
 
 import hashlib
-import os
 import shutil
 import stat
 import zipfile
@@ -108,7 +107,7 @@ def _extract(path: Path, members: Sequence[zipfile.ZipInfo], target: Path) -> No
     _check_space(path, members, target.parent)
     try:
         _write_members(path, members, unfinished)
-        os.rename(unfinished, target)
+        unfinished.rename(target)
     except OSError as fault:
         raise UserError(f"{path}: cannot be unpacked to {target} ({fault.strerror or fault})") from None
     finally:

@@ -32,7 +32,6 @@ EVERYDAY_TRAINING_ARGUMENTS = [
     "hub_model_id",
     "hub_private_repo",
 ]
-
 # accelerate_config.yaml alone states the precision: these would silently win over it.
 PRECISION_FLAGS = ("bf16", "fp16")
 

@@ -49,7 +49,7 @@ class ViewGeometry:
 
 
 def read_geometry(processor: BaseImageProcessor) -> ViewGeometry:
-    """The evaluation view that a checkpoint's own processor describes. Raises `UserError` for one it cannot follow."""
+    """The evaluation view that a checkpoint's own processor describes. Raises `UserError` for one without a size."""
     size, crop = dict(processor.size), None
     if "shortest_edge" in size:
         resize, crop = _shortest_edge_rule(processor, size["shortest_edge"])
@@ -87,6 +87,16 @@ def set_view_size(processor: BaseImageProcessor, image_size: int) -> None:
         processor.crop_size = {"height": image_size, "width": image_size}
 
 
+def resize_as_pil(images: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
+    """(B, 3, H, W) uint8 resized to (height, width): anti-aliased, and rounded to whole pixels, as PIL does it."""
+    if images.device.type == "cpu":
+        return F.interpolate(images, size, mode=interpolation, antialias=True)  # torch's integer kernel is PIL's
+    images = images.float()
+    for step in ((images.shape[2], size[1]), size):  # along, then down: PIL rounds and clips in between
+        images = F.interpolate(images, step, mode=interpolation, antialias=True).round().clamp(0, 255)
+    return images
+
+
 class EvaluationView(nn.Module):
     """(B, 3, H, W) uint8 -> (B, 3, S, S) float32, as the checkpoint's processor would make it."""
 
@@ -103,16 +113,14 @@ class EvaluationView(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         size = self.geometry.resized(*images.shape[-2:])
         if tuple(images.shape[-2:]) != size:
-            # Anti-aliased and rounded, as PIL resizes.
-            images = F.interpolate(images.float(), size, mode=self.geometry.interpolation, antialias=True)
-            images = images.round().clamp(0, 255)
+            images = resize_as_pil(images, size, self.geometry.interpolation)
         top, left = (size[0] - self.geometry.crop[0]) // 2, (size[1] - self.geometry.crop[1]) // 2
         images = images[..., top : top + self.geometry.crop[0], left : left + self.geometry.crop[1]]
         return self.normalise(images.float())
 
 
 def check_view(processor: BaseImageProcessor, view: EvaluationView) -> None:
-    """Refuse a checkpoint whose processor does something that the view does not: scores would not be the pipeline's."""
+    """Refuse a checkpoint whose processor does more than the view: scores would not be the pipeline's."""
     ramp = np.linspace(0, 255, 72 * 72 * 3).reshape(72, 72, 3).astype(np.uint8)
     ramp[20:50, 10:40, 0] = 255 - ramp[20:50, 10:40, 0]
     expected = processor(Image.fromarray(ramp), return_tensors="pt")["pixel_values"]

@@ -130,9 +130,7 @@ def find_heads(model: PreTrainedModel) -> dict[str, nn.Linear]:
         if isinstance(module, nn.Linear) and not name.startswith(inside) and module.out_features == model.num_labels
     }
     if not heads:
-        raise UserError(
-            f"{type(model).__name__}: no linear head was found; use a ViT, ConvNeXt or similar checkpoint"
-        )
+        raise UserError(f"{type(model).__name__}: no linear head was found; use a ViT, ConvNeXt or similar checkpoint")
     return heads
 
 
@@ -168,7 +166,7 @@ def interpolate_positions(model: PreTrainedModel, image_size: int) -> dict[str, 
             continue
         if image_size % model.config.patch_size:
             raise UserError(
-                f"--image_size {image_size}: must be a multiple of the patch size, {model.config.patch_size}"
+                f"--image_size {image_size}: must be a multiple of {model.config.patch_size}, the patch size"
             )
         old_patches = (model.config.image_size // model.config.patch_size) ** 2
         patches = (image_size // model.config.patch_size) ** 2
@@ -202,8 +200,8 @@ def resize_input(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
 def mend_batch_norms(model: PreTrainedModel) -> None:
     """Let batch norms average over batches.
 
-    EfficientNet's momentum of 0.99 was TensorFlow's, the share that is kept; torch takes it as the share of the newest
-    batch, so that evaluation would stand on the statistics of the last training batch alone.
+    EfficientNet's momentum of 0.99 was TensorFlow's, the share that is kept; torch takes it as the share of the
+    newest batch, so that evaluation would stand on the statistics of the last training batch alone.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum and module.momentum > 0.5:

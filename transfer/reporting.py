@@ -59,6 +59,26 @@ def write_metrics(folder: Path, metrics: Mapping) -> None:
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
+# What a reader needs to judge a training recipe, in this order.
+RECIPE_SETTINGS = [
+    "model_name_or_path",
+    "image_size",
+    "train_image_size",
+    "min_crop_area",
+    "layer_decay",
+    "num_train_epochs",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "label_smoothing_factor",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+    "split_seed",
+    "validation_fraction",
+]
+
 CARD = """---
 {metadata}
 ---
@@ -104,25 +124,7 @@ def _row(name: str, m: Mapping) -> str:
 
 def _training_table(metrics: Mapping, record: Mapping) -> str:
     arguments = record["arguments"]
-    shown = [
-        "model_name_or_path",
-        "image_size",
-        "train_image_size",
-        "min_crop_area",
-        "layer_decay",
-        "num_train_epochs",
-        "learning_rate",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "weight_decay",
-        "label_smoothing_factor",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "seed",
-        "split_seed",
-        "validation_fraction",
-    ]
-    lines = ["| setting | value |", "|---|---|", *(f"| {name} | {arguments[name]} |" for name in shown)]
+    lines = ["| setting | value |", "|---|---|", *(f"| {name} | {arguments[name]} |" for name in RECIPE_SETTINGS)]
     lines.append(f"| precision | {record['precision']} |")
     lines.append(f"| hardware | {record['device']} |")
     lines.append(f"| training time | {metrics['train']['seconds'] / 60:.1f} min |")

@@ -149,7 +149,7 @@ def balance_warning(labels: Sequence[int], num_classes: int) -> str | None:
         return None
     return (
         f"predictions are far from balanced: label {counts.argmax()} stands {counts.max()} times "
-        f"(equal classes: {counts.sum() / num_classes:.0f}), {int((counts == 0).sum())} of {num_classes} labels never; "
+        f"(equal classes: {counts.sum() / num_classes:.0f}), {(counts == 0).sum()} of {num_classes} labels never; "
         "were classes mixed up, or is this the untouched template?"
     )
 

@@ -1,0 +1,163 @@
+"""Fixtures: a small data set in the competition's layout, and tiny random checkpoints, all in temporary folders."""
+
+import os
+
+# Caches of the tests stay apart from the user's, and nothing asks a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+from PIL import Image
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ConvNextImageProcessor,
+    ConvNextV2Config,
+    ConvNextV2ForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTImageProcessor,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+WNIDS = ["n00000030", "n00000010", "n00000040", "n00000020"]  # not sorted, as the competition's are
+GLOSSES = {"n00000030": "red thing, ruby", "n00000010": "green thing", "n00000040": "blue thing", "n00000020": "grey"}
+COLOURS = {
+    "n00000030": (220, 40, 40),
+    "n00000010": (40, 200, 40),
+    "n00000040": (40, 60, 220),
+    "n00000020": (128,) * 3,
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(tmp_path_factory, monkeypatch):
+    """Decoded pixels and unpacked zips of a test never meet those of another run of the tests."""
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache / "datasets")
+    monkeypatch.setattr(constants, "HF_HOME", str(cache))
+
+
+def draw_picture(wnid: str, seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
+    """A picture of one class: its colour with noise, a gradient and a dark bar."""
+    rng = np.random.default_rng([int(wnid[1:]), seed])
+    width, height = size
+    pixels = np.array(COLOURS[wnid]) + rng.normal(0, 25, (height, width, 3))
+    pixels += np.linspace(-30, 30, width)[None, :, None] * rng.choice([-1, 1])
+    pixels[rng.integers(height) :, : rng.integers(1, width)] -= 40
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def write_data_set(parent: Path, per_class: int = 12, test_images: int = 10) -> Path:
+    """A data set in the competition's layout with all its quirks; returns its root."""
+    root = parent / "tiny-imagenet-100"
+    for wnid in WNIDS:
+        images = root / "train" / wnid / "images"
+        images.mkdir(parents=True)
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("0 0 31 31\n")
+        for i in range(per_class):
+            picture = draw_picture(wnid, i)
+            (picture.convert("L") if i == 0 else picture).save(images / f"{wnid}_{i}.JPEG")
+    (root / "test" / "images").mkdir(parents=True)
+    (root / "test" / ".DS_Store").write_bytes(b"\0")
+    rng = random.Random(0)
+    ids = ["".join(rng.choices("abcdefghij0123456789", k=16)) for _ in range(test_images)]
+    for i, image_id in enumerate(ids):
+        draw_picture(WNIDS[i % len(WNIDS)], 1000 + i).save(root / "test" / "images" / f"{image_id}.JPEG")
+    rows = "".join(f"{image_id},0\n" for image_id in ids)
+    (root / "submission_sample.csv").write_text("image_id,label\n" + rows)
+    (root / "wnids.txt").write_text("\n".join(WNIDS))
+    extra = "n99999999\tsomething else\n"
+    (root / "words.txt").write_text("".join(f"{w}\t{g}\n" for w, g in sorted(GLOSSES.items())) + extra)
+    return root
+
+
+@pytest.fixture(scope="session")
+def pristine_data(tmp_path_factory) -> Path:
+    """A data set that no test changes."""
+    return write_data_set(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def data(pristine_data, tmp_path) -> Path:
+    """A data set of the test's own."""
+    return Path(shutil.copytree(pristine_data, tmp_path / pristine_data.name))
+
+
+def _vit_like(config):
+    return config(
+        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+
+
+def _tiny_model(kind: str):
+    """A random model of one architecture at 32 px and the processor that its family uses."""
+    square = {"size": {"height": 32, "width": 32}}
+    if kind == "vit":
+        return ViTForImageClassification(_vit_like(ViTConfig)), ViTImageProcessor(**square)
+    if kind == "deit":
+        crop = {"size": {"height": 36, "width": 36}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True}
+        return DeiTForImageClassification(_vit_like(DeiTConfig)), DeiTImageProcessor(**crop)
+    if kind == "swin":
+        swin = SwinConfig(
+            image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4, mlp_ratio=2
+        )
+        return SwinForImageClassification(swin), ViTImageProcessor(**square)
+    shape = {"hidden_sizes": [8, 16], "depths": [1, 2], "num_stages": 2, "image_size": 32}
+    shrinking = ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.875)
+    if kind == "convnext":
+        return ConvNextForImageClassification(ConvNextConfig(**shape)), shrinking
+    return ConvNextV2ForImageClassification(ConvNextV2Config(**shape)), shrinking
+
+
+ARCHITECTURES = ["vit", "deit", "swin", "convnext", "convnextv2"]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """checkpoints(kind) is a folder with a tiny random checkpoint of that architecture."""
+    made = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            torch.manual_seed(0)
+            model, processor = _tiny_model(kind)
+            made[kind] = tmp_path_factory.mktemp(kind)
+            model.save_pretrained(made[kind])
+            processor.save_pretrained(made[kind])
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture
+def finetune(tmp_path, monkeypatch):
+    """finetune(data, model, **arguments) runs the program in process; returns its output folder."""
+    from finetune_vit import main
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text("per_device_train_batch_size: 8\nnum_train_epochs: 2\nvalidation_fraction: 0.25\n")
+
+    def run(data_dir, model, output_dir: str = "out", **arguments) -> Path:
+        out = tmp_path / output_dir
+        arguments |= {"data_dir": data_dir, "model_name_or_path": model, "output_dir": out}
+        main([str(recipe), *(word for name, value in arguments.items() for word in (f"--{name}", str(value).strip()))])
+        return out
+
+    return run

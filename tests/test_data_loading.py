@@ -1,0 +1,204 @@
+"""Layouts, labels, splits and refusals of data_loading.py."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import ROOT, WNIDS, write_data_set
+from PIL import Image
+
+from data_loading import image_id_of, load_dataset, main, open_data, split_fingerprint
+from transfer import UserError
+
+
+def zip_folder(folder, path):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, f"{folder.name}/{file.relative_to(folder)}")
+    return path
+
+
+def test_labels_follow_the_lines_of_wnids_txt_in_every_split(pristine_data):
+    dataset = load_dataset(open_data(str(pristine_data)), validation_fraction=0.25)
+    assert dataset["train"].features["label"].names == WNIDS != sorted(WNIDS)
+    for split in ("train", "validation"):
+        for row in dataset[split]:
+            assert WNIDS[row["label"]] in row["file"]
+
+
+def test_images_decode_to_rgb_and_test_images_carry_their_ids(pristine_data):
+    dataset = load_dataset(open_data(str(pristine_data)))
+    assert Image.open(pristine_data / "train" / WNIDS[0] / "images" / f"{WNIDS[0]}_0.JPEG").mode == "L"
+    assert {image.mode for image in dataset["train"]["image"]} == {"RGB"}
+    assert set(dataset["test"].column_names) == {"image", "image_id", "file"}
+    template = (pristine_data / "submission_sample.csv").read_text().split()[1:]
+    assert sorted(dataset["test"]["image_id"]) == sorted(line.split(",")[0] for line in template)
+
+
+def test_folder_parent_and_zip_give_the_same_data_set(pristine_data, tmp_path):
+    archive = zip_folder(pristine_data, tmp_path / "download.zip")
+    found = [open_data(str(place)) for place in (pristine_data, pristine_data.parent, archive)]
+    assert len({split_fingerprint(load_dataset(folder)) for folder in found}) == 1
+    assert all(folder.class_names == ["red thing", "green thing", "blue thing", "grey"] for folder in found)
+
+
+def test_boxes_and_other_files_are_ignored_and_counted(data):
+    (data / "train" / WNIDS[0] / "images" / "Thumbs.db").write_bytes(b"x")
+    folder = open_data(str(data))
+    assert folder.ignored == {"*_boxes.txt": 4, ".DS_Store": 1, "Thumbs.db": 1}
+    assert len(folder.train_files) == 48
+
+
+def test_the_split_is_stratified_and_depends_on_names_and_its_own_seed_alone(pristine_data, tmp_path):
+    elsewhere = shutil.copytree(pristine_data, tmp_path / "elsewhere")
+    for wnid in WNIDS:  # other bytes, other times, same names
+        Image.new("RGB", (8, 8)).save(elsewhere / "train" / wnid / "images" / f"{wnid}_5.JPEG")
+
+    def held_out(place, seed):
+        return load_dataset(open_data(str(place)), 0.25, seed)["validation"]
+
+    first = held_out(pristine_data, 0)
+    assert [first["label"].count(label) for label in range(4)] == [3, 3, 3, 3]
+    assert first["file"] == held_out(elsewhere, 0)["file"]
+    assert first["file"] != held_out(pristine_data, 1)["file"]
+
+
+def test_train_and_validation_share_no_image_and_lose_none(pristine_data):
+    dataset = load_dataset(open_data(str(pristine_data)), 0.25)
+    train, validation = set(dataset["train"]["file"]), set(dataset["validation"]["file"])
+    assert not train & validation and len(train | validation) == 48
+
+
+def test_a_small_part_is_even_over_the_classes(pristine_data):
+    train = load_dataset(open_data(str(pristine_data)), 0.25, max_train_samples=10)["train"]
+    assert sorted(train["label"].count(label) for label in range(4)) == [2, 2, 3, 3]
+
+
+def test_names_that_two_classes_share_are_told_apart(data):
+    (data / "words.txt").write_text("".join(f"{wnid}\tcrane, {wnid}\n" for wnid in WNIDS))
+    assert open_data(str(data)).class_names == [f"crane ({wnid})" for wnid in WNIDS]
+
+
+def test_windows_line_ends_and_a_byte_order_mark_change_nothing(data):
+    before = open_data(str(data))
+    for name in ("wnids.txt", "submission_sample.csv"):
+        text = (data / name).read_text()
+        (data / name).write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    after = open_data(str(data))
+    assert (after.wnids, after.test_files) == (before.wnids, before.test_files)
+
+
+def test_ids_are_file_names_without_their_ending():
+    assert image_id_of("test/images/a.b.JPEG") == "a.b"
+
+
+def rename_class(data):
+    (data / "train" / WNIDS[1]).rename(data / "train" / "n00000099")
+
+
+def empty_class(data):
+    shutil.rmtree(data / "train" / WNIDS[2] / "images")
+
+
+def add_class(data):
+    shutil.copytree(data / "train" / WNIDS[2], data / "train" / "n00000099")
+
+
+def drop_test_image(data):
+    next(iter(sorted((data / "test" / "images").iterdir()))).unlink()
+
+
+def add_test_image(data):
+    Image.new("RGB", (8, 8)).save(data / "test" / "images" / "new.JPEG")
+
+
+def write(name, text):
+    return lambda data: (data / name).write_text(text)
+
+
+def edit_template(line):
+    def edit(data):
+        path = data / "submission_sample.csv"
+        path.write_text(path.read_text() + line)
+
+    return edit
+
+
+REFUSALS = [
+    (lambda data: (data / "wnids.txt").unlink(), "no wnids.txt, which gives every class its label"),
+    (write("wnids.txt", "\n \n"), "wnids.txt: is empty"),
+    (write("wnids.txt", "\n".join([*WNIDS, WNIDS[0]])), f"wnids.txt: lists {WNIDS[0]} more than once"),
+    (write("wnids.txt", "\n".join([*WNIDS, "n12345678"])), "n12345678: class folder is missing"),
+    (write("words.txt", f"{WNIDS[0]}\tred thing\n"), f"{WNIDS[1]} is an unknown wnid: not in words.txt"),
+    (rename_class, f"{WNIDS[1]}: class folder is missing"),
+    (add_class, "n00000099: class folder is not in wnids.txt"),
+    (empty_class, f"{WNIDS[2]}: has no images"),
+    (lambda data: shutil.rmtree(data / "train"), "no train folder"),
+    (drop_test_image, "1 ids have no test image"),
+    (add_test_image, "1 test images have no row ('new')"),
+    (edit_template("ghost,0\n"), "1 ids have no test image ('ghost')"),
+    (write("submission_sample.csv", "image_id\nx\n"), "has 1 columns; a template has two"),
+    (write("submission_sample.csv", "image_id,label\n"), "has no rows"),
+    (write("submission_sample.csv", "image_id,label\na,0\na,0\n"), "id 'a' stands there twice"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), REFUSALS, ids=[message[:40] for _, message in REFUSALS])
+def test_a_faulty_data_set_is_refused_with_its_fault(spoil, message, data, capsys):
+    spoil(data)
+    with pytest.raises(SystemExit) as stop:
+        main([str(data)])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2
+    assert error.startswith("error: ") and message in error and "\n" not in error
+
+
+def test_a_folder_that_is_something_else_is_refused_with_what_was_expected(tmp_path):
+    (tmp_path / "holiday").mkdir()
+    with pytest.raises(UserError, match=r"holiday: is not this data set; expected wnids.txt, train/<wnid>/images"):
+        open_data(str(tmp_path / "holiday"))
+
+
+def test_two_data_sets_in_one_folder_must_be_told_apart(tmp_path):
+    for name in ("a", "b"):
+        write_data_set(tmp_path / name, per_class=2, test_images=1).rename(tmp_path / name / "set")
+        (tmp_path / name / "set").rename(tmp_path / f"{name}-set")
+    with pytest.raises(UserError, match="holds several data sets"):
+        open_data(str(tmp_path))
+
+
+def test_unreadable_images_are_all_named(data, capsys):
+    images = data / "train" / WNIDS[0] / "images"
+    (images / f"{WNIDS[0]}_1.JPEG").write_bytes(b"")
+    (images / f"{WNIDS[0]}_2.JPEG").write_bytes(b"no picture")
+    with pytest.raises(SystemExit) as stop:
+        main([str(data)])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith(f"error: {images / f'{WNIDS[0]}_1.JPEG'}: cannot be read")
+    assert f"{WNIDS[0]}_2.JPEG" in error and "2 of 58 images" in error
+
+
+def test_a_single_image_class_cannot_be_split(tmp_path):
+    root = write_data_set(tmp_path, per_class=1)
+    with pytest.raises(UserError, match="is its class's only image"):
+        load_dataset(open_data(str(root)))
+
+
+def test_the_command_says_what_it_understood(data):
+    twin = data / "train" / WNIDS[0] / "images" / f"{WNIDS[0]}_3.JPEG"
+    shutil.copy(twin, data / "train" / WNIDS[1] / "images" / f"{WNIDS[1]}_3.JPEG")
+    shutil.copy(twin, next((data / "test" / "images").iterdir()))
+    done = subprocess.run(
+        [sys.executable, "data_loading.py", str(data)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for part in (
+        "classes     4, 12 to 12 training images each; wnids.txt is not the sorted order",
+        "labels      0 = n00000030 red thing, 1 = n00000010 green thing",
+        "ignored     4 *_boxes.txt, 1 .DS_Store",
+        "submission_sample.csv names exactly the 10 test images",
+        "modes 54 RGB, 4 L (all become RGB); sizes 58 of 32x32",
+        "1 repeated within train, 1 test images also in train",
+    ):
+        assert part in done.stdout

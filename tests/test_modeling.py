@@ -1,0 +1,153 @@
+"""Checkpoints made into classifiers: what loads, what is new, what is resized, which learning rates."""
+
+import json
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, GLOSSES, WNIDS
+from safetensors.torch import load_file, save_file
+from transformers import EfficientNetConfig, EfficientNetForImageClassification, ViTModel
+
+from transfer import UserError
+from transfer.augmentation import read_geometry
+from transfer.modeling import build_classifier, load_trained, match_labels, parameter_groups, parameter_levels
+
+NAMES = [GLOSSES[wnid].split(",")[0] for wnid in WNIDS]
+
+
+def build(checkpoint, **options):
+    return build_classifier(str(checkpoint), WNIDS, NAMES, [GLOSSES[wnid] for wnid in WNIDS], **options)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_only_the_head_is_new(kind, checkpoints):
+    built = build(checkpoints(kind)).model
+    saved = type(built).from_pretrained(checkpoints(kind)).state_dict()
+    for name, values in built.state_dict().items():
+        if name.startswith("classifier"):
+            assert values.shape[0] == 4 != saved[name].shape[0]
+        else:
+            assert torch.equal(values, saved[name])
+
+
+def test_weights_missing_from_the_backbone_are_an_error_that_lists_them(checkpoints, tmp_path):
+    source = checkpoints("vit")
+    weights = load_file(source / "model.safetensors")
+    lost = sorted(name for name in weights if "layer.1." in name or "layers.1." in name)
+    assert lost
+    save_file({k: v for k, v in weights.items() if k not in lost}, tmp_path / "model.safetensors", {"format": "pt"})
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_bytes((source / name).read_bytes())
+    with pytest.raises(UserError, match="only the head may be new, but these did not load: vit"):
+        build(tmp_path)
+
+
+def test_a_checkpoint_without_a_head_gets_one(checkpoints, tmp_path):
+    """google/vit-base-patch16-224-in21k is a bare encoder."""
+    bare = ViTModel.from_pretrained(checkpoints("vit"))
+    bare.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_bytes((checkpoints("vit") / "preprocessor_config.json").read_bytes())
+    assert build(tmp_path).model.classifier.out_features == 4
+
+
+def test_pickled_weights_are_refused(checkpoints, tmp_path):
+    weights = load_file(checkpoints("vit") / "model.safetensors")
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_bytes((checkpoints("vit") / name).read_bytes())
+    with pytest.raises(UserError, match=r"cannot be loaded.*model\.safetensors"):
+        build(tmp_path)
+
+
+def test_a_half_precision_checkpoint_trains_in_fp32(checkpoints, tmp_path):
+    model = build(checkpoints("convnext")).model.half()
+    model.save_pretrained(tmp_path)
+    processor = checkpoints("convnext") / "preprocessor_config.json"
+    (tmp_path / "preprocessor_config.json").write_bytes(processor.read_bytes())
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float16"
+    assert {p.dtype for p in build(tmp_path).model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_another_image_size_is_settled_once_and_saved(kind, checkpoints, tmp_path):
+    built = build(checkpoints(kind), image_size=48)
+    built.model.save_pretrained(tmp_path)
+    built.processor.save_pretrained(tmp_path)
+    again = load_trained(str(tmp_path), WNIDS)
+    assert again.model.config.image_size == 48
+    assert read_geometry(again.processor).crop == (48, 48)
+    pixels = torch.rand(2, 3, 48, 48)
+    with torch.no_grad():
+        logits = again.model.eval()(pixels).logits
+        assert torch.equal(logits, built.model.eval()(pixels).logits)
+    assert logits.shape == (2, 4)
+
+
+def test_resized_positions_are_those_that_vit_would_interpolate_itself(checkpoints):
+    resized = build(checkpoints("vit"), image_size=48).model.eval()
+    plain = type(resized).from_pretrained(checkpoints("vit")).eval()
+    pixels = torch.rand(2, 3, 48, 48)
+    with torch.no_grad():
+        expected = plain.vit(pixels, interpolate_pos_encoding=True).last_hidden_state
+        torch.testing.assert_close(resized.vit(pixels).last_hidden_state, expected)
+
+
+def test_an_image_size_that_patches_do_not_fill_is_refused(checkpoints):
+    with pytest.raises(UserError, match="--image_size 50: must be a multiple of 8"):
+        build(checkpoints("vit"), image_size=50)
+
+
+def test_known_classes_are_matched_by_wnid_then_gloss_then_unambiguous_first_name():
+    ours = ["n1", "n2", "n3", "n4", "n5"]
+    glosses = ["crane", "goldfish, Carassius auratus", "jay, blue bird", "crane", "unknown"]
+    theirs = ["jay", "crane", "Goldfish,  carassius_auratus", "crane"]
+    assert match_labels(ours, glosses, theirs) == {1: 2, 2: 0}  # crane means two things
+    assert match_labels(ours, glosses, theirs, ["n9", "n4", "n8", "n1"]) == {0: 3, 3: 1, 1: 2, 2: 0}
+    assert match_labels(["b", "a"], ["x", "y"], ["a", "b"]) == {0: 1, 1: 0}  # labels that are wnids
+
+
+def test_the_rows_of_known_classes_are_copied_and_the_others_are_new(checkpoints, tmp_path):
+    first = build(checkpoints("convnext"))
+    first.model.save_pretrained(tmp_path)
+    first.processor.save_pretrained(tmp_path)
+    order = [WNIDS[2], "n77777777", WNIDS[0]]
+    built = build_classifier(str(tmp_path), order, ["blue", "new", "red"], ["blue", "new", "red"])
+    assert built.warm_classes == 2
+    old, new = first.model.classifier.weight, built.model.classifier.weight
+    assert torch.equal(new[0], old[2]) and torch.equal(new[2], old[0])
+    assert not any(torch.equal(new[1], row) for row in old)
+    cold = build_classifier(str(tmp_path), order, ["b", "n", "r"], order, warm_start=False)
+    assert cold.warm_classes == 0 and not torch.equal(cold.model.classifier.weight[0], old[2])
+
+
+def test_efficientnets_batch_norms_average_over_batches(tmp_path, checkpoints):
+    shape = {"in_channels": [32], "out_channels": [16], "kernel_sizes": [3], "strides": [2], "num_block_repeats": [1]}
+    config = EfficientNetConfig(**shape, expand_ratios=[1], hidden_dim=16, image_size=32, depthwise_padding=[])
+    EfficientNetForImageClassification(config).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_bytes((checkpoints("vit") / "preprocessor_config.json").read_bytes())
+    norms = [m for m in build(tmp_path).model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms and all(norm.momentum == 0.1 for norm in norms)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_learning_rates_cover_every_parameter_once_and_fall_with_depth(kind, checkpoints):
+    model = build(checkpoints(kind)).model
+    groups = parameter_groups(model, learning_rate=1.0, weight_decay=0.1, layer_decay=0.5)
+    listed = [p for group in groups for p in group["params"]]
+    assert len(listed) == len({id(p) for p in listed}) == len(list(model.parameters()))
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    rates = [rate[id(p)] for _, p in model.named_parameters()]
+    assert rates == sorted(rates) and rates[-1] == 1.0 and groups[0]["lr"] == 1.0
+    levels = parameter_levels(model)
+    assert len(set(levels.values())) >= 4 and min(rates) == 0.5 ** max(levels.values())
+    assert all(group["weight_decay"] == (0.1 if group["params"][0].ndim > 1 else 0) for group in groups)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        build(tmp_path)
+
+
+def test_a_foreign_model_is_not_taken_for_a_trained_one(checkpoints):
+    with pytest.raises(UserError, match="was not saved by this project"):
+        load_trained(str(checkpoints("vit")), WNIDS)

@@ -1,0 +1,315 @@
+"""The whole program, in process and through accelerate launch, on tiny data and tiny models."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ARCHITECTURES, COLOURS, ROOT, WNIDS
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification, TrainerCallback, pipeline
+
+from finetune_vit import main
+
+
+def labels_of(submission) -> dict[str, int]:
+    table = pd.read_csv(submission, dtype={"image_id": str})
+    return dict(zip(table["image_id"], table["label"], strict=True))
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_architecture_trains_keeps_its_best_epoch_reloads_and_predicts_the_same(
+    kind, pristine_data, checkpoints, finetune, capsys
+):
+    out = finetune(pristine_data, checkpoints(kind), learning_rate="5e-3", layer_decay=0.9)
+    again = finetune(pristine_data, out / "model", output_dir="again", do_train="false")
+    assert (again / "submission.csv").read_bytes() == (out / "submission.csv").read_bytes()
+    first, second = (json.loads((folder / "metrics.json").read_text())["validation"] for folder in (out, again))
+    assert first == second
+    assert "error" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin", "convnext"])
+def test_the_saved_model_is_the_best_checkpoint_bit_for_bit(kind, pristine_data, checkpoints, finetune):
+    out = finetune(pristine_data, checkpoints(kind), learning_rate="5e-3", save_total_limit=5, num_train_epochs=3)
+    state = json.loads((out / "trainer_state.json").read_text())
+    saved = load_file(out / "model" / "model.safetensors")
+    best = load_file(f"{state['best_model_checkpoint']}/model.safetensors")
+    assert saved.keys() == best.keys()
+    assert all(torch.equal(saved[name], best[name]) for name in best)
+    assert json.loads((out / "metrics.json").read_text())["validation"]["accuracy"] == state["best_metric"]
+
+
+def test_a_worse_last_epoch_is_not_what_is_kept(pristine_data, checkpoints, finetune, monkeypatch):
+    """The encoder, not the head alone, must come back from the better epoch (ViT's checkpoints use older names)."""
+    from transfer import training
+
+    class Wreck(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, model=None, **kwargs):
+            if state.epoch and state.epoch >= 2:
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.normal_()
+
+    original = training.FinetuningTrainer.__init__
+
+    def with_wreck(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.add_callback(Wreck())
+
+    monkeypatch.setattr(training.FinetuningTrainer, "__init__", with_wreck)
+    out = finetune(
+        pristine_data, checkpoints("vit"), learning_rate="1e-2", num_train_epochs=3, layer_decay=1, min_crop_area=1
+    )
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    accuracies = [entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry]
+    validation = json.loads((out / "metrics.json").read_text())["validation"]
+    assert validation["accuracy"] == max(accuracies) > accuracies[-1]
+
+
+def test_the_run_leaves_what_the_readme_names_and_nothing_half_written(pristine_data, checkpoints, finetune):
+    out = finetune(pristine_data, checkpoints("convnext"))
+    left = {path.name for path in out.iterdir() if not path.name.startswith("checkpoint-")}
+    assert left == {"submission.csv", "metrics.json", "run.json", "model", "trainer_state.json"}
+    model = {path.name for path in (out / "model").iterdir()}
+    assert model == {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert set(metrics) == {"validation", "zero_epoch", "train", "prediction"}
+    wanted = {"accuracy", "accuracy_ci95", "top5_accuracy", "macro_f1", "loss", "n"}
+    assert set(metrics["validation"]) == wanted
+    assert set(metrics["train"]) == wanted | {"samples_per_second", "seconds"}
+    record = json.loads((out / "run.json").read_text())
+    assert record["submission_sha256"] and record["data_fingerprint"] and record["versions"]["torch"]
+    assert "hub_token" not in record["arguments"]
+
+
+def test_the_model_learns_the_right_labels_for_unsorted_wnids(pristine_data, checkpoints, finetune):
+    """Class order taken from sorted folders anywhere would give the colours other labels."""
+    out = finetune(
+        pristine_data,
+        checkpoints("convnext"),
+        learning_rate="2e-2",
+        num_train_epochs=8,
+        layer_decay=1,
+        min_crop_area=0.8,
+    )
+    assert json.loads((out / "metrics.json").read_text())["validation"]["accuracy"] > 0.9
+    for image_id, label in labels_of(out / "submission.csv").items():
+        colour = np.asarray(Image.open(pristine_data / "test" / "images" / f"{image_id}.JPEG")).mean((0, 1))
+        nearest = min(COLOURS, key=lambda wnid: np.abs(colour + 15 - COLOURS[wnid]).sum())
+        assert WNIDS[label] == nearest
+    config = AutoModelForImageClassification.from_pretrained(out / "model").config
+    assert config.id2label == {0: "red thing", 1: "green thing", 2: "blue thing", 3: "grey"}
+
+
+@pytest.mark.parametrize("kind", ["deit", "convnext"])
+def test_a_plain_pipeline_answers_as_the_run_did_at_another_image_size(kind, pristine_data, checkpoints, finetune):
+    out = finetune(pristine_data, checkpoints(kind), learning_rate="5e-3", image_size=48)
+    names = json.loads((out / "model" / "config.json").read_text())["id2label"]
+    ours = labels_of(out / "submission.csv")
+    classify = pipeline("image-classification", model=str(out / "model"))
+    for image_id, label in ours.items():
+        top = classify(Image.open(pristine_data / "test" / "images" / f"{image_id}.JPEG"))[0]
+        assert top["label"] == names[str(label)]
+
+
+def test_the_submission_keeps_the_templates_ids_and_order(pristine_data, checkpoints, finetune):
+    out = finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
+    template = (pristine_data / "submission_sample.csv").read_text().splitlines()
+    written = (out / "submission.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in written] == [line.split(",")[0] for line in template]
+
+
+def test_one_seed_gives_one_result_whatever_the_number_of_workers(pristine_data, checkpoints, finetune):
+    runs = [
+        finetune(pristine_data, checkpoints("vit"), output_dir=f"run{i}", dataloader_num_workers=workers)
+        for i, workers in enumerate((0, 2, 0))
+    ]
+    weights = [(run / "model" / "model.safetensors").read_bytes() for run in runs]
+    assert weights[0] == weights[1] == weights[2]
+    other = finetune(pristine_data, checkpoints("vit"), output_dir="other", seed=7)
+    assert (other / "model" / "model.safetensors").read_bytes() != weights[0]
+
+
+@pytest.mark.parametrize("kind", ["vit", "convnext"])
+def test_a_run_stopped_after_an_epoch_resumes_to_the_same_weights(
+    kind, pristine_data, checkpoints, finetune, monkeypatch
+):
+    from transfer import training
+
+    whole = finetune(pristine_data, checkpoints(kind), output_dir="whole")
+
+    class Stop(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    original = training.FinetuningTrainer.__init__
+
+    def with_stop(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.add_callback(Stop())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.FinetuningTrainer, "__init__", with_stop)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(pristine_data, checkpoints(kind), output_dir="stopped")
+    resumed = finetune(pristine_data, checkpoints(kind), output_dir="stopped", resume_from_checkpoint="true")
+    for name in ("model/model.safetensors", "submission.csv"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_finished_run_is_not_overwritten(pristine_data, checkpoints, finetune, capsys):
+    finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
+    with pytest.raises(SystemExit) as stop:
+        finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
+    assert stop.value.code == 2
+    assert "holds a finished run; choose another --output_dir" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_says_how_to_resume(pristine_data, checkpoints, finetune, tmp_path, capsys):
+    (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        finetune(pristine_data, checkpoints("convnext"))
+    assert "--resume_from_checkpoint true" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(pristine_data, checkpoints, finetune, capsys):
+    with pytest.raises(SystemExit) as stop:
+        finetune(pristine_data, checkpoints("vit"), learning_rate="1e30", warmup_steps=0, num_train_epochs=4)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "error: the training loss became nan by step" in message and "--learning_rate" in message
+
+
+def test_a_model_of_other_classes_does_not_predict(pristine_data, data, checkpoints, finetune, capsys):
+    out = finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
+    (data / "wnids.txt").write_text("\n".join(sorted(WNIDS)))
+    with pytest.raises(SystemExit):
+        finetune(data, out / "model", output_dir="again", do_train="false")
+    assert "another order of wnids.txt" in capsys.readouterr().err
+
+
+def test_a_small_part_of_the_data_keeps_the_validation_images(pristine_data, checkpoints, finetune, capsys):
+    finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1, max_train_samples=8)
+    assert "splits      train 8, validation 12, test 10" in capsys.readouterr().out
+
+
+def test_a_bad_image_stops_the_run_before_training_and_leaves_nothing(data, checkpoints, finetune, tmp_path, capsys):
+    bad = data / "train" / WNIDS[0] / "images" / f"{WNIDS[0]}_3.JPEG"
+    bad.write_bytes(bad.read_bytes()[:200])
+    with pytest.raises(SystemExit) as stop:
+        finetune(data, checkpoints("vit"))
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and str(bad) in message and "cannot be read as an image" in message
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the recipe comes first"),
+        (["nothing.yaml"], "nothing.yaml: cannot read this recipe"),
+        (["RECIPE", "--lerning_rate", "1"], "unknown argument 'lerning_rate'; did you mean learning_rate"),
+        (["RECIPE", "--bf16", "true"], "mixed_precision in accelerate_config.yaml"),
+        (["RECIPE", "--seed", "many"], "argument --seed: invalid int value: 'many'"),
+        (["RECIPE", "stray"], "'stray' belongs to no argument"),
+        (["RECIPE"], "--data_dir is missing"),
+        (["RECIPE", "--data_dir", "nowhere"], "nowhere: no such folder or zip"),
+        (["RECIPE", "--data_dir", "DATA", "--validation_fraction", "1"], "must lie between 0 and 1"),
+        (["RECIPE", "--data_dir", "DATA", "--model_name_or_path", "./none"], "./none: no such folder"),
+        (["RECIPE", "--data_dir", "DATA", "--model_name_or_path", "me/none"], "me/none: cannot be loaded"),
+        (["RECIPE", "--data_dir", "DATA", "--push_to_hub", "true"], "--push_to_hub needs --hub_model_id"),
+        (["RECIPE", "--data_dir", "DATA", "--resume_from_checkpoint", "true"], "holds no checkpoint"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_that_says_what_to_do(
+    words, message, pristine_data, tmp_path, capsys
+):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"output_dir: {tmp_path}/out\n")
+    places = {"RECIPE": str(recipe), "DATA": str(pristine_data)}
+    with pytest.raises(SystemExit) as stop:
+        main([places.get(word, word) for word in words])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("error: ") and message in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "unknown argument 'learning_rat'; did you mean learning_rate"),
+        ("- a\n- b", "a recipe is a list of `key: value` lines"),
+        ("a: [", "not valid yaml"),
+        ("fp16: true", "mixed_precision in accelerate_config.yaml"),
+    ],
+)
+def test_a_faulty_recipe_is_refused_by_name(text, message, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    with pytest.raises(SystemExit):
+        main([str(recipe)])
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {recipe}") and message in error
+
+
+def test_flags_override_the_recipe(tmp_path):
+    from transfer.arguments import parse_command_line
+
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("data_dir: sample\nlearning_rate: 1.0e-3\nseed: 1\n")
+    _, args, _ = parse_command_line([str(recipe), "--seed", "5"])
+    assert (args.learning_rate, args.seed, args.output_dir) == (1e-3, 5, "outputs/mine")
+
+
+def test_help_teaches_without_loading_anything(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(name in text for name in ("--data_dir", "--model_name_or_path", "--max_train_samples", "recipes/"))
+
+
+def launch(tmp_path, data_dir, model, *flags):
+    recipe = tmp_path / "launched.yaml"
+    recipe.write_text("per_device_train_batch_size: 8\nnum_train_epochs: 1\nvalidation_fraction: 0.25\n")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml"]
+    words = ["finetune_vit.py", str(recipe), "--data_dir", str(data_dir), "--model_name_or_path", str(model)]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    return subprocess.run(
+        [*command, *words, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_accelerate_launch_sets_the_precision_and_runs(pristine_data, checkpoints, tmp_path):
+    done = launch(tmp_path, pristine_data, checkpoints("convnext"), "--output_dir", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert "accelerate config" in done.stdout.splitlines()[0]
+    assert (tmp_path / "out" / "submission.csv").is_file()
+
+
+def test_a_mistake_under_accelerate_launch_exits_with_2_and_no_traceback(pristine_data, checkpoints, tmp_path):
+    done = launch(tmp_path, tmp_path / "absent", checkpoints("convnext"), "--output_dir", str(tmp_path / "out"))
+    assert "no such folder or zip" in done.stderr
+    assert done.returncode != 0
+
+
+def test_plain_python_says_that_it_runs_in_fp32(monkeypatch):
+    from transfer.training import settle_precision
+
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    assert "fp32, because the script was not started by `accelerate launch" in settle_precision()
+
+
+def test_a_device_without_fast_units_gets_another_precision(monkeypatch):
+    from transfer import training
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert training.settle_precision().startswith("precision: fp16, not the accelerate config's bf16")
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "fp16"
