@@ -1,0 +1,57 @@
+"""The README's promises: its files exist, its commands are the project's, its recipes parse."""
+
+import re
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from transfer.arguments import parse_command_line
+
+README = (ROOT / "README.md").read_text()
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def tree_files():
+    """Paths in the README's file tree."""
+    tree = README.split("## Files")[1].split("```")[1]
+    folder = ""
+    for line in tree.strip().splitlines():
+        depth, name = re.match(r"([│ ]*)[├└]── (\S+)", line).groups()
+        if not depth.strip("│ ") and len(depth) == 0:
+            folder = name if name.endswith("/") else ""
+        yield name if len(depth) == 0 else folder + name
+
+
+def test_every_file_of_the_tree_exists_and_every_module_is_in_it():
+    named = set(tree_files())
+    assert all((ROOT / name).exists() for name in named)
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "transfer").iterdir() if path.suffix in (".py", ".txt")}
+    assert modules - {"transfer/__init__.py"} <= named
+
+
+def test_every_recipe_that_the_readme_names_exists():
+    assert all((ROOT / name).is_file() for name in re.findall(r"recipes/\w+\.yaml", README))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses_and_its_header_gives_its_command(recipe):
+    run, args, _ = parse_command_line([str(recipe), "--data_dir", "sample"])
+    assert args.output_dir == f"outputs/{recipe.stem}" and run.model_name_or_path
+    assert recipe.read_text().startswith(
+        f"# accelerate launch --config_file accelerate_config.yaml finetune_vit.py recipes/{recipe.name}"
+    )
+
+
+def test_flags_in_the_readme_are_arguments():
+    from transfer.arguments import known_names
+
+    foreign = {"config_file", "quiet", "template", "reproduce"}
+    assert set(re.findall(r"--([a-z_]+)", README)) - foreign <= set(known_names()) | {"help"}
+
+
+def test_the_accelerate_config_has_only_keys_that_accelerate_knows():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = ROOT / "accelerate_config.yaml"
+    assert load_config_from_file(str(path)).mixed_precision == yaml.safe_load(path.read_text())["mixed_precision"]
