@@ -46,6 +46,7 @@ from transfer.training import (
     logits_to_accuracy,
     settle_precision,
     start_training,
+    use_all_cores,
 )
 
 
@@ -180,6 +181,7 @@ def write_results(trainer, run, folder, dataset, store, metrics, labels, precisi
 def main(argv: list[str] | None = None) -> None:
     """Run one recipe from data to submission."""
     precision = settle_precision()
+    use_all_cores()
     run, args, _ = parse_command_line(sys.argv[1:] if argv is None else argv)
     out = Path(args.output_dir)
     checkpoint = find_checkpoint(out, args.resume_from_checkpoint)

@@ -54,6 +54,17 @@ def settle_precision() -> str:
     return f"precision: {shown}, not the accelerate config's {asked}, which this device has no fast units for"
 
 
+def use_all_cores() -> None:
+    """Let torch compute on every core that this process may use.
+
+    accelerate launch sets OMP_NUM_THREADS=1 where nobody has set it, which halves the speed of two cores. Several
+    processes share the cores; `taskset` gives a run fewer.
+    """
+    if os.environ.get("OMP_NUM_THREADS") == "1" and PRECISION_VARIABLE in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 def find_checkpoint(output_dir: Path, resume: str | None) -> str | None:
     """The checkpoint that `--resume_from_checkpoint` means: `true` for the last in output_dir, or a folder."""
     if resume is None or resume.lower() == "false":
