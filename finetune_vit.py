@@ -27,6 +27,7 @@ from data_loading import (
 from transfer import exits_cleanly
 from transfer.arguments import FinetuningArguments, RunArguments, parse_command_line
 from transfer.augmentation import EvaluationView, TrainingView, check_view, read_geometry
+from transfer.estimate import describe_estimate, estimate, leave_no_traces
 from transfer.hub import push_model
 from transfer.modeling import Classifier, build_classifier, load_trained
 from transfer.pixels import PixelDataset, PixelStore, open_pixel_store
@@ -185,7 +186,10 @@ def main(argv: list[str] | None = None) -> None:
     run, args, _ = parse_command_line(sys.argv[1:] if argv is None else argv)
     out = Path(args.output_dir)
     checkpoint = find_checkpoint(out, args.resume_from_checkpoint)
-    claim_output_dir(out, resuming=checkpoint is not None)
+    if run.estimate:
+        leave_no_traces(args)
+    else:
+        claim_output_dir(out, resuming=checkpoint is not None)
     set_up_logging(args)
     push, args.push_to_hub = args.push_to_hub, False  # the Trainer would upload the whole output folder
     say(args, precision)
@@ -201,6 +205,12 @@ def main(argv: list[str] | None = None) -> None:
     store = prepare_pixels(args, folder, view)
     trainer = make_trainer(run, args, classifier, view, store, dataset)
 
+    if run.estimate:
+        tested = len(dataset["test"]) if "test" in dataset else 0
+        batch, images = args.per_device_train_batch_size, len(dataset["train"])
+        found = estimate(trainer, args.num_train_epochs, tested)
+        say(args, *describe_estimate(found, batch, images, tested))
+        return
     if args.do_train:
         metrics = train_and_measure(trainer, dataset, store, checkpoint)
     else:

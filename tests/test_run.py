@@ -313,3 +313,26 @@ def test_a_device_without_fast_units_gets_another_precision(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert training.settle_precision().startswith("precision: fp16, not the accelerate config's bf16")
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == "fp16"
+
+
+def test_an_estimate_says_time_and_memory_and_leaves_nothing(pristine_data, checkpoints, finetune, capsys):
+    out = finetune(pristine_data, checkpoints("convnext"), estimate="true")
+    said = capsys.readouterr().out
+    assert "an epoch of 36 images" in said and "for 10 images" in said and "GiB at batch 8" in said
+    assert not out.exists()
+
+
+def test_an_estimate_of_a_batch_that_does_not_fit_says_what_to_do(
+    pristine_data, checkpoints, finetune, monkeypatch, capsys
+):
+    from transfer.training import FinetuningTrainer
+
+    def run_out(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(FinetuningTrainer, "training_step", run_out)
+    with pytest.raises(SystemExit):
+        finetune(pristine_data, checkpoints("vit"), estimate="true")
+    message = capsys.readouterr().err
+    assert "a batch of 8 does not fit" in message
+    assert "--per_device_train_batch_size 2 --gradient_accumulation_steps 4" in message

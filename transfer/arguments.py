@@ -70,6 +70,7 @@ class RunArguments:
     )
     validation_fraction: float = option(0.1, "Share of every class that is held out to choose and to measure.")
     split_seed: int = option(0, "Decides which images are held out; independent of --seed.")
+    estimate: bool = option(False, "Measure memory and time on a few steps of the run, then stop.")
     max_train_samples: int | None = option(
         None, "Train on this many images at most, evenly over the classes: to try a recipe first."
     )

@@ -1,0 +1,334 @@
+"""How fast this project trains, predicts and prepares data, beside the stock recipe and the hardware's ceiling.
+
+    accelerate launch --config_file accelerate_config.yaml benchmarks/throughput.py [--json PATH] [--cases atto]
+
+In each repeat the contenders take turns, so that a machine whose speed drifts slows them alike; the figures are
+medians over repeats, and a ratio is the median of the repeats' own ratios.
+
+- project: FinetuningTrainer over decoded pixels, random views made in batches;
+- stock: the Hugging Face recipe for image classification, PIL transforms of each image through `set_transform` and
+  the default Trainer;
+- ceiling: a bare loop over one synthetic batch already in the model's format; the same model, precision and batch.
+
+timm's train.py is not among them: it needs torchvision, which PyPI does not have for the CPU build of torch.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ConvNextImageProcessor,
+    ConvNextV2Config,
+    ConvNextV2ForImageClassification,
+    EfficientNetForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+from data_loading import load_dataset, open_data
+from transfer.arguments import FinetuningArguments
+from transfer.augmentation import EvaluationView, TrainingView, read_geometry
+from transfer.estimate import StepTimer
+from transfer.modeling import Classifier, mend_batch_norms, replace_heads
+from transfer.offline import offline_backbone
+from transfer.pixels import PixelDataset, open_pixel_store
+from transfer.record import describe_device, describe_versions
+from transfer.training import FinetuningTrainer, settle_precision, use_all_cores
+
+CLASSES = 100
+
+
+def square(size: int) -> ViTImageProcessor:
+    return ViTImageProcessor(size={"height": size, "width": size})
+
+
+def convnext_atto():
+    config = ConvNextConfig(hidden_sizes=[40, 80, 160, 320], depths=[2, 2, 6, 2], num_labels=CLASSES)
+    return ConvNextForImageClassification(config), ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=1.0)
+
+
+def efficientnet_lite0():
+    model = EfficientNetForImageClassification.from_pretrained(offline_backbone())
+    model.num_labels = model.config.num_labels
+    replace_heads(model, CLASSES, {})
+    mend_batch_norms(model)
+    return model, square(160)
+
+
+def vit(hidden: int, heads: int):
+    config = ViTConfig(hidden_size=hidden, num_attention_heads=heads, intermediate_size=4 * hidden, num_labels=CLASSES)
+    return ViTForImageClassification(config), square(224)
+
+
+def convnextv2_base():
+    config = ConvNextV2Config(hidden_sizes=[128, 256, 512, 1024], depths=[3, 3, 27, 3], num_labels=CLASSES)
+    return ConvNextV2ForImageClassification(config), square(224)
+
+
+# name: (what it is, model and processor, images a batch, steps a repeat)
+CASES = {
+    "atto": ("ConvNeXt-atto, 64 px", convnext_atto, 64, 20),
+    "lite0": ("EfficientNet-Lite0, 160 px", efficientnet_lite0, 64, 5),
+    "vit_ti": ("ViT-Ti/16, 224 px", lambda: vit(192, 3), 64, 5),
+}
+GPU_CASES = {
+    "vit_b": ("ViT-B/16, 224 px", lambda: vit(768, 12), 256, 20),
+    "convnextv2_b": ("ConvNeXt V2-B, 224 px", convnextv2_base, 128, 20),
+}
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def autocast(args: TrainingArguments):
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    return torch.autocast(args.device.type, dtype, enabled=dtype is not torch.float32)
+
+
+class Ceiling:
+    """A bare PyTorch loop: what the hardware gives this model at this batch."""
+
+    def __init__(self, model, size: int, batch: int, args: TrainingArguments):
+        self.args = args
+        self.model = model.to(args.device, memory_format=torch.channels_last)
+        pixels = torch.randn(batch, 3, size, size, device=args.device)
+        self.pixels = pixels.contiguous(memory_format=torch.channels_last)
+        self.labels = torch.randint(CLASSES, (batch,), device=args.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+
+    def train(self, steps: int) -> float:
+        """Median seconds a step."""
+        self.model.train()
+        times = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            with autocast(self.args):
+                logits = self.model(pixel_values=self.pixels).logits
+            F.cross_entropy(logits.float(), self.labels).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            synchronize()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    def predict(self, images: int) -> float:
+        """Seconds for that many images."""
+        self.model.eval()
+        start = time.perf_counter()
+        with torch.inference_mode(), autocast(self.args):
+            for done in range(0, images, len(self.pixels)):
+                self.model(pixel_values=self.pixels[: images - done]).logits.argmax(-1)
+        synchronize()
+        return time.perf_counter() - start
+
+
+def train_timed(trainer: Trainer, steps: int) -> float:
+    """Median seconds a step of a Trainer's own loop."""
+    timer = StepTimer()
+    trainer.add_callback(timer)
+    trainer.train()
+    trainer.pop_callback(timer)
+    return statistics.median(timer.seconds(warm_up=1))
+
+
+def quiet(folder: str, batch: int, steps: int) -> dict:
+    """Arguments of both Trainers."""
+    return {
+        "output_dir": folder,
+        "max_steps": steps + 2,
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": batch,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+    }
+
+
+def project_trainer(model, processor, store, dataset, arguments: dict) -> FinetuningTrainer:
+    view = EvaluationView(read_geometry(processor))
+    training = TrainingView(view, view.geometry.crop[0], 0.35)
+    args = FinetuningArguments(**arguments, load_best_model_at_end=False)
+    train, test = PixelDataset(store, dataset["train"]), PixelDataset(store, dataset["test"])
+    return FinetuningTrainer(Classifier(model, processor), args, view, training, 0.9, train, test)
+
+
+def stock_transform(processor, size: int):
+    """Random resized crop, flip, tensor, normalise: the docs' torchvision pipeline, with PIL and numpy."""
+    mean, std = np.array(processor.image_mean, np.float32), np.array(processor.image_std, np.float32)
+    random = np.random.default_rng(0)
+
+    def transform_one(image: Image.Image) -> torch.Tensor:
+        width, height = image.size
+        area, aspect = random.uniform(0.35, 1) * width * height, np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = min(width, (area * aspect) ** 0.5), min(height, (area / aspect) ** 0.5)
+        left, top = random.uniform(0, width - w), random.uniform(0, height - h)
+        image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, (left, top, left + w, top + h))
+        if random.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = (np.asarray(image, np.float32) / 255 - mean) / std
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def transform(examples: dict) -> dict:
+        examples["pixel_values"] = [transform_one(image) for image in examples.pop("image")]
+        return examples
+
+    return transform
+
+
+def stock_trainer(model, processor, size: int, dataset, arguments: dict) -> Trainer:
+    def collate(examples: list[dict]) -> dict:
+        pixels = torch.stack([example["pixel_values"] for example in examples])
+        return {"pixel_values": pixels, "labels": torch.tensor([example["label"] for example in examples])}
+
+    train = dataset["train"].with_transform(stock_transform(processor, size))
+    args = TrainingArguments(**arguments, remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available())
+    return Trainer(model=model, args=args, train_dataset=train, data_collator=collate)
+
+
+def measure_case(name: str, repeats: int, dataset, folder) -> dict:
+    """One model: training against both, prediction against the ceiling."""
+    title, build, batch, steps = (CASES | GPU_CASES)[name]
+    model, processor = build()
+    geometry = read_geometry(processor)
+    size = geometry.crop[0]
+    files = folder.train_files + folder.test_files
+    store = open_pixel_store(folder.root, files, geometry.apply, size, geometry.rule)
+    rounds = []
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = quiet(scratch, batch, steps)
+        ours = project_trainer(copy.deepcopy(model), processor, store, dataset, arguments)
+        stock = stock_trainer(copy.deepcopy(model), processor, size, dataset, arguments)
+        ceiling = Ceiling(model, size, batch, ours.args)
+        ceiling.train(2)
+        for repeat in range(repeats):
+            seconds = {
+                "project": train_timed(ours, steps),
+                "ceiling": ceiling.train(steps),
+                "stock": train_timed(stock, steps),
+            }
+            start = time.perf_counter()
+            ours.predict(ours.eval_dataset)
+            predicted = time.perf_counter() - start
+            forward = ceiling.predict(len(ours.eval_dataset))
+            rounds.append(seconds | {"predict": predicted, "forward": forward})
+            print(f"  {title}: repeat {repeat + 1} of {repeats}", file=sys.stderr, flush=True)
+
+    def rate(contender: str, images: int) -> float:
+        return images / statistics.median(r[contender] for r in rounds)
+
+    def ratio(slower: str, faster: str) -> float:
+        return statistics.median(r[slower] / r[faster] for r in rounds)
+
+    tested = len(ours.eval_dataset)
+    return {
+        "case": title,
+        "batch": batch,
+        "repeats": repeats,
+        "images_per_second": {who: rate(who, batch) for who in ("project", "stock", "ceiling")},
+        "ratio_to_ceiling": ratio("ceiling", "project"),
+        "ratio_to_stock": ratio("stock", "project"),
+        "prediction": {
+            "images": tested,
+            "images_per_second": {"project": rate("predict", tested), "ceiling": rate("forward", tested)},
+            "ratio_to_ceiling": ratio("forward", "predict"),
+        },
+    }
+
+
+def measure_data(data_dir: str) -> dict:
+    """Seconds from the zip or folder to the first batch: nothing cached, then everything."""
+    import datasets
+
+    geometry = read_geometry(square(64))
+    times = {}
+    with tempfile.TemporaryDirectory() as cache:
+        datasets.config.HF_DATASETS_CACHE, before = Path(cache), datasets.config.HF_DATASETS_CACHE
+        for state in ("cold", "warm"):
+            start = time.perf_counter()
+            folder = open_data(data_dir)
+            dataset = load_dataset(folder)
+            opened = time.perf_counter()
+            files = folder.train_files + folder.test_files
+            store = open_pixel_store(folder.root, files, geometry.apply, 64, geometry.rule)
+            PixelDataset(store, dataset["train"]).__getitems__(range(64))
+            end = time.perf_counter()
+            times[state] = {"seconds": end - start, "of_it_on_the_cache": end - opened, "images": len(files)}
+        datasets.config.HF_DATASETS_CACHE = before
+    return times
+
+
+def table(results: dict) -> str:
+    """The results as the README shows them."""
+    lines = [
+        "| model | this project | stock recipe | ceiling | of ceiling | times stock |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in results["training"].values():
+        speed = case["images_per_second"]
+        lines.append(
+            f"| {case['case']}, batch {case['batch']} | {speed['project']:.0f} | {speed['stock']:.0f} "
+            f"| {speed['ceiling']:.0f} | {case['ratio_to_ceiling']:.2f} | {case['ratio_to_stock']:.2f} |"
+        )
+        p = case["prediction"]
+        lines.append(
+            f"| prediction | {p['images_per_second']['project']:.0f} | | {p['images_per_second']['ceiling']:.0f} "
+            f"| {p['ratio_to_ceiling']:.2f} | |"
+        )
+    for state, took in results["data"].items():
+        lines.append(
+            f"\ndata to first batch, {state}: {took['seconds']:.2f} s for {took['images']} images, "
+            f"{took['of_it_on_the_cache']:.2f} s of it on the pixel cache"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure what the command line names and print it."""
+    known = CASES | (GPU_CASES if torch.cuda.is_available() else {})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES | GPU_CASES), default=list(known))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--data_dir", default="sample", help="images to train on, and for the data case")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    options = parser.parse_args()
+    print(settle_precision())
+    use_all_cores()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    folder = open_data(options.data_dir)
+    dataset = load_dataset(folder)
+    results = {
+        "device": describe_device(),
+        "versions": describe_versions(),
+        "data": measure_data(options.data_dir),
+        "training": {name: measure_case(name, options.repeats, dataset, folder) for name in options.cases},
+    }
+    print(table(results))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
