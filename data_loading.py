@@ -102,6 +102,8 @@ def list_images(root: Path, folder: str, ignored: Counter) -> list[str]:
     names, folders = list_folder(root / folder)
     images = []
     for name in names:
+        if not name.isprintable():
+            raise UserError(f"{root / folder}: the file name {name!r} has characters that are no text; rename it")
         if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
             images.append(f"{folder}/{name}")
         else:
@@ -309,6 +311,15 @@ def split_fingerprint(dataset: datasets.DatasetDict) -> str:
     return digest.hexdigest()
 
 
+def folder_patterns(folder: ImageFolder) -> list[str]:
+    """Where images were found, such as train/<wnid>/images/*."""
+    wnids = set(folder.wnids)
+    places = dict.fromkeys(file.rpartition("/")[0] for file in folder.train_files + folder.test_files)
+    return list(
+        dict.fromkeys("/".join("<wnid>" if p in wnids else p for p in place.split("/")) + "/*" for place in places)
+    )
+
+
 def describe_layout(folder: ImageFolder) -> list[str]:
     """What was understood from names alone, a line each."""
     sizes = Counter(folder.train_labels).values()
@@ -316,13 +327,15 @@ def describe_layout(folder: ImageFolder) -> list[str]:
     ignored = ", ".join(f"{count} {name}" for name, count in sorted(folder.ignored.items())) or "nothing"
     named = zip(folder.wnids, folder.class_names, strict=True)
     labels = ", ".join(f"{label} = {wnid} {name}" for label, (wnid, name) in enumerate(named) if label < 3)
-    if folder.template_path is None:
+    if not folder.test_files:
+        template = "no test images: there will be no submission"
+    elif folder.template_path is None:
         template = f"no {TEMPLATE_NAME}: a submission will list the test images by name"
     else:
         template = f"{folder.template_path.name} names exactly the {len(folder.test_files)} test images"
     return [
         f"data set    {folder.root}",
-        "layout      train/<wnid>/images/*, test/images/*, labels from wnids.txt",
+        f"layout      {', '.join(folder_patterns(folder))}, labels from wnids.txt",
         f"classes     {len(folder.wnids)}, {min(sizes)} to {max(sizes)} training images each; wnids.txt {order}",
         f"labels      {labels} ...",
         f"images      {len(folder.train_files)} to train and validate, {len(folder.test_files)} to predict",

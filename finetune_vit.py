@@ -24,9 +24,9 @@ from data_loading import (
     split_fingerprint,
     take_evenly,
 )
-from transfer import exits_cleanly
+from transfer import UserError, exits_cleanly
 from transfer.arguments import FinetuningArguments, RunArguments, parse_command_line
-from transfer.augmentation import EvaluationView, TrainingView, check_view, read_geometry
+from transfer.augmentation import EvaluationView, TrainingView, ViewGeometry, check_view, read_geometry
 from transfer.estimate import describe_estimate, estimate, leave_no_traces
 from transfer.hub import push_model
 from transfer.modeling import Classifier, build_classifier, load_trained
@@ -35,14 +35,15 @@ from transfer.record import (
     claim_output_dir,
     describe_arguments,
     make_record,
-    replace_folder,
+    save_whole_folder,
     write_record,
     write_whole,
 )
-from transfer.reporting import measure, write_card, write_metrics
+from transfer.reporting import keep_card, measure, write_card, write_metrics
 from transfer.submission import digest_of, make_template, read_template, render_submission
 from transfer.training import (
     FinetuningTrainer,
+    check_same_weights,
     find_checkpoint,
     logits_to_accuracy,
     settle_precision,
@@ -89,28 +90,27 @@ def prepare_model(run: RunArguments, args: FinetuningArguments, folder: ImageFol
     return classifier
 
 
-def prepare_pixels(args: FinetuningArguments, folder: ImageFolder, view: EvaluationView) -> PixelStore:
+def prepare_pixels(args: FinetuningArguments, folder: ImageFolder, geometry: ViewGeometry) -> PixelStore:
     """Every image decoded, once a machine."""
-    geometry = view.geometry
     files = folder.train_files + folder.test_files
     with args.main_process_first(local=True, desc="decoding images"):
-        return open_pixel_store(folder.root, files, geometry.apply, geometry.crop[0], geometry.rule)
+        return open_pixel_store(folder.root, files, geometry.apply, geometry.crop, geometry.rule)
 
 
 def make_trainer(
     run: RunArguments,
     args: FinetuningArguments,
     classifier: Classifier,
-    view: EvaluationView,
     store: PixelStore,
     dataset: datasets.DatasetDict,
 ) -> FinetuningTrainer:
-    size = run.train_image_size or view.geometry.crop[0]
+    geometry = read_geometry(classifier.processor)
+    view = EvaluationView(geometry, store.cropped)
     return FinetuningTrainer(
         classifier,
         args,
         evaluation_view=view,
-        training_view=TrainingView(view, size, run.min_crop_area),
+        training_view=TrainingView(view, run.train_image_size or geometry.crop[0], run.min_crop_area),
         layer_decay=run.layer_decay,
         train_dataset=PixelDataset(store, dataset["train"]),
         eval_dataset=PixelDataset(store, dataset["validation"]),
@@ -127,7 +127,7 @@ def evaluate_split(trainer: FinetuningTrainer, split: PixelDataset) -> dict:
 def sample_of_train(dataset: datasets.DatasetDict, store: PixelStore) -> PixelDataset:
     """As many training images as there are validation images, evenly over the classes."""
     train = dataset["train"]
-    positions = take_evenly(range(len(train)), train["file"], train["label"], len(dataset["validation"]))
+    positions = take_evenly(range(len(train)), train["file"][:], train["label"][:], len(dataset["validation"]))
     return PixelDataset(store, train.select(positions))
 
 
@@ -152,22 +152,28 @@ def predict_test(trainer: FinetuningTrainer, store: PixelStore, test: datasets.D
     return labels, {"samples_per_second": len(test) / seconds, "seconds": seconds}
 
 
-def save_model(trainer: FinetuningTrainer, folder: Path) -> None:
-    """model/: what from_pretrained and pipeline need, and nothing else."""
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(unfinished)
-    trainer.processing_class.save_pretrained(unfinished)
-    replace_folder(unfinished, folder)
+def save_model(trainer: FinetuningTrainer, place: Path) -> None:
+    """model/: what from_pretrained and pipeline need, and nothing else, checked against the chosen checkpoint."""
+
+    def write(folder: Path) -> None:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+        if trainer.state.best_model_checkpoint:
+            check_same_weights(folder, Path(trainer.state.best_model_checkpoint))
+
+    save_whole_folder(place, write)
 
 
-def write_results(trainer, run, folder, dataset, store, metrics, labels, precision) -> None:
+def write_results(
+    trainer: FinetuningTrainer, folder: ImageFolder, metrics: dict, labels: dict[str, int] | None, record: dict
+) -> None:
     """Everything a run leaves, the submission last."""
-    args, out = trainer.args, Path(trainer.args.output_dir)
-    arguments = describe_arguments(run, args)
-    record = make_record(arguments, precision, store.data_fingerprint, split_fingerprint(dataset))
-    if args.do_train:
-        save_model(trainer, out / "model")
+    out = Path(trainer.args.output_dir)
+    save_model(trainer, out / "model")
+    if "train" in metrics:
         write_card(out / "model", metrics, record, folder.class_names)
+    else:
+        keep_card(Path(record["arguments"]["model_name_or_path"]), out / "model", record["arguments"]["hub_model_id"])
     write_metrics(out, metrics)
     if labels is None:
         write_record(out, record)
@@ -188,9 +194,10 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = find_checkpoint(out, args.resume_from_checkpoint)
     if run.estimate:
         leave_no_traces(args)
-    else:
+    elif args.process_index == 0:
         claim_output_dir(out, resuming=checkpoint is not None)
     set_up_logging(args)
+    arguments = describe_arguments(run, args)
     push, args.push_to_hub = args.push_to_hub, False  # the Trainer would upload the whole output folder
     say(args, precision)
 
@@ -200,10 +207,12 @@ def main(argv: list[str] | None = None) -> None:
     say(args, "splits      " + ", ".join(f"{name} {len(split)}" for name, split in dataset.items()))
 
     classifier = prepare_model(run, args, folder)
-    view = EvaluationView(read_geometry(classifier.processor))
-    check_view(classifier.processor, view)
-    store = prepare_pixels(args, folder, view)
-    trainer = make_trainer(run, args, classifier, view, store, dataset)
+    if args.gradient_checkpointing and not classifier.model.supports_gradient_checkpointing:
+        raise UserError(f"--gradient_checkpointing: {type(classifier.model).__name__} does not support it")
+    geometry = read_geometry(classifier.processor)
+    check_view(classifier.processor, EvaluationView(geometry))
+    store = prepare_pixels(args, folder, geometry)
+    trainer = make_trainer(run, args, classifier, store, dataset)
 
     if run.estimate:
         tested = len(dataset["test"]) if "test" in dataset else 0
@@ -220,7 +229,8 @@ def main(argv: list[str] | None = None) -> None:
         labels, metrics["prediction"] = predict_test(trainer, store, dataset["test"])
 
     if args.process_index == 0:
-        write_results(trainer, run, folder, dataset, store, metrics, labels, precision)
+        record = make_record(arguments, precision, store.data_fingerprint, split_fingerprint(dataset))
+        write_results(trainer, folder, metrics, labels, record)
     validation = metrics["validation"]
     low, high = validation["accuracy_ci95"]
     say(

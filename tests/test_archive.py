@@ -1,110 +1,340 @@
-"""What unpacking a zip must refuse, and that it leaves a whole folder or none."""
+"""A zip is unpacked once, whole, and never outside its folder."""
 
+import shutil
 import stat
+import subprocess
+import sys
+import warnings
 import zipfile
+from collections import namedtuple
+from pathlib import Path
 
 import pytest
+from filelock import FileLock, Timeout
 
 from transfer import UserError, archive
 from transfer.archive import extract_zip
 
+ROOT = Path(__file__).parent.parent
+FILES = {"set/wnids.txt": b"n00000001\n", "set/train/a.JPEG": bytes(range(256)), "set/empty.txt": b""}
 
-def make_zip(path, members):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
-        for member, content in members:
-            packed.writestr(member, content)
+
+def write_zip(path: Path, members=FILES, method: int = zipfile.ZIP_STORED) -> Path:
+    """A zip of name -> content; names may be ZipInfo, and pairs may repeat a name."""
+    pairs = members.items() if isinstance(members, dict) else members
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w", method) as zipped:
+        warnings.simplefilter("ignore")  # zipfile warns of duplicate names, which are meant here
+        for name, content in pairs:
+            zipped.writestr(name, content)
     return path
 
 
-def left_in(folder):
-    return [p for p in folder.rglob("*") if p.suffix != ".lock"] if folder.exists() else []
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def link(name):
-    member = zipfile.ZipInfo(name)
-    member.external_attr = (stat.S_IFLNK | 0o777) << 16
-    return member
+def change_content(path: Path, member: str) -> None:
+    """Change one byte of a stored member, so that its checksum no longer fits."""
+    with zipfile.ZipFile(path) as zipped:
+        at = zipped.getinfo(member).header_offset + 30 + len(member)
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
 
 
-REFUSALS = {
-    "absolute": ([("/etc/x", b"x")], "has an absolute or foreign path"),
-    "drive": ([("C:/x", b"x")], "has an absolute or foreign path"),
-    "backslash": ([("a\\..\\x", b"x")], "has an absolute or foreign path"),
-    "parent": ([("a/../../x", b"x")], "would be written outside the folder"),
-    "link": ([(link("a"), b"/etc/passwd")], "is a symbolic link"),
-    "twice": ([("a", b"1"), ("a", b"2")], "member 'a' is there 2 times"),
-    "bomb": ([("a", bytes(11 * 2**20))], "would grow more than 200-fold"),
-    "empty": ([], "is an empty zip"),
-}
+def set_flags(path: Path, flags: int) -> None:
+    """Set the flag bits of the first member, in its own header and in the directory."""
+    data = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        at = data.index(signature) + offset
+        data[at : at + 2] = flags.to_bytes(2, "little")
+    path.write_bytes(data)
 
 
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-@pytest.mark.parametrize("kind", REFUSALS)
-def test_a_dangerous_zip_is_refused_and_nothing_is_written(kind, tmp_path):
-    members, message = REFUSALS[kind]
-    path = make_zip(tmp_path / "data.zip", members)
-    with pytest.raises(UserError, match=message):
-        extract_zip(path, tmp_path / "cache")
-    assert not left_in(tmp_path / "cache")
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    return tmp_path / "cache"
 
 
-def test_a_file_that_is_no_zip_or_was_cut_short_is_refused(tmp_path):
-    whole = make_zip(tmp_path / "whole.zip", [("a/b", b"content")]).read_bytes()
-    for content in (b"hello", whole[: len(whole) // 2], b""):
-        path = tmp_path / "data.zip"
-        path.write_bytes(content)
-        with pytest.raises(UserError, match="is no zip or was cut short"):
-            extract_zip(path, tmp_path / "cache")
+@pytest.fixture
+def refused(cache):
+    """refused(path, *words): the zip is refused with one line of these words, before anything is written."""
+
+    def check(path: Path, *words: str) -> None:
+        with pytest.raises(UserError) as refusal:
+            extract_zip(path, cache)
+        message = str(refusal.value)
+        assert message.startswith(f"{path}: ") and "\n" not in message
+        for word in words:
+            assert word in message
+        assert not cache.exists()
+
+    return check
 
 
-def test_an_encrypted_member_is_refused(tmp_path):
-    content = bytearray(make_zip(tmp_path / "data.zip", [("a", b"secret")]).read_bytes())
-    content[6] |= 1  # the flag in the member's own header
-    content[content.index(b"PK\x01\x02") + 8] |= 1  # and in the directory
-    (tmp_path / "data.zip").write_bytes(content)
-    with pytest.raises(UserError, match="is encrypted"):
-        extract_zip(tmp_path / "data.zip", tmp_path / "cache")
+def test_what_is_unpacked_is_what_was_packed(tmp_path, cache):
+    content = FILES | {"set/zeros.txt": b"0" * 100_000, "set/große Wörter.txt": "ß".encode()}
+    packed = write_zip(tmp_path / "a.zip", content, zipfile.ZIP_DEFLATED)
+    assert contents(extract_zip(packed, cache)) == content
 
 
-def test_a_damaged_member_is_named_and_leaves_nothing(tmp_path):
-    with zipfile.ZipFile(tmp_path / "data.zip", "w") as packed:
-        packed.writestr("good", b"1" * 100)
-        packed.writestr("bad", b"findme" * 100)
-    content = (tmp_path / "data.zip").read_bytes().replace(b"findme", b"FINDME", 1)
-    (tmp_path / "data.zip").write_bytes(content)
-    with pytest.raises(UserError, match="member 'bad' is damaged"):
-        extract_zip(tmp_path / "data.zip", tmp_path / "cache")
-    assert not left_in(tmp_path / "cache")
+def test_folder_members_become_folders(tmp_path, cache):
+    packed = write_zip(tmp_path / "a.zip", {"set/": b"", "set/none/": b"", "set/a.txt": b"a"})
+    folder = extract_zip(packed, cache)
+    assert (folder / "set" / "none").is_dir()
+    assert contents(folder) == {"set/a.txt": b"a"}
 
 
-def test_a_full_disk_is_noticed_before_unpacking(tmp_path, monkeypatch):
-    path = make_zip(tmp_path / "data.zip", [("a", b"x" * 5000)])
-    usage = archive.shutil._ntuple_diskusage(10, 9, 1)
-    monkeypatch.setattr(archive.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match="where 0 MiB are free"):
-        extract_zip(path, tmp_path / "cache")
+def test_the_default_place_is_the_datasets_cache(tmp_path):
+    import datasets
+
+    folder = extract_zip(write_zip(tmp_path / "my data.zip"))
+    assert folder.is_relative_to(datasets.config.HF_DATASETS_CACHE)
+    assert folder.name.startswith("my data-")
 
 
-def test_a_zip_is_unpacked_once_and_a_changed_one_anew(tmp_path, monkeypatch):
-    path = make_zip(tmp_path / "data.zip", [("a/b", b"1"), ("__MACOSX/a/._b", b"x")])
-    first = extract_zip(path, tmp_path / "cache")
-    assert [p.name for p in sorted(first.rglob("*"))] == ["a", "b"]
+def test_what_a_mac_adds_is_left_out(tmp_path, cache):
+    folder = extract_zip(write_zip(tmp_path / "a.zip", FILES | {"__MACOSX/set/._a.JPEG": b"x"}), cache)
+    assert contents(folder) == FILES
+
+
+def test_a_second_call_returns_the_folder_without_unpacking(tmp_path, cache, monkeypatch):
+    packed = write_zip(tmp_path / "a.zip")
+    folder = extract_zip(packed, cache)
+    monkeypatch.setattr(archive, "_extract", lambda *_: pytest.fail("it was unpacked again"))
+    assert extract_zip(packed, cache) == folder
+
+
+def test_an_unpacked_zip_is_found_without_the_lock(tmp_path, cache, monkeypatch):
+    packed = write_zip(tmp_path / "a.zip")
+    folder = extract_zip(packed, cache)
+    # A cache that others filled may be read-only.
+    monkeypatch.setattr(archive, "FileLock", lambda _: pytest.fail("it asked for the lock"))
+    assert extract_zip(packed, cache) == folder
+
+
+def test_a_copy_of_the_zip_elsewhere_finds_the_same_folder(tmp_path, cache):
+    packed = write_zip(tmp_path / "a.zip")
+    (tmp_path / "elsewhere").mkdir()
+    copy = shutil.copy(packed, tmp_path / "elsewhere" / "a.zip")
+    assert extract_zip(Path(copy), cache) == extract_zip(packed, cache)
+
+
+RENAMED = {("set/other.txt" if name == "set/wnids.txt" else name): content for name, content in FILES.items()}
+
+
+@pytest.mark.parametrize(
+    "changed", [FILES | {"set/wnids.txt": b"n00000002\n"}, FILES | {"set/more.txt": b""}, RENAMED]
+)
+def test_a_changed_zip_is_unpacked_anew(tmp_path, cache, changed):
+    packed = write_zip(tmp_path / "a.zip")
+    before = extract_zip(packed, cache)
+    write_zip(packed, changed)
+    after = extract_zip(packed, cache)
+    assert after != before
+    assert contents(after) == changed and contents(before) == FILES
+
+
+def test_a_file_that_is_no_zip_is_refused(tmp_path, refused):
+    path = tmp_path / "a.zip"
+    path.write_text("<html>please log in</html>")
+    refused(path, "is no zip", "download it again")
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.99])
+def test_a_zip_that_was_cut_short_is_refused(tmp_path, refused, kept):
+    path = write_zip(tmp_path / "a.zip")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * kept)])
+    refused(path, "cut short", "download it again")
+
+
+def test_a_zip_of_an_unknown_version_is_refused(tmp_path, refused):
+    path = write_zip(tmp_path / "a.zip")
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\1\2") + 6] = 99  # one damaged byte, too
+    path.write_bytes(data)
+    refused(path, "zip file version", "download it again")
+
+
+def test_a_member_without_a_name_is_refused(tmp_path, refused):
+    refused(write_zip(tmp_path / "a.zip", [(zipfile.ZipInfo(""), b"x")]), "has no name")
+
+
+def test_a_zip_that_is_not_there_is_refused(tmp_path, refused):
+    refused(tmp_path / "nowhere.zip", "cannot be read", "No such file")
+
+
+@pytest.mark.parametrize("members", [{}, {"__MACOSX/._a": b"x"}])
+def test_a_zip_without_content_is_refused(tmp_path, refused, members):
+    refused(write_zip(tmp_path / "a.zip", members), "empty")
+
+
+def test_encrypted_members_are_refused(tmp_path, refused):
+    path = write_zip(tmp_path / "a.zip")
+    set_flags(path, 0x1)
+    refused(path, "set/wnids.txt", "encrypted")
+
+
+@pytest.mark.parametrize("name", ["/etc/a.txt", "C:/a.txt", "C:a.txt", "set\\a.txt", "..\\a.txt"])
+def test_absolute_and_foreign_names_are_refused(tmp_path, refused, name):
+    refused(write_zip(tmp_path / "a.zip", FILES | {name: b"x"}), "absolute or foreign path")
+
+
+@pytest.mark.parametrize("name", ["../a.txt", "set/../../a.txt", "set/.."])
+def test_names_that_lead_outside_are_refused(tmp_path, refused, name):
+    refused(write_zip(tmp_path / "a.zip", FILES | {name: b"x"}), name, "outside the folder")
+    assert not (tmp_path / "a.txt").exists()
+
+
+def test_dots_in_a_name_lead_nowhere_and_are_kept(tmp_path, cache):
+    folder = extract_zip(write_zip(tmp_path / "a.zip", {"set/a..b.txt": b"x", "set/...": b"y"}), cache)
+    assert contents(folder) == {"set/a..b.txt": b"x", "set/...": b"y"}
+
+
+def test_symbolic_links_are_refused(tmp_path, refused):
+    link = zipfile.ZipInfo("set/link")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    packed = write_zip(tmp_path / "a.zip", [*FILES.items(), (link, b"/etc/passwd")])
+    refused(packed, "set/link", "symbolic link")
+
+
+def test_two_members_of_one_name_are_refused(tmp_path, refused):
+    packed = write_zip(tmp_path / "a.zip", [*FILES.items(), ("set/wnids.txt", b"other")])
+    refused(packed, "set/wnids.txt", "2 times")
+
+
+def test_more_than_the_limit_in_total_is_refused(tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(archive, "MAX_TOTAL_BYTES", 265)  # the files have 10 + 256
+    refused(write_zip(tmp_path / "a.zip"), "would unpack to")
+
+
+def test_a_large_member_that_grows_too_much_is_refused(tmp_path, refused):
+    bomb = {"set/bomb": bytes(archive.RATIO_CHECKED_FROM + 1)}  # deflate shrinks zeros a thousandfold
+    refused(write_zip(tmp_path / "a.zip", FILES | bomb, zipfile.ZIP_DEFLATED), "set/bomb", "200-fold")
+
+
+def test_a_small_member_may_grow_as_it_likes(tmp_path, cache):
+    zeros = {"set/table.txt": bytes(2**20)}
+    assert contents(extract_zip(write_zip(tmp_path / "a.zip", zeros, zipfile.ZIP_DEFLATED), cache)) == zeros
+
+
+def test_too_little_space_is_refused(tmp_path, cache, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    packed = write_zip(tmp_path / "a.zip")
+    # Two files with content take a block of 4 KiB each.
+    monkeypatch.setattr(archive.shutil, "disk_usage", lambda _: usage(10**6, 0, 2 * 4096 - 1))
+    with pytest.raises(UserError, match=r"a\.zip: needs .* MiB are free"):
+        extract_zip(packed, cache)
+    assert not [p for p in cache.iterdir() if p.is_dir()]
+    monkeypatch.setattr(archive.shutil, "disk_usage", lambda _: usage(10**6, 0, 2 * 4096))
+    assert contents(extract_zip(packed, cache)) == FILES
+
+
+def test_a_damaged_member_is_named_and_nothing_is_left(tmp_path, cache):
+    packed = write_zip(tmp_path / "a.zip")
+    change_content(packed, "set/train/a.JPEG")
+    with pytest.raises(UserError, match=r"member 'set/train/a\.JPEG' is damaged .*download it again"):
+        extract_zip(packed, cache)
+    assert not [p for p in cache.iterdir() if p.is_dir()]
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_a_damaged_compressed_member_is_named(tmp_path, cache, method):
+    packed = write_zip(tmp_path / "a.zip", {"a": bytes(range(256)) * 20}, method)
+    data = bytearray(packed.read_bytes())
+    data[60:100] = b"\xff" * 40
+    packed.write_bytes(data)
+    with pytest.raises(UserError, match="member 'a' is damaged"):
+        extract_zip(packed, cache)
+
+
+def test_no_progress_is_drawn_into_a_log(tmp_path, cache, capfd):
+    extract_zip(write_zip(tmp_path / "a.zip"), cache)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_in_the_way_of_a_folder_is_refused_and_nothing_is_left(tmp_path, cache):
+    with pytest.raises(UserError, match="cannot be unpacked"):
+        extract_zip(write_zip(tmp_path / "a.zip", {"a": b"x", "a/b": b"y"}), cache)
+    assert not [p for p in cache.iterdir() if p.is_dir()]
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), MemoryError()])
+def test_an_extraction_that_breaks_off_leaves_no_folder(tmp_path, cache, monkeypatch, failure):
+    packed = write_zip(tmp_path / "a.zip")
+
+    def write_one_and_fail(path, members, target):
+        target.mkdir()
+        (target / "half").write_bytes(b"x")
+        raise failure
+
     with monkeypatch.context() as patch:
-        patch.setattr(archive, "_write_members", None)
-        assert extract_zip(path, tmp_path / "cache") == first
-    make_zip(path, [("a/b", b"2")])
-    assert extract_zip(path, tmp_path / "cache") != first
+        patch.setattr(archive, "_write_members", write_one_and_fail)
+        with pytest.raises(type(failure)):
+            extract_zip(packed, cache)
+    assert not [p for p in cache.iterdir() if p.is_dir()]
+    assert contents(extract_zip(packed, cache)) == FILES
 
 
-def test_a_killed_extraction_is_never_taken_for_a_whole_one(tmp_path, monkeypatch):
-    path = make_zip(tmp_path / "data.zip", [("a/b", b"1"), ("a/c", b"2")])
-    with monkeypatch.context() as patch:
-        # What a kill leaves: the unfinished folder, which nothing tidied up.
-        patch.setattr(archive.shutil, "rmtree", lambda *args, **kwargs: None)
-        patch.setattr(archive.Path, "rename", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            extract_zip(path, tmp_path / "cache")
-    assert left_in(tmp_path / "cache")
-    whole = extract_zip(path, tmp_path / "cache")
-    assert (whole / "a" / "c").read_bytes() == b"2"
-    assert len([p for p in (tmp_path / "cache").iterdir() if p.is_dir()]) == 1
+KILLED_HALFWAY = """
+import os, signal, sys
+from pathlib import Path
+from transfer import archive
+
+def write_and_be_killed(path, members, target):
+    (target / "set").mkdir(parents=True)
+    (target / "set" / "half").write_bytes(b"x")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+archive._write_members = write_and_be_killed
+archive.extract_zip(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def test_what_a_killed_process_left_is_neither_used_nor_kept(tmp_path, cache):
+    packed = write_zip(tmp_path / "a.zip")
+    done = subprocess.run([sys.executable, "-c", KILLED_HALFWAY, packed, cache], cwd=ROOT)
+    assert done.returncode == -9
+    assert list(cache.rglob("half"))
+    folder = extract_zip(packed, cache)
+    assert contents(folder) == FILES
+    assert [p for p in cache.iterdir() if p.is_dir()] == [folder]
+
+
+def test_the_folder_appears_only_when_it_is_whole(tmp_path, cache, monkeypatch):
+    packed = write_zip(tmp_path / "a.zip")
+    target = extract_zip(packed, cache)
+    shutil.rmtree(target)
+    seen, write = [], archive._write_members
+
+    def write_and_look(*arguments):
+        write(*arguments)
+        seen.append(target.exists())
+
+    monkeypatch.setattr(archive, "_write_members", write_and_look)
+    assert extract_zip(packed, cache) == target
+    assert seen == [False]
+
+
+def test_while_another_process_unpacks_this_one_waits(tmp_path, cache, monkeypatch):
+    packed = write_zip(tmp_path / "a.zip")
+    target = extract_zip(packed, cache)
+    shutil.rmtree(target)
+    impatient = lambda path: FileLock(path, timeout=0.05)  # noqa: E731
+    monkeypatch.setattr(archive, "FileLock", impatient)
+    with FileLock(f"{target}.lock"), pytest.raises(Timeout):
+        extract_zip(packed, cache)
+    assert contents(extract_zip(packed, cache)) == FILES
+
+
+def test_processes_that_start_together_all_get_the_whole_folder(tmp_path, cache):
+    packed = write_zip(tmp_path / "a.zip", {f"set/{i}.txt": str(i).encode() for i in range(2000)})
+    code = (
+        "import sys; from pathlib import Path; from transfer.archive import extract_zip;"
+        "print(len(list(extract_zip(Path(sys.argv[1]), Path(sys.argv[2])).rglob('*.txt'))))"
+    )
+    command = [sys.executable, "-c", code, packed, cache]
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate()[0].strip() for process in both] == ["2000", "2000"]
+    assert len([p for p in cache.iterdir() if p.is_dir()]) == 1

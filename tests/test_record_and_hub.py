@@ -100,8 +100,20 @@ def test_a_failed_push_keeps_the_run_and_says_how_to_push_again(
         )
     message = capsys.readouterr().err
     assert stop.value.code == 2 and "you have no rights" in message
-    assert f"--do_train false --model_name_or_path {tmp_path / 'out' / 'model'} --push_to_hub" in message
+    assert f"--do_train false --model_name_or_path {tmp_path / 'out' / 'model'} --output_dir " in message
     assert (tmp_path / "out" / "submission.csv").is_file()
+
+
+def test_a_model_that_is_pushed_later_keeps_its_card_and_names_its_place(
+    pristine_data, checkpoints, finetune, monkeypatch
+):
+    monkeypatch.setattr(hub, "HfApi", FakeApi)
+    out = finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
+    pushed = {"do_train": "false", "push_to_hub": "true", "hub_model_id": "me/tiny"}
+    again = finetune(pristine_data, out / "model", output_dir="again", **pushed)
+    card, first = ((place / "model" / "README.md").read_text() for place in (again, out))
+    assert 'model="me/tiny"' in card and card.replace("me/tiny", "path/to/model") == first
+    assert json.loads((again / "run.json").read_text())["arguments"]["push_to_hub"] is True
 
 
 def test_wnids_are_kept_in_the_saved_config(pristine_data, checkpoints, finetune):

@@ -138,7 +138,7 @@ def test_one_seed_gives_one_result_whatever_the_number_of_workers(pristine_data,
 
 @pytest.mark.parametrize("kind", ["vit", "convnext"])
 def test_a_run_stopped_after_an_epoch_resumes_to_the_same_weights(
-    kind, pristine_data, checkpoints, finetune, monkeypatch
+    kind, pristine_data, checkpoints, finetune, monkeypatch, capsys, tmp_path
 ):
     from transfer import training
 
@@ -156,8 +156,11 @@ def test_a_run_stopped_after_an_epoch_resumes_to_the_same_weights(
 
     with monkeypatch.context() as patch:
         patch.setattr(training.FinetuningTrainer, "__init__", with_stop)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit):
             finetune(pristine_data, checkpoints(kind), output_dir="stopped")
+    message = capsys.readouterr().err
+    assert "error: interrupted in epoch 1.00; go on with --resume_from_checkpoint true" in message
+    (tmp_path / "stopped" / "checkpoint-99").mkdir()  # what a kill leaves of a checkpoint that was being written
     resumed = finetune(pristine_data, checkpoints(kind), output_dir="stopped", resume_from_checkpoint="true")
     for name in ("model/model.safetensors", "submission.csv"):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes()
@@ -173,6 +176,7 @@ def test_a_finished_run_is_not_overwritten(pristine_data, checkpoints, finetune,
 
 def test_an_unfinished_run_says_how_to_resume(pristine_data, checkpoints, finetune, tmp_path, capsys):
     (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3}')
     with pytest.raises(SystemExit):
         finetune(pristine_data, checkpoints("convnext"))
     assert "--resume_from_checkpoint true" in capsys.readouterr().err
@@ -183,7 +187,43 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(pristine_data
         finetune(pristine_data, checkpoints("vit"), learning_rate="1e30", warmup_steps=0, num_train_epochs=4)
     assert stop.value.code == 2
     message = capsys.readouterr().err
-    assert "error: the training loss became nan by step" in message and "--learning_rate" in message
+    assert "error: the loss became nan by step" in message and "--learning_rate" in message
+
+
+def test_a_loss_that_was_never_logged_stops_the_run_too(pristine_data, checkpoints, finetune, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        finetune(pristine_data, checkpoints("vit"), learning_rate="1e30", warmup_steps=0, logging_steps=500)
+    assert "loss became nan" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "submission.csv").exists()
+
+
+def test_choosing_by_loss_keeps_the_smallest(pristine_data, checkpoints, finetune):
+    out = finetune(pristine_data, checkpoints("convnext"), metric_for_best_model="loss", learning_rate="5e-3")
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert state["best_metric"] == min(e["eval_loss"] for e in state["log_history"] if "eval_loss" in e)
+
+
+def test_mixed_sizes_train_and_the_pipeline_agrees(data, checkpoints, finetune):
+    for i, path in enumerate(sorted(data.rglob("*.JPEG"))):
+        Image.open(path).resize((40 + i % 7, 36 + i % 5)).save(path)
+    out = finetune(data, checkpoints("convnext"), learning_rate="5e-3")
+    names = json.loads((out / "model" / "config.json").read_text())["id2label"]
+    classify = pipeline("image-classification", model=str(out / "model"))
+    for image_id, label in labels_of(out / "submission.csv").items():
+        assert classify(str(data / "test" / "images" / f"{image_id}.JPEG"))[0]["label"] == names[str(label)]
+
+
+def test_gradient_checkpointing_is_refused_where_the_model_has_none(pristine_data, checkpoints, finetune, capsys):
+    with pytest.raises(SystemExit):
+        finetune(pristine_data, checkpoints("convnext"), gradient_checkpointing="true")
+    assert "ConvNextForImageClassification does not support it" in capsys.readouterr().err
+
+
+def test_resuming_with_another_architecture_is_refused(pristine_data, checkpoints, finetune, capsys):
+    finetune(pristine_data, checkpoints("convnext"))
+    with pytest.raises(SystemExit):
+        finetune(pristine_data, checkpoints("vit"), resume_from_checkpoint="true")
+    assert "does not hold this run's model" in capsys.readouterr().err
 
 
 def test_a_model_of_other_classes_does_not_predict(pristine_data, data, checkpoints, finetune, capsys):
@@ -225,6 +265,16 @@ def test_a_bad_image_stops_the_run_before_training_and_leaves_nothing(data, chec
         (["RECIPE", "--data_dir", "DATA", "--model_name_or_path", "me/none"], "me/none: cannot be loaded"),
         (["RECIPE", "--data_dir", "DATA", "--push_to_hub", "true"], "--push_to_hub needs --hub_model_id"),
         (["RECIPE", "--data_dir", "DATA", "--resume_from_checkpoint", "true"], "holds no checkpoint"),
+        (["RECIPE", "--hub_token", "hf_x"], "tokens do not belong on a command line"),
+        (["RECIPE", "--dataloader_drop_last", "true"], "every image counts"),
+        (["RECIPE", "--data_dir", "DATA", "--metric_for_best_model", "f1"], "must be accuracy or loss"),
+        (["RECIPE", "--data_dir", "DATA", "--per_device_train_batch_size", "0"], "must be at least 1"),
+        (["RECIPE", "--data_dir", "DATA", "--seed", "-1"], "must be at least 0"),
+        (["RECIPE", "--data_dir", "DATA", "--learning_rate", "nan"], "must be above 0"),
+        (
+            ["RECIPE", "--data_dir", "DATA", "--do_train", "false", "--resume_from_checkpoint", "true"],
+            "goes on training",
+        ),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_that_says_what_to_do(
@@ -274,10 +324,17 @@ def test_help_teaches_without_loading_anything(capsys):
     assert all(name in text for name in ("--data_dir", "--model_name_or_path", "--max_train_samples", "recipes/"))
 
 
-def launch(tmp_path, data_dir, model, *flags):
+def launch(tmp_path, data_dir, model, *flags, launcher=()):
     recipe = tmp_path / "launched.yaml"
     recipe.write_text("per_device_train_batch_size: 8\nnum_train_epochs: 1\nvalidation_fraction: 0.25\n")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "accelerate_config.yaml",
+        *launcher,
+    ]
     words = ["finetune_vit.py", str(recipe), "--data_dir", str(data_dir), "--model_name_or_path", str(model)]
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
     return subprocess.run(
@@ -292,10 +349,11 @@ def test_accelerate_launch_sets_the_precision_and_runs(pristine_data, checkpoint
     assert (tmp_path / "out" / "submission.csv").is_file()
 
 
-def test_a_mistake_under_accelerate_launch_exits_with_2_and_no_traceback(pristine_data, checkpoints, tmp_path):
-    done = launch(tmp_path, tmp_path / "absent", checkpoints("convnext"), "--output_dir", str(tmp_path / "out"))
-    assert "no such folder or zip" in done.stderr
-    assert done.returncode != 0
+def test_a_mistake_under_quiet_accelerate_launch_shows_no_traceback(pristine_data, checkpoints, tmp_path):
+    done = launch(tmp_path, tmp_path / "absent", checkpoints("convnext"), launcher=["--quiet"])
+    assert "error: " in done.stderr and "no such folder or zip" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 1  # the launcher's own
 
 
 def test_plain_python_says_that_it_runs_in_fp32(monkeypatch):

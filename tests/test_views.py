@@ -20,7 +20,7 @@ from transfer.augmentation import (
     resample,
     resampling_weights,
     resize_as_pil,
-    seeded,
+    seeded_generator,
     set_view_size,
 )
 from transfer.pixels import PixelDataset, open_pixel_store
@@ -98,8 +98,7 @@ def test_a_negative_length_mirrors():
 
 
 def test_crops_stay_inside_keep_their_area_and_half_are_mirrored():
-    torch.manual_seed(0)
-    top, left, height, width = draw_crops(4000, 60, 64, 0.3, torch.device("cpu"))
+    top, left, height, width = draw_crops(4000, 60, 64, 0.3, seeded_generator(0))
     right, bottom = left + width, top + height
     assert min(top.min(), torch.minimum(left, right).min()) >= -1e-3
     assert bottom.max() <= 60.001 and torch.maximum(left, right).max() <= 64.001
@@ -113,8 +112,7 @@ def test_training_views_differ_by_image_and_repeat_with_the_seed():
     images = batch_of(draw_picture(WNIDS[0], 0)).repeat(6, 1, 1, 1)
 
     def draw(*parts):
-        with seeded(*parts):
-            return view(images)
+        return view(images, seeded_generator(*parts))
 
     first = draw(1, 2)
     assert first.shape == (6, 3, 24, 24)
@@ -125,9 +123,9 @@ def test_training_views_differ_by_image_and_repeat_with_the_seed():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def open_store(folder, tmp_path, view_size=32, resize=lambda image: image.resize((32, 32))):
+def open_store(folder, tmp_path, crop=(32, 32), resize=lambda image: image.resize((32, 32))):
     files = folder.train_files + folder.test_files
-    return open_pixel_store(folder.root, files, resize, view_size, "test", cache_dir=tmp_path / "store")
+    return open_pixel_store(folder.root, files, resize, crop, "test", cache_dir=tmp_path / "store")
 
 
 def test_stored_pixels_equal_pils_decoding_byte_for_byte(pristine_data, tmp_path):
@@ -146,11 +144,13 @@ def test_mixed_sizes_are_brought_to_the_views_size_by_its_own_rule(data, tmp_pat
     odd = f"train/{WNIDS[0]}/images/{WNIDS[0]}_2.JPEG"
     draw_picture(WNIDS[0], 2, (70, 40)).save(data / odd)
     folder = open_data(str(data))
-    geometry = read_geometry(PROCESSORS["convnext"]())
-    store = open_store(folder, tmp_path, 48, geometry.apply)
-    assert store.pixels.shape[1:] == (48, 48, 3)
-    expected = np.asarray(geometry.apply(Image.open(data / odd).convert("RGB")))
-    assert np.array_equal(store.pixels[store.rows[odd]], expected)
+    processor = PROCESSORS["convnext"]()
+    geometry = read_geometry(processor)
+    store = open_store(folder, tmp_path, geometry.crop, geometry.apply)
+    assert store.cropped and store.pixels.shape[1:] == (48, 48, 3)
+    stored = torch.from_numpy(store.pixels[store.rows[odd]]).permute(2, 0, 1)[None]
+    expected = processor(Image.open(data / odd), return_tensors="pt")["pixel_values"]
+    assert (EvaluationView(geometry, store.cropped)(stored) - expected).abs().max() < 1.1 / 255 / 0.5
 
 
 def test_a_store_is_reused_until_the_data_change(data, tmp_path, monkeypatch):
@@ -208,3 +208,34 @@ def test_a_bad_image_is_refused_with_its_path_and_no_store_is_left(fault, data, 
     with pytest.raises(UserError, match=f"{bad.name}: cannot be read as an image"):
         open_store(open_data(str(data)), tmp_path)
     assert not [p for p in (tmp_path / "store").iterdir() if p.is_dir()]
+
+
+def test_photographs_stand_upright_as_the_pipeline_sees_them(data, tmp_path):
+    file = f"train/{WNIDS[0]}/images/{WNIDS[0]}_2.JPEG"
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    draw_picture(WNIDS[0], 2).save(data / file, exif=exif)
+    folder = open_data(str(data))
+    store = open_store(folder, tmp_path)
+    turned = np.asarray(Image.open(data / file).convert("RGB"))[::-1, ::-1]
+    assert np.array_equal(store.pixels[store.rows[file]], turned)
+
+
+def test_sixteen_bit_images_are_refused_not_blackened(data, tmp_path):
+    deep = data / "train" / WNIDS[0] / "images" / "deep.png"
+    Image.fromarray(np.arange(32 * 32, dtype=np.uint16).reshape(32, 32)).save(deep)
+    with pytest.raises(UserError, match=r"deep\.png: .* more than 8 bits a channel"):
+        open_store(open_data(str(data)), tmp_path)
+
+
+def test_a_full_disk_is_noticed_before_decoding(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(pixels.shutil, "disk_usage", lambda _: pixels.shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(UserError, match="HF_DATASETS_CACHE names another place"):
+        open_store(open_data(str(data)), tmp_path)
+
+
+def test_another_image_size_shares_the_store_of_whole_images(data, tmp_path, monkeypatch):
+    folder = open_data(str(data))
+    open_store(folder, tmp_path)
+    monkeypatch.setattr(pixels, "_build", None)
+    assert not open_store(folder, tmp_path, (64, 64)).cropped

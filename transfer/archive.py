@@ -1,6 +1,7 @@
 """Safe extraction of the data set's zip as downloaded."""
 
 import hashlib
+import lzma
 import shutil
 import stat
 import zipfile
@@ -22,13 +23,23 @@ MAX_RATIO, RATIO_CHECKED_FROM = 200, 10 * 2**20
 
 READ_BYTES = 2**20
 
+# What reading changed bytes raises, besides OSError: a changed version number is taken for an unknown format.
+DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+    UnicodeDecodeError,
+)
+
 
 def _list_members(path: Path) -> list[zipfile.ZipInfo]:
     """Members to extract. Raises `UserError` if the file is no whole zip."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except zipfile.BadZipFile as fault:
+    except DAMAGE as fault:
         raise UserError(f"{path}: is no zip or was cut short ({fault}); download it again") from None
     except OSError as fault:
         raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
@@ -40,6 +51,8 @@ def _fault_of(member: zipfile.ZipInfo) -> str | None:
     # ZipInfo turns the system's separators into "/" and cuts at a NUL; the name as stored is the one to judge.
     name = member.orig_filename
     parts = PurePosixPath(name).parts
+    if not name:
+        return "has no name"
     if name.startswith("/") or ":" in name or "\\" in name or "\0" in name:
         return "has an absolute or foreign path"
     if ".." in parts:
@@ -90,11 +103,11 @@ def _write_members(path: Path, members: Sequence[zipfile.ZipInfo], target: Path)
         folder.mkdir(parents=True, exist_ok=True)
     # What ZipFile.extract does for each member besides (cleaning the name, making folders) was done for all above.
     with zipfile.ZipFile(path) as archive:
-        for member in tqdm(files, desc="unpacking", unit=" files", leave=False):
+        for member in tqdm(files, desc="unpacking", unit=" files", leave=False, disable=None):
             try:
                 with archive.open(member) as packed, open(f"{target}/{member.filename}", "xb") as file:  # noqa: PTH123
                     shutil.copyfileobj(packed, file, READ_BYTES)
-            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as fault:
+            except DAMAGE as fault:
                 raise UserError(
                     f"{path}: member '{member.filename}' is damaged ({fault}); download it again"
                 ) from None

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +33,24 @@ EVERYDAY_TRAINING_ARGUMENTS = [
     "hub_model_id",
     "hub_private_repo",
 ]
-# accelerate_config.yaml alone states the precision: these would silently win over it.
-PRECISION_FLAGS = ("bf16", "fp16")
+PRECISION_ELSEWHERE = "precision is set as mixed_precision in accelerate_config.yaml, and this would win over it"
+TOKEN_ELSEWHERE = "tokens do not belong on a command line; use `hf auth login` or the variable HF_TOKEN"
+OUR_BATCHES = "the batches hold just what the model needs, and every image counts"
+
+# TrainingArguments that would silently break something here, with the reason.
+REFUSED = {
+    "bf16": PRECISION_ELSEWHERE,
+    "fp16": PRECISION_ELSEWHERE,
+    "bf16_full_eval": PRECISION_ELSEWHERE,
+    "fp16_full_eval": PRECISION_ELSEWHERE,
+    "hub_token": TOKEN_ELSEWHERE,
+    "push_to_hub_token": TOKEN_ELSEWHERE,
+    "dataloader_drop_last": OUR_BATCHES,
+    "remove_unused_columns": OUR_BATCHES,
+    "prediction_loss_only": "accuracy needs the predictions",
+    "batch_eval_metrics": "metrics are of all images at once",
+    "auto_find_batch_size": "it changes the recipe unseen; --estimate says which batch fits",
+}
 
 USAGE = "accelerate launch --config_file accelerate_config.yaml finetune_vit.py RECIPE.yaml [--key value ...]"
 
@@ -97,7 +114,6 @@ class FinetuningArguments(TrainingArguments):
     save_total_limit: int | None = option(1, "Checkpoints to keep besides the best one.")
     load_best_model_at_end: bool = option(True, "Keep the epoch with the best validation accuracy.")
     metric_for_best_model: str | None = option("accuracy", "The validation metric that chooses the epoch.")
-    greater_is_better: bool | None = option(True, "Whether more of that metric is better.")
     logging_steps: float = option(0.02, "Steps between log lines; a share of all steps if below 1.")
     # The filter hides NaN losses behind an average; here they stop the run.
     logging_nan_inf_filter: bool = option(False, "Hide non-finite losses in the log.")
@@ -138,8 +154,8 @@ class RecipeParser(HfArgumentParser):
                 *map(_help_line, ours),
                 "\nTraining, the everyday part of transformers.TrainingArguments:",
                 *map(_help_line, everyday),
-                "\nEvery other field of transformers.TrainingArguments is accepted too, but bf16 and fp16:",
-                "precision is set in accelerate_config.yaml.",
+                "\nOther fields of transformers.TrainingArguments are accepted too, but for these:",
+                f"{', '.join(REFUSED)}.",
                 "\nFirst try:  ... finetune_vit.py recipes/sample.yaml",
                 "Small part: ... finetune_vit.py recipes/offline.yaml --data_dir DATA.zip --max_train_samples 2000\n",
             ]
@@ -160,13 +176,13 @@ def _help_line(f: dataclasses.Field) -> str:
 def known_names() -> list[str]:
     """Every argument that a recipe or a flag may set."""
     fields = [*dataclasses.fields(RunArguments), *dataclasses.fields(FinetuningArguments)]
-    return [f.name for f in fields if f.init and f.name not in PRECISION_FLAGS]
+    return [f.name for f in fields if f.init and f.name not in REFUSED]
 
 
 def check_name(name: str, where: str) -> None:
     """Refuse an argument that nobody reads, naming the nearest ones."""
-    if name in PRECISION_FLAGS:
-        raise UserError(f"{where}: '{name}' is not set here but as mixed_precision in accelerate_config.yaml")
+    if name in REFUSED:
+        raise UserError(f"{where}: '{name}' is not for this program: {REFUSED[name]}")
     if name in known_names():
         return
     near = difflib.get_close_matches(name, known_names(), n=3, cutoff=0.5)
@@ -217,13 +233,27 @@ def check_values(run: RunArguments, args: FinetuningArguments) -> None:
         raise UserError(f"--validation_fraction {run.validation_fraction}: must lie between 0 and 1")
     if not 0 < run.min_crop_area <= 1:
         raise UserError(f"--min_crop_area {run.min_crop_area}: must lie above 0 and be at most 1")
-    for name in ("image_size", "train_image_size", "max_train_samples"):
-        if getattr(run, name) is not None and getattr(run, name) < 1:
-            raise UserError(f"--{name} {getattr(run, name)}: must be at least 1")
+    least = {"image_size": 8, "train_image_size": 8, "max_train_samples": 1, "per_device_train_batch_size": 1}
+    least |= {"per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "seed": 0, "split_seed": 0}
+    for name, bound in least.items():
+        value = getattr(run if hasattr(run, name) else args, name)
+        if value is not None and value < bound:
+            raise UserError(f"--{name} {value}: must be at least {bound}")
+    if not (math.isfinite(args.learning_rate) and args.learning_rate > 0):
+        raise UserError(f"--learning_rate {args.learning_rate}: must be above 0")
+    if args.metric_for_best_model not in ("accuracy", "loss"):
+        raise UserError(f"--metric_for_best_model {args.metric_for_best_model}: must be accuracy or loss")
+    if args.n_gpu > 1:
+        raise UserError(
+            f"{args.n_gpu} GPUs are visible to one process, which would change the batch size; name one in "
+            "CUDA_VISIBLE_DEVICES or as gpu_ids in the accelerate config"
+        )
     if not 0 < run.layer_decay <= 1:
         raise UserError(f"--layer_decay {run.layer_decay}: must lie above 0 and be at most 1")
     if args.do_train and args.num_train_epochs <= 0 and args.max_steps <= 0:
         raise UserError("--num_train_epochs: must be above 0; --do_train false skips training")
+    if not args.do_train and args.resume_from_checkpoint:
+        raise UserError("--resume_from_checkpoint goes on training; it does not go with --do_train false")
     if args.push_to_hub and not args.hub_model_id:
         raise UserError("--push_to_hub needs --hub_model_id, for example me/tiny-imagenet-100")
 
@@ -249,7 +279,7 @@ def parse_command_line(argv: list[str]) -> tuple[RunArguments, FinetuningArgumen
         run, args, strays = RecipeParser().parse_args_into_dataclasses(
             words, look_for_args_file=False, return_remaining_strings=True
         )
-    except (ValueError, TypeError, ImportError) as fault:
+    except (ValueError, TypeError, ImportError, OSError) as fault:
         raise UserError(" ".join(str(fault).split())) from None
     if strays:
         raise UserError(f"command line: '{strays[0]}' belongs to no argument; --help lists the arguments")

@@ -1,6 +1,5 @@
 """What the model sees of a uint8 batch: the evaluation view and random training views, made on the batch's device."""
 
-import contextlib
 import math
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from transformers import BaseImageProcessor
 
 from transfer import UserError
 
-INTERPOLATIONS = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,10 @@ def read_geometry(processor: BaseImageProcessor) -> ViewGeometry:
     mean, std = tuple(processor.image_mean), tuple(processor.image_std)
     if getattr(processor, "include_top", False):  # EfficientNet's processor then divides by std twice
         std = tuple(s * s for s in std)
-    return ViewGeometry(resize, crop or resize, INTERPOLATIONS[int(processor.resample)], mean, std)
+    interpolation = INTERPOLATIONS.get(int(processor.resample))
+    if interpolation is None:
+        raise UserError(f"{type(processor).__name__}: resample {processor.resample} is neither bilinear nor bicubic")
+    return ViewGeometry(resize, crop or resize, interpolation, mean, std)
 
 
 def _shortest_edge_rule(processor: BaseImageProcessor, edge: int):
@@ -98,11 +100,14 @@ def resize_as_pil(images: torch.Tensor, size: tuple[int, int], interpolation: st
 
 
 class EvaluationView(nn.Module):
-    """(B, 3, H, W) uint8 -> (B, 3, S, S) float32, as the checkpoint's processor would make it."""
+    """(B, 3, H, W) uint8 -> (B, 3, S, S) float32, as the checkpoint's processor would make it.
 
-    def __init__(self, geometry: ViewGeometry):
+    `cropped` says that the images were resized and cropped when they were stored, and need only be normalised.
+    """
+
+    def __init__(self, geometry: ViewGeometry, cropped: bool = False):
         super().__init__()
-        self.geometry = geometry
+        self.geometry, self.cropped = geometry, cropped
         self.register_buffer("mean", 255 * torch.tensor(geometry.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("scale", 1 / (255 * torch.tensor(geometry.std).view(1, -1, 1, 1)), persistent=False)
 
@@ -111,6 +116,8 @@ class EvaluationView(nn.Module):
         return (images - self.mean) * self.scale
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.cropped:
+            return self.normalise(images.float())
         size = self.geometry.resized(*images.shape[-2:])
         if tuple(images.shape[-2:]) != size:
             images = resize_as_pil(images, size, self.geometry.interpolation)
@@ -133,12 +140,9 @@ def check_view(processor: BaseImageProcessor, view: EvaluationView) -> None:
         )
 
 
-@contextlib.contextmanager
-def seeded(*parts: int):
-    """Random numbers inside depend on `parts` alone, and those outside do not notice."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0].item())
-        yield
+def seeded_generator(*parts: int) -> torch.Generator:
+    """A generator whose numbers depend on `parts` alone."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]))
 
 
 def resampling_weights(start: torch.Tensor, length: torch.Tensor, source: int, target: int) -> torch.Tensor:
@@ -167,13 +171,13 @@ def resample(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) ->
     return lines.view(b, rows.shape[1], c, columns.shape[1]).permute(0, 2, 1, 3)
 
 
-def draw_crops(batch: int, height: int, width: int, min_area: float, device: torch.device) -> list[torch.Tensor]:
+def draw_crops(batch: int, height: int, width: int, min_area: float, generator: torch.Generator) -> list[torch.Tensor]:
     """[top, left, height, width], each (batch,) in pixels: random resized crops, half of them mirrored.
 
     Area uniform in min_area..1 of the image, aspect log-uniform in 3/4..4/3, place uniform (Szegedy et al. 2015). A
     mirrored crop starts at its right edge and has a negative width.
     """
-    area, aspect, down, along, mirrored = torch.rand(5, batch)
+    area, aspect, down, along, mirrored = torch.rand(5, batch, generator=generator)
     aspect = torch.exp((2 * aspect - 1) * math.log(4 / 3))
     area = (min_area + (1 - min_area) * area) * height * width
     crop_height, crop_width = (
@@ -184,7 +188,7 @@ def draw_crops(batch: int, height: int, width: int, min_area: float, device: tor
     mirrored = mirrored < 0.5
     left = torch.where(mirrored, left + crop_width, left)
     crop_width = torch.where(mirrored, -crop_width, crop_width)
-    return [values.to(device, non_blocking=True) for values in (top, left, crop_height, crop_width)]
+    return [top, left, crop_height, crop_width]
 
 
 class TrainingView(nn.Module):
@@ -194,9 +198,10 @@ class TrainingView(nn.Module):
         super().__init__()
         self.evaluation, self.size, self.min_crop_area = evaluation, size, min_crop_area
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         b, _, h, w = images.shape
-        top, left, height, width = draw_crops(b, h, w, self.min_crop_area, images.device)
+        crops = draw_crops(b, h, w, self.min_crop_area, generator)
+        top, left, height, width = (values.to(images.device, non_blocking=True) for values in crops)
         rows = resampling_weights(top, height, h, self.size)
         columns = resampling_weights(left, width, w, self.size)
         # Normalised before it is enlarged: the same values, on fewer pixels.

@@ -5,6 +5,7 @@ import os
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 
@@ -50,19 +51,20 @@ class Estimate:
     prediction: float
     peak_memory: int
     memory: int
-    largest_batch: int  # images a device, extrapolated from two batch sizes
+    largest_batch: int | None  # images a device, extrapolated from two batch sizes; None where they differ too little
 
 
 def leave_no_traces(args: TrainingArguments) -> None:
     """Switch off what a Trainer evaluates, writes and prints on its own; before the Trainer is made."""
     args.eval_strategy = args.save_strategy = args.logging_strategy = "no"
     args.load_best_model_at_end, args.disable_tqdm, args.report_to = False, True, []
+    args.output_dir = tempfile.gettempdir()  # a Trainer makes its folder in any case
 
 
 def _peak_memory(device: torch.device) -> int:
     """Peak bytes of the GPU, or of this process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -99,20 +101,23 @@ def estimate(trainer: FinetuningTrainer, epochs: float, test_images: int) -> Est
     The trainer's arguments went through `leave_no_traces`. Raises `UserError` where the batch does not fit.
     """
     args, device = trainer.args, trainer.args.device
-    batch, accumulation = args.train_batch_size, args.gradient_accumulation_steps
-    per_image = _time_evaluation(trainer, trainer.eval_dataset)
+    batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     try:
         _time_steps(trainer, max(1, batch // 2), 3)
         half = _peak_memory(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         step = statistics.median(_time_steps(trainer, batch, WARM_UP_STEPS + TIMED_STEPS))
     except torch.OutOfMemoryError:
         raise UserError(
             f"a batch of {batch} does not fit into {_memory(device) / 2**30:.1f} GiB: try "
             f"--per_device_train_batch_size {max(1, batch // 4)} --gradient_accumulation_steps {4 * accumulation}, "
-            "which trains alike, then --gradient_checkpointing true, then a smaller --train_image_size"
+            "which trains alike, or a smaller --train_image_size"
         ) from None
     peak = _peak_memory(device)
-    growth = max(1, (peak - half) / max(1, batch - max(1, batch // 2)))
+    per_image = _time_evaluation(trainer, trainer.eval_dataset)
+    growth = (peak - half) / max(1, batch - batch // 2)  # bytes an image
+    room = 0.9 * _memory(device) - peak  # a tenth is left for fragmentation and for what else the machine does
     images, validated = len(trainer.train_dataset), len(trainer.eval_dataset)
     epoch = math.ceil(images / (batch * accumulation * args.world_size)) * step
     # Before training, after each epoch, at the end, and as many training images.
@@ -125,8 +130,7 @@ def estimate(trainer: FinetuningTrainer, epochs: float, test_images: int) -> Est
         prediction=test_images * per_image,
         peak_memory=peak,
         memory=_memory(device),
-        # A tenth is left for fragmentation and for what else the machine does.
-        largest_batch=batch + int((0.9 * _memory(device) - peak) / growth),
+        largest_batch=max(1, batch + int(room / growth)) if growth > 2**16 else None,
     )
 
 
@@ -141,8 +145,8 @@ def describe_estimate(e: Estimate, batch: int, images: int, test_images: int) ->
         f"training    {e.images_per_second:.0f} images/s: {_clock(e.epoch)} an epoch of {images} images",
         f"prediction  {e.evaluation_images_per_second:.0f} images/s: {_clock(e.prediction)} for {test_images} images",
         f"whole run   {_clock(e.run)}, with every evaluation",
-        f"memory      {e.peak_memory / 2**30:.1f} of {e.memory / 2**30:.1f} GiB at batch {batch}; "
-        f"up to about {max(1, e.largest_batch)} images a batch would fit",
+        f"memory      {e.peak_memory / 2**30:.1f} of {e.memory / 2**30:.1f} GiB at batch {batch}"
+        + (f"; up to about {e.largest_batch} images a batch would fit" if e.largest_batch else ""),
     ]
     if share > 0.9:
         lines.append(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -53,7 +54,7 @@ def _load(loader, name: str, **options):
     """from_pretrained whose failures are one line. Only safetensors are read: unpickling weights runs their code."""
     try:
         return loader.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as fault:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as fault:
         reason = " ".join(str(fault).split())
         if "trust_remote_code" in reason:
             reason = "it needs its own code to be run, which is off; choose a checkpoint that transformers knows"

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import shutil
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import datasets
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from transfer import UserError
@@ -23,7 +22,7 @@ from transfer import UserError
 IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 
 # Raise when the way in which pixels are made changes: older stores are then not used.
-STORE_FORMAT = 1
+STORE_FORMAT = 2
 
 # Images of one size stay as they are up to this many pixels a side (or the run's size, if larger): 50,000 of them
 # then take at most 2.5 GB of disk.
@@ -48,8 +47,10 @@ def decode(content: bytes) -> Image.Image:
     with warnings.catch_warnings():
         # PIL only warns of images up to twice its limit; a training image of that size is a mistake.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(io.BytesIO(content))
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))  # photographs taken upright, as seen
         image.load()
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"it has more than 8 bits a channel, mode {image.mode}; convert it to 8 bits")
     return image
 
 
@@ -101,6 +102,8 @@ class _ReadingTask(torch.utils.data.Dataset):
             values = to_rgb(self.resize(image.convert("RGB")) if self.resize else image)
             if values.shape == pixels.shape[1:]:
                 pixels[row] = values
+            elif self.resize:
+                raise RuntimeError(f"{record.file}: resized to {values.shape}, not {pixels.shape[1:]}")
         return record
 
 
@@ -126,21 +129,23 @@ def scan_images(root: Path, files: Sequence[str], show_progress: bool = False) -
 class PixelStore:
     """Decoded images: `pixels` is (N, H, W, 3) uint8, memory-mapped; `rows` gives a file's row.
 
-    `data_fingerprint` depends on the files' names and bytes alone.
+    `data_fingerprint` depends on the files' names and bytes alone; `cropped` says that the pixels are the evaluation
+    view's, and not the images' own.
     """
 
     def __init__(self, folder: Path, files: Sequence[str]):
         # Read-only and shared: every process and worker looks at the same pages.
         self.pixels = np.load(folder / "pixels.npy", mmap_mode="r")
-        self.data_fingerprint = json.loads((folder / "store.json").read_text())["data_fingerprint"]
+        description = json.loads((folder / "store.json").read_text())
+        self.data_fingerprint, self.cropped = description["data_fingerprint"], description["cropped"]
         self.rows = {file: row for row, file in enumerate(files)}
 
 
-def listing_key(root: Path, files: Sequence[str], rule: str) -> str:
+def listing_key(root: Path, files: Sequence[str]) -> str:
     """Hash of the files' names, sizes and modification times: changes whenever the data do, without reading them."""
-    digest = hashlib.blake2b(f"{STORE_FORMAT} {rule}\n".encode(), digest_size=16)
+    digest = hashlib.blake2b(f"{STORE_FORMAT}\n".encode(), digest_size=16)
     known = {}
-    for folder in sorted({os.path.dirname(file) for file in files}):  # noqa: PTH120 - 55,000 Path objects cost a second
+    for folder in sorted({os.path.dirname(file) for file in files}):  # noqa: PTH120 - 55,000 Paths cost a second
         with os.scandir(root / folder) as entries:
             for entry in entries:
                 if not entry.is_dir():
@@ -168,9 +173,19 @@ def _kept_size(root: Path, files: Sequence[str], view_size: int) -> tuple[int, i
     return (height, width) if max(width, height) <= max(LARGEST_KEPT_SIDE, view_size) else None
 
 
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:  # a memory-mapped file on a full disk kills the process
+        raise UserError(
+            f"{folder}: decoded pixels need {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; "
+            "HF_DATASETS_CACHE names another place"
+        )
+
+
 def _fill(folder: Path, root: Path, files: Sequence[str], size: tuple[int, int], resize: Callable | None) -> bool:
     """Decode all files into folder/pixels.npy; False if an image has another size and nothing resizes it."""
     path = folder / "pixels.npy"
+    _check_space(folder, len(files) * size[0] * size[1] * 3)
     np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(files), *size, 3)).flush()
     records = []
     for record in _run(_ReadingTask(root, files, path, resize), True, "decoding images"):
@@ -180,47 +195,59 @@ def _fill(folder: Path, root: Path, files: Sequence[str], size: tuple[int, int],
     _refuse_faults(root, records)
     named = sorted(f"{record.file} {record.digest}" for record in records)
     fingerprint = hashlib.sha256("\n".join(named).encode()).hexdigest()
-    (folder / "store.json").write_text(json.dumps({"data_fingerprint": fingerprint, "images": len(files)}))
+    description = {"data_fingerprint": fingerprint, "images": len(files), "cropped": resize is not None}
+    (folder / "store.json").write_text(json.dumps(description))
     return True
 
 
-def _build(folder: Path, root: Path, files: Sequence[str], resize: Callable, view_size: int) -> None:
-    """Build a store beside its place and move it there whole."""
-    unfinished = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.unfinished")
-    for stale in folder.parent.glob(f"{folder.name}.*.unfinished"):
-        shutil.rmtree(stale, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+def _build(folder: Path, fill: Callable[[Path], bool]) -> bool:
+    """Build a store beside its place and move it there whole; False if `fill` cannot."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed: the lock is ours
+    unfinished.mkdir()
     try:
-        size = _kept_size(root, files, view_size)
-        if size is None or not _fill(unfinished, root, files, size, None):
-            _fill(unfinished, root, files, (view_size, view_size), resize)
+        if not fill(unfinished):
+            return False
         unfinished.rename(folder)
+        return True
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _find_or_build(cache_dir: Path, root: Path, files: Sequence[str], resize: Callable, crop, rule: str) -> Path:
+    key = listing_key(root, files)
+    kept, cropped = cache_dir / f"{key}-whole", cache_dir / f"{key}-{hashlib.sha256(rule.encode()).hexdigest()[:8]}"
+    size = _kept_size(root, files, max(crop))
+    if cropped.is_dir():  # made where sizes are mixed, or large
+        return cropped
+    with FileLock(cache_dir / f"{key}.lock"):
+        if size and (kept.is_dir() or _build(kept, lambda folder: _fill(folder, root, files, size, None))):
+            return kept
+        if not cropped.is_dir():
+            _build(cropped, lambda folder: _fill(folder, root, files, crop, resize))
+    return cropped
 
 
 def open_pixel_store(
     root: Path,
     files: Sequence[str],
-    resize: Callable,
-    view_size: int,
+    resize: Callable[[Image.Image], Image.Image],
+    crop: tuple[int, int],
     rule: str,
     cache_dir: Path | None = None,
 ) -> PixelStore:
     """The store of these files, built first if it is not in the datasets cache or the files have changed.
 
-    Images of one size are kept as they are, unless large; others are brought to (view_size, view_size) by
-    `resize` (PIL image -> PIL image), which `rule` names. Raises `UserError` for the first image that cannot be read.
-    Two processes that ask at once build it once.
+    Images of one size are kept as they are, unless large; others become `resize` of themselves, `crop` pixels (height,
+    width), by what `rule` names. Raises `UserError` for the first image that cannot be read. Two processes that ask at
+    once build it once.
     """
     cache_dir = cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "finetune-vit" / "pixels"
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    folder = cache_dir / listing_key(root, files, f"{view_size} {rule}")
-    if not folder.is_dir():
-        with FileLock(f"{folder}.lock"):
-            if not folder.is_dir():
-                _build(folder, root, files, resize, view_size)
-    return PixelStore(folder, files)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        return PixelStore(_find_or_build(cache_dir, root, files, resize, crop, rule), files)
+    except OSError as fault:
+        raise UserError(f"{cache_dir}: cannot be used ({fault}); HF_DATASETS_CACHE names another place") from None
 
 
 class PixelDataset(torch.utils.data.Dataset):

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -43,14 +43,17 @@ def write_whole(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def replace_folder(finished: Path, place: Path) -> None:
-    """Put a finished folder in its place, over what was there."""
-    old = place.with_name(f".{place.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        place.rename(old)
-    finished.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
+def save_whole_folder(place: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a new folder and put it in its place, over what was there, only when it is whole."""
+    unfinished = place.with_name(f".{place.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        write(unfinished)
+        shutil.rmtree(place, ignore_errors=True)
+        unfinished.rename(place)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def claim_output_dir(folder: Path, resuming: bool) -> None:
@@ -60,7 +63,7 @@ def claim_output_dir(folder: Path, resuming: bool) -> None:
             f"{folder}: holds a finished run; choose another --output_dir or remove it "
             "(--resume_from_checkpoint true goes on from its last checkpoint)"
         )
-    if not resuming and any(folder.glob("checkpoint-*")):
+    if not resuming and any(folder.glob("checkpoint-*/trainer_state.json")):
         raise UserError(
             f"{folder}: holds an unfinished run; go on with --resume_from_checkpoint true, or remove the folder"
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import evaluate
 import numpy as np
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from scipy.special import log_softmax
 from scipy.stats import binomtest
 from sklearn.metrics import f1_score, top_k_accuracy_score
@@ -56,7 +56,7 @@ def measure(logits: np.ndarray, labels: np.ndarray) -> dict:
 
 def write_metrics(folder: Path, metrics: Mapping) -> None:
     """metrics.json, whole or not at all."""
-    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
 
 
 # What a reader needs to judge a training recipe, in this order.
@@ -79,13 +79,15 @@ RECIPE_SETTINGS = [
     "validation_fraction",
 ]
 
+UNPUSHED = "path/to/model"  # how a card names a model that is not on the Hub
+
 CARD = """---
 {metadata}
 ---
 
 # {title}
 
-An image classifier of {classes} classes: [{base}](https://huggingface.co/{base_link}) fine-tuned on {data}.
+An image classifier of {classes} classes: {base} fine-tuned on {data}.
 
 ```python
 from transformers import pipeline
@@ -100,7 +102,7 @@ print(classify("some_image.jpg"))
 |---|---|---|---|---|---|---|
 {rows}
 
-{selection}
+The epoch was chosen on the validation images too, so their accuracy is slightly optimistic.
 
 ## Training
 
@@ -108,9 +110,10 @@ print(classify("some_image.jpg"))
 
 ## Limits
 
-Tiny ImageNet's images derive from ImageNet, whose terms allow non-commercial research and education. A backbone that
-was pretrained on ImageNet has seen many of these images at full size, so these scores say little about transfer to
-images that it has never seen. Labels are in the order of the competition's `wnids.txt`; `config.wnids` lists them.
+Where the images derive from ImageNet, as Tiny ImageNet's do, its terms hold: non-commercial research and education. A
+backbone that was pretrained on ImageNet has then seen many of them at full size, so the scores say little about
+transfer to images that it has never seen. Labels are in the order of the data set's `wnids.txt`, which `config.wnids`
+repeats.
 """
 
 
@@ -132,18 +135,22 @@ def _training_table(metrics: Mapping, record: Mapping) -> str:
     return "\n".join(lines)
 
 
+def _name_base(record: Mapping) -> str:
+    name = record["arguments"]["model_name_or_path"]
+    if name == "offline":
+        return "EfficientNet-Lite0 (ImageNet-1k)"
+    return Path(name).name if record["local_model"] else f"[{name}](https://huggingface.co/{name})"
+
+
 def write_card(folder: Path, metrics: Mapping, record: Mapping, class_names: Sequence[str]) -> None:
-    """README.md of a model folder, from the run's own numbers."""
+    """README.md of a trained model's folder, from the run's own numbers."""
     arguments, validation = record["arguments"], metrics["validation"]
     data = Path(arguments["data_dir"]).stem
-    base = Path(arguments["model_name_or_path"]).name if record["local_model"] else arguments["model_name_or_path"]
-    if arguments["model_name_or_path"] == "offline":
-        base = "EfficientNet-Lite0"
     title = Path(arguments["hub_model_id"] or arguments["output_dir"]).name
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification",
-        base_model=None if record["local_model"] else base,
+        base_model=None if record["local_model"] else arguments["model_name_or_path"],
         tags=["image-classification", "vision", "generated_from_trainer"],
         metrics=["accuracy"],
         model_name=title,
@@ -158,21 +165,23 @@ def write_card(folder: Path, metrics: Mapping, record: Mapping, class_names: Seq
             )
         ],
     )
-    rows = [_row("validation, held out", validation)]
-    if "train" in metrics:
-        rows.append(_row("training images, not augmented", metrics["train"]))
+    rows = [_row("validation, held out", validation), _row("training images, not augmented", metrics["train"])]
     text = CARD.format(
         metadata=card_data.to_yaml(),
         title=title,
         classes=len(class_names),
-        base=base,
-        base_link=base,
+        base=_name_base(record),
         data=data,
-        model_id=arguments["hub_model_id"] or "path/to/model",
+        model_id=arguments["hub_model_id"] or UNPUSHED,
         rows="\n".join(rows),
-        selection="The epoch was chosen on the validation images too, so their accuracy is slightly optimistic.",
         training=_training_table(metrics, record),
     )
-    if record["local_model"]:
-        text = text.replace(f"[{base}](https://huggingface.co/{base})", base)
-    ModelCard(text).save(folder / "README.md")
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def keep_card(source: Path, folder: Path, repo_id: str | None) -> None:
+    """Take over the card of a model that was trained earlier, naming the place where it is pushed to now."""
+    if (source / "README.md").is_file():
+        text = (source / "README.md").read_text(encoding="utf-8")
+        text = text.replace(f'model="{UNPUSHED}"', f'model="{repo_id or UNPUSHED}"')
+        (folder / "README.md").write_text(text, encoding="utf-8")

@@ -7,6 +7,8 @@ import argparse
 import csv
 import hashlib
 import io
+import operator
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,22 +25,42 @@ HEADER = ["image_id", "label"]
 # classes has about 0.08; one that never predicts a quarter of the classes has at least 0.25.
 IMBALANCE_LIMIT = 0.2
 
+# As the writer writes it: '03', '+3' and '3.0' are other texts. int() raises over 4,300 digits.
+INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+
 
 def _first(values: Sequence[str], count: int = 3) -> str:
     return ", ".join(repr(v) for v in values[:count]) + (", ..." if len(values) > count else "")
 
 
-def read_template(path: Path) -> pd.DataFrame:
-    """The template as text: an id column and a label column, in its own order. Raises `UserError`."""
+def _read_text(path: Path) -> str:
     try:
-        # Ids are text: '007', '1e5' and 'NaN' are themselves.
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
+        return path.read_text(encoding="utf-8-sig")
     except OSError as fault:
         raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
-    except (ValueError, pd.errors.ParserError) as fault:
-        raise UserError(f"{path}: is not a csv file ({' '.join(str(fault).split())})") from None
-    if len(table.columns) != 2:
-        raise UserError(f"{path}: has {len(table.columns)} columns; a template has two, {','.join(HEADER)}")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not a text file") from None
+
+
+def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
+    """(line number in an editor, cells) of every row that is not blank. Raises `UserError`."""
+    reader = csv.reader(io.StringIO(_read_text(path)))
+    try:
+        return [(reader.line_num, row) for row in reader if row]
+    except csv.Error as fault:
+        raise UserError(f"{path}: is not a csv file (line {reader.line_num}: {fault})") from None
+
+
+def read_template(path: Path) -> pd.DataFrame:
+    """The template as text: an id column and a label column, in its own order. Raises `UserError`."""
+    # Not pandas' reader: it drops a third cell of a row with a warning, and renames equal columns.
+    rows = _read_rows(path)
+    if not rows:
+        raise UserError(f"{path}: is empty; a template has a header, {','.join(HEADER)}, and a row for each id")
+    for line, cells in rows:
+        if len(cells) != 2:
+            raise UserError(f"{path}: line {line} has {len(cells)} columns; a template has two, {','.join(HEADER)}")
+    table = pd.DataFrame([cells for _, cells in rows[1:]], columns=rows[0][1], dtype=str)
     ids = table.iloc[:, 0]
     if table.empty or (ids.str.strip() == "").any():
         raise UserError(f"{path}: has {'no rows' if table.empty else 'a row without an id'}")
@@ -74,7 +96,7 @@ def render_submission(template: pd.DataFrame, label_of_id: Mapping[str, int]) ->
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(template.columns)
-    writer.writerows((i, int(label_of_id[i])) for i in ids)
+    writer.writerows((i, operator.index(label_of_id[i])) for i in ids)
     return text.getvalue().encode()
 
 
@@ -83,30 +105,11 @@ def digest_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """(line number in an editor, cells) of every row that is not blank. Raises `UserError`."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as fault:
-        raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not a text file") from None
-    reader = csv.reader(io.StringIO(text))
-    try:
-        return [(reader.line_num, row) for row in reader if row]
-    except csv.Error as fault:
-        raise UserError(f"{path}: is not a csv file (line {reader.line_num}: {fault})") from None
-
-
 def _label_fault(line: int, text: str, num_classes: int) -> str | None:
-    try:
-        value = int(text) if text.isascii() and text.strip() == text and "_" not in text else None
-    except ValueError:
-        value = None
-    if value is None:
+    if not INTEGER.fullmatch(text):
         return f"line {line}: label {text!r} is not an integer"
-    if not 0 <= value < num_classes:
-        return f"line {line}: label {value} is out of range 0 to {num_classes - 1}"
+    if not 0 <= int(text) < num_classes:
+        return f"line {line}: label {text} is out of range 0 to {num_classes - 1}"
     return None
 
 
@@ -142,6 +145,8 @@ def find_faults(path: Path, template: pd.DataFrame, num_classes: int) -> list[st
 
 def balance_warning(labels: Sequence[int], num_classes: int) -> str | None:
     """A warning if predictions are far from the equal classes that the competition's test images have, or None."""
+    if not len(labels):
+        return None
     counts = np.bincount(labels, minlength=num_classes)
     excess = np.clip(counts / counts.sum() - 1 / num_classes, 0, None).sum()
     # Even a perfect classifier of few images cannot hit every class equally often.
@@ -156,7 +161,7 @@ def balance_warning(labels: Sequence[int], num_classes: int) -> str | None:
 
 def _count_classes(template_path: Path) -> int:
     wnids = template_path.parent / "wnids.txt"
-    return len(wnids.read_text(encoding="utf-8-sig").split()) if wnids.is_file() else 100
+    return len(_read_text(wnids).split()) if wnids.is_file() else 100
 
 
 @exits_cleanly
@@ -175,7 +180,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     template = read_template(args.template)
-    num_classes = args.num_classes or _count_classes(args.template)
+    num_classes = _count_classes(args.template) if args.num_classes is None else args.num_classes
+    if num_classes < 1:
+        raise UserError(f"--num_classes: {num_classes} leaves no label; give the number of classes, such as 100")
     faults = find_faults(args.csv, template, num_classes)
     if faults:
         print(*(f"error: {args.csv}: {fault}" for fault in faults), sep="\n", file=sys.stderr)
