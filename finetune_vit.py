@@ -45,6 +45,7 @@ from transfer.training import (
     FinetuningTrainer,
     check_same_weights,
     find_checkpoint,
+    keep_freed_memory,
     logits_to_accuracy,
     settle_precision,
     start_training,
@@ -189,6 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run one recipe from data to submission."""
     precision = settle_precision()
     use_all_cores()
+    keep_freed_memory()
     run, args, _ = parse_command_line(sys.argv[1:] if argv is None else argv)
     out = Path(args.output_dir)
     checkpoint = find_checkpoint(out, args.resume_from_checkpoint)

@@ -51,7 +51,7 @@ from transfer.modeling import Classifier, mend_batch_norms, replace_heads
 from transfer.offline import offline_backbone
 from transfer.pixels import PixelDataset, open_pixel_store
 from transfer.record import describe_device, describe_versions
-from transfer.training import FinetuningTrainer, settle_precision, use_all_cores
+from transfer.training import FinetuningTrainer, keep_freed_memory, settle_precision, use_all_cores
 
 CLASSES = 100
 
@@ -315,6 +315,7 @@ def main() -> None:
     options = parser.parse_args()
     print(settle_precision())
     use_all_cores()
+    keep_freed_memory()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     folder = open_data(options.data_dir)

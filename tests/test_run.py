@@ -394,3 +394,18 @@ def test_an_estimate_of_a_batch_that_does_not_fit_says_what_to_do(
     message = capsys.readouterr().err
     assert "a batch of 8 does not fit" in message
     assert "--per_device_train_batch_size 2 --gradient_accumulation_steps 4" in message
+
+
+def test_every_core_is_used_where_the_launcher_allows_one(monkeypatch):
+    from transfer.training import use_all_cores
+
+    before, asked = torch.get_num_threads(), []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    use_all_cores()
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    use_all_cores()
+    assert asked == [3] and torch.get_num_threads() == before

@@ -1,9 +1,11 @@
 """The Trainer subclass: uint8 batches, views made on the device, weights that are loaded for certain."""
 
 import contextlib
+import ctypes
 import json
 import math
 import os
+import platform
 from pathlib import Path
 
 import torch
@@ -66,6 +68,19 @@ def use_all_cores() -> None:
     if os.environ.get("OMP_NUM_THREADS") == "1" and PRECISION_VARIABLE in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors for the next ones instead of returning it to the system.
+
+    By default every large tensor is mapped anew and its pages are zeroed at first touch, on a CPU a third of the time
+    of a forward pass. Elsewhere than on Linux with glibc nothing is changed.
+    """
+    if torch.accelerator.is_available() or platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end is kept
 
 
 def _is_whole(checkpoint: Path) -> bool:
