@@ -100,20 +100,21 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def autocast(args: TrainingArguments):
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    return torch.autocast(args.device.type, dtype, enabled=dtype is not torch.float32)
+def autocast(trainer: Trainer):
+    """The mixed precision in which a Trainer trains: accelerate's, of which its arguments know nothing."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
+    return torch.autocast(trainer.args.device.type, dtype, enabled=dtype is not None)
 
 
 class Ceiling:
     """A bare PyTorch loop: what the hardware gives this model at this batch."""
 
-    def __init__(self, model, size: int, batch: int, args: TrainingArguments):
-        self.args = args
-        self.model = model.to(args.device, memory_format=torch.channels_last)
-        pixels = torch.randn(batch, 3, size, size, device=args.device)
+    def __init__(self, model, size: int, batch: int, trainer: Trainer):
+        self.trainer, device = trainer, trainer.args.device
+        self.model = model.to(device, memory_format=torch.channels_last)
+        pixels = torch.randn(batch, 3, size, size, device=device)
         self.pixels = pixels.contiguous(memory_format=torch.channels_last)
-        self.labels = torch.randint(CLASSES, (batch,), device=args.device)
+        self.labels = torch.randint(CLASSES, (batch,), device=device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
 
     def train(self, steps: int) -> float:
@@ -122,7 +123,7 @@ class Ceiling:
         times = []
         for _ in range(steps):
             start = time.perf_counter()
-            with autocast(self.args):
+            with autocast(self.trainer):
                 logits = self.model(pixel_values=self.pixels).logits
             F.cross_entropy(logits.float(), self.labels).backward()
             self.optimizer.step()
@@ -132,10 +133,10 @@ class Ceiling:
         return statistics.median(times)
 
     def predict(self, images: int) -> float:
-        """Seconds for that many images."""
+        """Seconds for that many images, in fp32 as the project's predictions are."""
         self.model.eval()
         start = time.perf_counter()
-        with torch.inference_mode(), autocast(self.args):
+        with torch.inference_mode():
             for done in range(0, images, len(self.pixels)):
                 self.model(pixel_values=self.pixels[: images - done]).logits.argmax(-1)
         synchronize()
@@ -214,13 +215,13 @@ def measure_case(name: str, repeats: int, dataset, folder) -> dict:
     geometry = read_geometry(processor)
     size = geometry.crop[0]
     files = folder.train_files + folder.test_files
-    store = open_pixel_store(folder.root, files, geometry.apply, size, geometry.rule)
+    store = open_pixel_store(folder.root, files, geometry.apply, geometry.crop, geometry.rule)
     rounds = []
     with tempfile.TemporaryDirectory() as scratch:
         arguments = quiet(scratch, batch, steps)
         ours = project_trainer(copy.deepcopy(model), processor, store, dataset, arguments)
         stock = stock_trainer(copy.deepcopy(model), processor, size, dataset, arguments)
-        ceiling = Ceiling(model, size, batch, ours.args)
+        ceiling = Ceiling(model, size, batch, ours)
         ceiling.train(2)
         for repeat in range(repeats):
             seconds = {
@@ -271,7 +272,7 @@ def measure_data(data_dir: str) -> dict:
             dataset = load_dataset(folder)
             opened = time.perf_counter()
             files = folder.train_files + folder.test_files
-            store = open_pixel_store(folder.root, files, geometry.apply, 64, geometry.rule)
+            store = open_pixel_store(folder.root, files, geometry.apply, geometry.crop, geometry.rule)
             PixelDataset(store, dataset["train"]).__getitems__(range(64))
             end = time.perf_counter()
             times[state] = {"seconds": end - start, "of_it_on_the_cache": end - opened, "images": len(files)}

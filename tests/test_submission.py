@@ -174,7 +174,7 @@ def test_each_fault_of_a_row_is_found(write, body, faults):
 
 
 @pytest.mark.parametrize(
-    "label", ["3.0", "03", "+3", "-0", "", "x", "1e0", " 1", "1 ", "1_0", "nan", "True", "١", "9" * 5000]
+    "label", ["3.0", "03", "+3", "+0", "-0", "", "x", "1e0", " 1", "1 ", "1_0", "nan", "True", "١", "9" * 5000]
 )
 def test_a_label_that_is_no_integer_is_a_fault_of_its_line(write, label):
     faults = find_faults(write(f"image_id,label\na,1\nb,{label}\n"), template_of("ab"), 100)
@@ -261,6 +261,10 @@ def test_classes_that_are_never_predicted_are_warned_of():
     labels = np.repeat(np.arange(100), 50)
     assert "40 of 100 labels never" in balance_warning(np.where(labels < 40, 99, labels), 100)
     assert balance_warning(labels, 100) is None
+
+
+def test_few_images_that_cannot_hit_every_class_are_not_warned_of():
+    assert balance_warning(range(10), 100) is None
 
 
 def test_no_predictions_are_not_warned_of():
