@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from huggingface_hub import constants
-from transformers import EfficientNetConfig, EfficientNetForImageClassification, EfficientNetImageProcessor
+from transformers import EfficientNetConfig, EfficientNetForImageClassification
 
 from transfer import UserError
 from transfer.sample_data import generate_sample_data
@@ -126,6 +126,9 @@ def _renamed(published: Tensors, wanted: Tensors) -> Tensors:
 
 
 def _write_backbone(folder: Path) -> None:
+    # Imported where it is used: without torchvision its import prints a warning that means nothing here.
+    from transformers import EfficientNetImageProcessor
+
     model = EfficientNetForImageClassification(_config())
     model.load_state_dict(_renamed(_published_weights(), model.state_dict()))
     model.save_pretrained(folder)
