@@ -114,7 +114,7 @@ def test_an_interrupted_build_leaves_no_half_folder(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(offline, "EfficientNetImageProcessor", interrupt)
+        patch.setattr("transformers.EfficientNetImageProcessor", interrupt)
         offline.offline_backbone(tmp_path)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
     assert (offline.offline_backbone(tmp_path) / "preprocessor_config.json").is_file()

@@ -342,11 +342,19 @@ def launch(tmp_path, data_dir, model, *flags, launcher=()):
     )
 
 
-def test_accelerate_launch_sets_the_precision_and_runs(pristine_data, checkpoints, tmp_path):
-    done = launch(tmp_path, pristine_data, checkpoints("convnext"), "--output_dir", str(tmp_path / "out"))
+def test_accelerate_launch_sets_the_precision_and_the_figures_are_those_of_fp32(
+    pristine_data, checkpoints, tmp_path, finetune
+):
+    done = launch(tmp_path, pristine_data, checkpoints("convnext"), "--output_dir", str(tmp_path / "launched"))
     assert done.returncode == 0, done.stderr
     assert "accelerate config" in done.stdout.splitlines()[0]
-    assert (tmp_path / "out" / "submission.csv").is_file()
+    again = finetune(pristine_data, tmp_path / "launched" / "model", do_train="false")
+    assert (again / "submission.csv").read_bytes() == (tmp_path / "launched" / "submission.csv").read_bytes()
+    losses = [
+        json.loads((place / "metrics.json").read_text())["validation"]["loss"]
+        for place in (tmp_path / "launched", again)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_mistake_under_quiet_accelerate_launch_shows_no_traceback(pristine_data, checkpoints, tmp_path):
