@@ -174,7 +174,11 @@ def write_results(
     if "train" in metrics:
         write_card(out / "model", metrics, record, folder.class_names)
     else:
-        keep_card(Path(record["arguments"]["model_name_or_path"]), out / "model", record["arguments"]["hub_model_id"])
+        keep_card(
+            Path(record["arguments"]["model_name_or_path"]).expanduser(),
+            out / "model",
+            record["arguments"]["hub_model_id"],
+        )
     write_metrics(out, metrics)
     if labels is None:
         write_record(out, record)
@@ -241,11 +245,8 @@ def main(argv: list[str] | None = None) -> None:
         f"n={validation['n']}); results in {out}",
     )
     if push and args.process_index == 0:
-        model = out / "model" if args.do_train else Path(run.model_name_or_path)
-        say(
-            args,
-            f"model link  {push_model(model, args.hub_model_id, args.hub_private_repo, args.hub_revision)}",
-        )
+        link = push_model(out / "model", args.hub_model_id, args.hub_private_repo, args.hub_revision)
+        say(args, f"model link  {link}")
 
 
 if __name__ == "__main__":

@@ -114,6 +114,7 @@ def test_a_model_that_is_pushed_later_keeps_its_card_and_names_its_place(
     card, first = ((place / "model" / "README.md").read_text() for place in (again, out))
     assert 'model="me/tiny"' in card and card.replace("me/tiny", "path/to/model") == first
     assert json.loads((again / "run.json").read_text())["arguments"]["push_to_hub"] is True
+    assert FakeApi.calls[-1][1]["folder_path"] == again / "model"
 
 
 def test_wnids_are_kept_in_the_saved_config(pristine_data, checkpoints, finetune):
