@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import datasets
+import numpy as np
 import transformers
 from accelerate.utils import set_seed
 
@@ -31,6 +32,7 @@ from transfer.estimate import describe_estimate, estimate, leave_no_traces
 from transfer.hub import push_model
 from transfer.modeling import Classifier, build_classifier, load_trained
 from transfer.pixels import PixelDataset, PixelStore, open_pixel_store
+from transfer.predictions import Predictions
 from transfer.record import (
     claim_output_dir,
     describe_arguments,
@@ -135,22 +137,29 @@ def sample_of_train(dataset: datasets.DatasetDict, store: PixelStore) -> PixelDa
 def train_and_measure(
     trainer: FinetuningTrainer, dataset: datasets.DatasetDict, store: PixelStore, checkpoint: str | None
 ) -> dict:
-    """Train, keep the best epoch and measure it on validation and on unaugmented training images."""
+    """Train, keep the best epoch and measure it on unaugmented training images."""
     zero_epoch = evaluate_split(trainer, trainer.eval_dataset)["accuracy"]
     say(trainer.args, f"zero epoch  validation accuracy {zero_epoch:.4f} before any training")
     speed = start_training(trainer, checkpoint)
-    validation = evaluate_split(trainer, trainer.eval_dataset)
     train = evaluate_split(trainer, sample_of_train(dataset, store))
-    return {"validation": validation, "zero_epoch": {"accuracy": zero_epoch}, "train": train | speed}
+    return {"zero_epoch": {"accuracy": zero_epoch}, "train": train | speed}
 
 
-def predict_test(trainer: FinetuningTrainer, store: PixelStore, test: datasets.Dataset) -> tuple[dict[str, int], dict]:
-    """Label of every test id, and how fast."""
-    start = time.perf_counter()
-    logits = trainer.predict(PixelDataset(store, test)).predictions
-    seconds = time.perf_counter() - start
-    labels = dict(zip(test["image_id"], logits.argmax(-1).tolist(), strict=True))
-    return labels, {"samples_per_second": len(test) / seconds, "seconds": seconds}
+def predict_and_measure(
+    trainer: FinetuningTrainer, dataset: datasets.DatasetDict, store: PixelStore
+) -> tuple[Predictions, dict]:
+    """Logits of the validation and test images; the accuracy on the first and how fast the second were predicted."""
+    held_out = trainer.predict(trainer.eval_dataset)
+    metrics = {"validation": measure(held_out.predictions, held_out.label_ids)}
+    ids, logits = [], np.empty((0, held_out.predictions.shape[-1]))
+    if "test" in dataset:
+        start = time.perf_counter()
+        logits = trainer.predict(PixelDataset(store, dataset["test"])).predictions
+        seconds = time.perf_counter() - start
+        ids = dataset["test"]["image_id"][:]
+        metrics["prediction"] = {"samples_per_second": len(ids) / seconds, "seconds": seconds}
+    files = dataset["validation"]["file"][:]
+    return Predictions(files, held_out.label_ids, held_out.predictions, ids, logits), metrics
 
 
 def save_model(trainer: FinetuningTrainer, place: Path) -> None:
@@ -166,7 +175,7 @@ def save_model(trainer: FinetuningTrainer, place: Path) -> None:
 
 
 def write_results(
-    trainer: FinetuningTrainer, folder: ImageFolder, metrics: dict, labels: dict[str, int] | None, record: dict
+    trainer: FinetuningTrainer, folder: ImageFolder, metrics: dict, predictions: Predictions, record: dict
 ) -> None:
     """Everything a run leaves, the submission last."""
     out = Path(trainer.args.output_dir)
@@ -179,10 +188,12 @@ def write_results(
             out / "model",
             record["arguments"]["hub_model_id"],
         )
+    predictions.save(out)
     write_metrics(out, metrics)
-    if labels is None:
+    if not len(predictions.test_ids):
         write_record(out, record)
         return
+    labels = dict(zip(predictions.test_ids.tolist(), predictions.test_logits.argmax(-1).tolist(), strict=True))
     template = read_template(folder.template_path) if folder.template_path else make_template(sorted(labels))
     submission = render_submission(template, labels)
     write_record(out, record | {"submission_sha256": digest_of(submission)})
@@ -226,17 +237,13 @@ def main(argv: list[str] | None = None) -> None:
         found = estimate(trainer, args.num_train_epochs, tested)
         say(args, *describe_estimate(found, batch, images, tested))
         return
-    if args.do_train:
-        metrics = train_and_measure(trainer, dataset, store, checkpoint)
-    else:
-        metrics = {"validation": evaluate_split(trainer, trainer.eval_dataset)}
-    labels = None
-    if "test" in dataset:
-        labels, metrics["prediction"] = predict_test(trainer, store, dataset["test"])
+    training = train_and_measure(trainer, dataset, store, checkpoint) if args.do_train else {}
+    predictions, metrics = predict_and_measure(trainer, dataset, store)
+    metrics |= training
 
     if args.process_index == 0:
         record = make_record(arguments, precision, store.data_fingerprint, split_fingerprint(dataset))
-        write_results(trainer, folder, metrics, labels, record)
+        write_results(trainer, folder, metrics, predictions, record)
     validation = metrics["validation"]
     low, high = validation["accuracy_ci95"]
     say(

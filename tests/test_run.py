@@ -75,7 +75,14 @@ def test_a_worse_last_epoch_is_not_what_is_kept(pristine_data, checkpoints, fine
 def test_the_run_leaves_what_the_readme_names_and_nothing_half_written(pristine_data, checkpoints, finetune):
     out = finetune(pristine_data, checkpoints("convnext"))
     left = {path.name for path in out.iterdir() if not path.name.startswith("checkpoint-")}
-    assert left == {"submission.csv", "metrics.json", "run.json", "model", "trainer_state.json"}
+    assert left == {
+        "submission.csv",
+        "metrics.json",
+        "run.json",
+        "predictions.npz",
+        "model",
+        "trainer_state.json",
+    }
     model = {path.name for path in (out / "model").iterdir()}
     assert model == {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
     metrics = json.loads((out / "metrics.json").read_text())
