@@ -10,6 +10,8 @@ metrics.json, run.json and model/ in outputs/<recipe name>; `--help` lists what 
 import logging
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -28,31 +30,56 @@ from data_loading import (
 from transfer import UserError, exits_cleanly
 from transfer.arguments import FinetuningArguments, RunArguments, parse_command_line
 from transfer.augmentation import EvaluationView, TrainingView, ViewGeometry, check_view, read_geometry
+from transfer.averaging import Weights, greedy_soup
 from transfer.estimate import describe_estimate, estimate, leave_no_traces
+from transfer.experiment import (
+    average_probabilities,
+    average_views,
+    choose_submission,
+    choose_views,
+    plain_accuracy,
+    seed_arguments,
+    summarise,
+)
 from transfer.hub import push_model
+from transfer.mixing import Mixing
 from transfer.modeling import Classifier, build_classifier, load_trained
 from transfer.pixels import PixelDataset, PixelStore, open_pixel_store
 from transfer.predictions import Predictions
+from transfer.probe import fit_probe
 from transfer.record import (
     claim_output_dir,
     describe_arguments,
+    is_finished,
     make_record,
     save_whole_folder,
     write_record,
     write_whole,
 )
-from transfer.reporting import keep_card, measure, write_card, write_metrics
+from transfer.reporting import keep_card, measure, read_metrics, write_card, write_metrics
 from transfer.submission import digest_of, make_template, read_template, render_submission
 from transfer.training import (
     FinetuningTrainer,
     check_same_weights,
     find_checkpoint,
     keep_freed_memory,
+    last_checkpoint,
     logits_to_accuracy,
     settle_precision,
     start_training,
     use_all_cores,
 )
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all trainings of a run share."""
+
+    run: RunArguments
+    arguments: dict  # as they were given, for run.json
+    precision: str
+    folder: ImageFolder
+    dataset: datasets.DatasetDict
 
 
 def say(args: FinetuningArguments, *lines: str) -> None:
@@ -70,8 +97,9 @@ def set_up_logging(args: FinetuningArguments) -> None:
     transformers.utils.logging.disable_progress_bar()  # the one for loading weights; the Trainer keeps its own
 
 
-def prepare_model(run: RunArguments, args: FinetuningArguments, folder: ImageFolder) -> Classifier:
+def prepare_model(task: Task, args: FinetuningArguments) -> Classifier:
     """The checkpoint with a head for our classes, or an already fine-tuned model where nothing is trained."""
+    run, folder = task.run, task.folder
     if not args.do_train:
         return load_trained(run.model_name_or_path, folder.wnids, run.model_revision)
     set_seed(args.seed)  # before the head is drawn
@@ -90,6 +118,8 @@ def prepare_model(run: RunArguments, args: FinetuningArguments, folder: ImageFol
         f"model       {type(classifier.model).__name__}, {parameters / 1e6:.1f} M parameters; "
         f"the head starts from the checkpoint's for {classifier.warm_classes} of {len(folder.wnids)} classes",
     )
+    if args.gradient_checkpointing and not classifier.model.supports_gradient_checkpointing:
+        raise UserError(f"--gradient_checkpointing: {type(classifier.model).__name__} does not support it")
     return classifier
 
 
@@ -101,24 +131,36 @@ def prepare_pixels(args: FinetuningArguments, folder: ImageFolder, geometry: Vie
 
 
 def make_trainer(
-    run: RunArguments,
-    args: FinetuningArguments,
-    classifier: Classifier,
-    store: PixelStore,
-    dataset: datasets.DatasetDict,
-) -> FinetuningTrainer:
+    task: Task, args: FinetuningArguments, classifier: Classifier
+) -> tuple[FinetuningTrainer, PixelStore]:
+    """The Trainer of one model and the pixels that it looks at."""
+    run, dataset = task.run, task.dataset
     geometry = read_geometry(classifier.processor)
+    check_view(classifier.processor, EvaluationView(geometry))
+    store = prepare_pixels(args, task.folder, geometry)
     view = EvaluationView(geometry, store.cropped)
-    return FinetuningTrainer(
+    training_view = TrainingView(
+        view,
+        run.train_image_size or [geometry.crop[0]],
+        run.min_crop_area,
+        run.trivial_augment,
+        run.erasing_probability,
+        run.strong_until,
+    )
+    mixed = run.mixup_alpha > 0 or run.cutmix_alpha > 0
+    trainer = FinetuningTrainer(
         classifier,
         args,
         evaluation_view=view,
-        training_view=TrainingView(view, run.train_image_size or geometry.crop[0], run.min_crop_area),
+        training_view=training_view,
         layer_decay=run.layer_decay,
+        mixing=Mixing(classifier.model.num_labels, run.mixup_alpha, run.cutmix_alpha) if mixed else None,
+        ema_decay=run.ema_decay,
         train_dataset=PixelDataset(store, dataset["train"]),
         eval_dataset=PixelDataset(store, dataset["validation"]),
         compute_metrics=logits_to_accuracy,
     )
+    return trainer, store
 
 
 def evaluate_split(trainer: FinetuningTrainer, split: PixelDataset) -> dict:
@@ -134,32 +176,50 @@ def sample_of_train(dataset: datasets.DatasetDict, store: PixelStore) -> PixelDa
     return PixelDataset(store, train.select(positions))
 
 
-def train_and_measure(
-    trainer: FinetuningTrainer, dataset: datasets.DatasetDict, store: PixelStore, checkpoint: str | None
-) -> dict:
+def train_and_measure(task: Task, trainer: FinetuningTrainer, store: PixelStore, checkpoint: str | None) -> dict:
     """Train, keep the best epoch and measure it on unaugmented training images."""
-    zero_epoch = evaluate_split(trainer, trainer.eval_dataset)["accuracy"]
-    say(trainer.args, f"zero epoch  validation accuracy {zero_epoch:.4f} before any training")
-    speed = start_training(trainer, checkpoint)
-    train = evaluate_split(trainer, sample_of_train(dataset, store))
-    return {"zero_epoch": {"accuracy": zero_epoch}, "train": train | speed}
+    args, dataset = trainer.args, task.dataset
+    metrics = {"zero_epoch": {"accuracy": evaluate_split(trainer, trainer.eval_dataset)["accuracy"]}}
+    say(args, f"zero epoch  validation accuracy {metrics['zero_epoch']['accuracy']:.4f} before any training")
+    start = time.perf_counter()
+    if task.run.probe or task.run.probe_only:
+        penalty = fit_probe(trainer, store, dataset["train"], trainer.evaluation_view.geometry.rule)
+        metrics["probe"] = {
+            "accuracy": evaluate_split(trainer, trainer.eval_dataset)["accuracy"],
+            "penalty": penalty,
+            "seconds": time.perf_counter() - start,
+        }
+        say(args, f"probe       validation accuracy {metrics['probe']['accuracy']:.4f} of a head on frozen features")
+    if task.run.probe_only:
+        seconds = metrics["probe"]["seconds"]
+        speed = {"seconds": seconds, "samples_per_second": len(trainer.train_dataset) / seconds}
+    else:
+        speed = start_training(trainer, checkpoint)
+    return metrics | {"train": evaluate_split(trainer, sample_of_train(dataset, store)) | speed}
 
 
-def predict_and_measure(
-    trainer: FinetuningTrainer, dataset: datasets.DatasetDict, store: PixelStore
-) -> tuple[Predictions, dict]:
-    """Logits of the validation and test images; the accuracy on the first and how fast the second were predicted."""
-    held_out = trainer.predict(trainer.eval_dataset)
-    metrics = {"validation": measure(held_out.predictions, held_out.label_ids)}
-    ids, logits = [], np.empty((0, held_out.predictions.shape[-1]))
+def predict_and_measure(task: Task, trainer: FinetuningTrainer, store: PixelStore) -> tuple[Predictions, dict]:
+    """Logits of the validation and test images; the accuracy on the first and how fast the second were predicted.
+
+    Test-time views are averaged in where they raise the accuracy on the validation images.
+    """
+    dataset, labels = task.dataset, trainer.eval_dataset.labels
+    tried = {name: trainer.predict_view(trainer.eval_dataset, name) for name in ["plain", *task.run.test_time_views]}
+    kept = choose_views(tried, labels)
+    held_out = average_views([tried[name] for name in kept])
+    metrics = {"validation": measure(held_out, labels)}
+    if task.run.test_time_views:
+        accuracies = {name: measure(logits, labels)["accuracy"] for name, logits in tried.items()}
+        metrics["test_time_views"] = {"kept": kept, "accuracy": accuracies}
+    ids, tested = [], np.empty((0, held_out.shape[-1]))
     if "test" in dataset:
         start = time.perf_counter()
-        logits = trainer.predict(PixelDataset(store, dataset["test"])).predictions
+        unlabelled = PixelDataset(store, dataset["test"])
+        tested = average_views([trainer.predict_view(unlabelled, name) for name in kept])
         seconds = time.perf_counter() - start
         ids = dataset["test"]["image_id"][:]
         metrics["prediction"] = {"samples_per_second": len(ids) / seconds, "seconds": seconds}
-    files = dataset["validation"]["file"][:]
-    return Predictions(files, held_out.label_ids, held_out.predictions, ids, logits), metrics
+    return Predictions(dataset["validation"]["file"][:], labels, held_out, ids, tested), metrics
 
 
 def save_model(trainer: FinetuningTrainer, place: Path) -> None:
@@ -168,36 +228,133 @@ def save_model(trainer: FinetuningTrainer, place: Path) -> None:
     def write(folder: Path) -> None:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
-        if trainer.state.best_model_checkpoint:
-            check_same_weights(folder, Path(trainer.state.best_model_checkpoint))
+        if trainer.chosen_weights:
+            check_same_weights(folder, trainer.chosen_weights)
 
     save_whole_folder(place, write)
 
 
+def make_submission(folder: ImageFolder, ids: Sequence[str], scores: np.ndarray) -> bytes:
+    """The csv of the test images' scores (M, classes)."""
+    labels = dict(zip(ids, scores.argmax(-1).tolist(), strict=True))
+    template = read_template(folder.template_path) if folder.template_path else make_template(sorted(labels))
+    return render_submission(template, labels)
+
+
 def write_results(
-    trainer: FinetuningTrainer, folder: ImageFolder, metrics: dict, predictions: Predictions, record: dict
+    task: Task, trainer: FinetuningTrainer, store: PixelStore, metrics: dict, predictions: Predictions, scores=None
 ) -> None:
-    """Everything a run leaves, the submission last."""
-    out = Path(trainer.args.output_dir)
+    """Everything a run leaves, the submission last.
+
+    The submission comes from `scores` (M, classes) of the test images, or from the model's own.
+    """
+    out, arguments = Path(trainer.args.output_dir), task.arguments | {"seed": trainer.args.seed}
+    record = make_record(arguments, task.precision, store.data_fingerprint, split_fingerprint(task.dataset))
     save_model(trainer, out / "model")
     if "train" in metrics:
-        write_card(out / "model", metrics, record, folder.class_names)
+        write_card(out / "model", metrics, record, task.folder.class_names)
     else:
-        keep_card(
-            Path(record["arguments"]["model_name_or_path"]).expanduser(),
-            out / "model",
-            record["arguments"]["hub_model_id"],
-        )
+        keep_card(Path(task.run.model_name_or_path).expanduser(), out / "model", arguments["hub_model_id"])
     predictions.save(out)
     write_metrics(out, metrics)
     if not len(predictions.test_ids):
         write_record(out, record)
         return
-    labels = dict(zip(predictions.test_ids.tolist(), predictions.test_logits.argmax(-1).tolist(), strict=True))
-    template = read_template(folder.template_path) if folder.template_path else make_template(sorted(labels))
-    submission = render_submission(template, labels)
+    submission = make_submission(
+        task.folder, predictions.test_ids.tolist(), predictions.test_logits if scores is None else scores
+    )
     write_record(out, record | {"submission_sha256": digest_of(submission)})
     write_whole(out / "submission.csv", submission)
+
+
+def estimate_run(task: Task, args: FinetuningArguments) -> None:
+    """Say what the run would take."""
+    trainer, _ = make_trainer(task, args, prepare_model(task, args))
+    tested = len(task.dataset["test"]) if "test" in task.dataset else 0
+    found = estimate(trainer, args.num_train_epochs, tested)
+    say(args, *describe_estimate(found, args.per_device_train_batch_size, len(task.dataset["train"]), tested))
+
+
+def run_once(task: Task, args: FinetuningArguments, checkpoint: str | None) -> dict:
+    """Train one model, or take a trained one, measure it and write its results; returns its metrics."""
+    trainer, store = make_trainer(task, args, prepare_model(task, args))
+    training = train_and_measure(task, trainer, store, checkpoint) if args.do_train else {}
+    predictions, metrics = predict_and_measure(task, trainer, store)
+    metrics |= training
+    if args.process_index == 0:
+        write_results(task, trainer, store, metrics, predictions)
+    return metrics
+
+
+def run_seeds(task: Task, args: FinetuningArguments) -> dict:
+    """Train with every seed, each in its own folder, and put them together; returns the metrics of the whole."""
+    resuming = args.resume_from_checkpoint is not None
+    folders = []
+    for number, seed in enumerate(task.run.seeds, 1):
+        one = seed_arguments(args, seed)
+        folders.append(Path(one.output_dir))
+        if resuming and is_finished(folders[-1]):
+            continue
+        say(args, f"seed {seed}      training {number} of {len(task.run.seeds)}")
+        checkpoint = last_checkpoint(folders[-1]) if resuming else None
+        run_once(task, one, str(checkpoint) if checkpoint else None)
+    return combine_seeds(task, args, folders)
+
+
+def combine_seeds(task: Task, args: FinetuningArguments, folders: Sequence[Path]) -> dict:
+    """Soup and ensemble of finished trainings; the model is the soup where it is better than the best single one."""
+    runs, members = [read_metrics(folder) for folder in folders], [Predictions.load(folder) for folder in folders]
+    singles = [plain_accuracy(run) for run in runs]
+    best = int(np.argmax(singles))
+    models = [load_trained(str(folder / "model"), task.folder.wnids).model.state_dict() for folder in folders]
+    trainer, store = make_trainer(task, args, load_trained(str(folders[best] / "model"), task.folder.wnids))
+
+    def validate(weights: Weights) -> float:
+        trainer.model.load_state_dict(weights)
+        return evaluate_split(trainer, trainer.eval_dataset)["accuracy"]
+
+    weights, chosen, _ = greedy_soup(models, singles, validate)
+    trainer.model.load_state_dict(weights)
+    predictions, metrics = predict_and_measure(task, trainer, store)
+    seconds = sum(run["train"]["seconds"] for run in runs)
+    metrics["train"] = evaluate_split(trainer, sample_of_train(task.dataset, store)) | {"seconds": seconds}
+    metrics["train"]["samples_per_second"] = float(np.mean([run["train"]["samples_per_second"] for run in runs]))
+    metrics |= {"zero_epoch": runs[best]["zero_epoch"], "seeds": runs} | summarise(runs)
+    metrics["soup"] = metrics["validation"] | {"members": [task.run.seeds[i] for i in chosen]}
+    ensemble = average_probabilities([member.validation_logits for member in members])
+    metrics["ensemble"] = measure(ensemble, predictions.validation_labels)
+    scores = {
+        f"seed {task.run.seeds[best]}": singles[best],
+        "soup": metrics["soup"]["accuracy"],
+        "ensemble": metrics["ensemble"]["accuracy"],
+    }
+    source = choose_submission(scores)
+    metrics["submission"] = {"from": source, "validation_accuracy": scores[source]}
+    tested = average_probabilities([member.test_logits for member in members]) if source == "ensemble" else None
+    if args.process_index == 0:
+        write_results(task, trainer, store, metrics, predictions, tested)
+    return metrics
+
+
+def describe_results(metrics: dict) -> list[str]:
+    """The figures that everybody asks for first, a line each."""
+    validation = metrics["validation"]
+    low, high = validation["accuracy_ci95"]
+    lines = []
+    if "seeds" in metrics:
+        mean, std = (metrics[name]["validation"]["accuracy"] for name in ("mean", "std"))
+        lines = [
+            f"{len(metrics['seeds'])} seeds     validation accuracy {mean:.4f}, standard deviation {std:.4f}",
+            f"soup        validation accuracy {metrics['soup']['accuracy']:.4f} "
+            f"of seeds {', '.join(map(str, metrics['soup']['members']))}",
+            f"ensemble    validation accuracy {metrics['ensemble']['accuracy']:.4f}",
+            f"submission  from {metrics['submission']['from']}, the best on validation",
+        ]
+    return [
+        *lines,
+        f"validation accuracy {validation['accuracy']:.4f} (95% interval {low:.4f} to {high:.4f}, "
+        f"n={validation['n']})",
+    ]
 
 
 @exits_cleanly
@@ -208,11 +365,11 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     run, args, _ = parse_command_line(sys.argv[1:] if argv is None else argv)
     out = Path(args.output_dir)
-    checkpoint = find_checkpoint(out, args.resume_from_checkpoint)
+    checkpoint = None if run.seeds else find_checkpoint(out, args.resume_from_checkpoint)
     if run.estimate:
         leave_no_traces(args)
     elif args.process_index == 0:
-        claim_output_dir(out, resuming=checkpoint is not None)
+        claim_output_dir(out, resuming=args.resume_from_checkpoint is not None)
     set_up_logging(args)
     arguments = describe_arguments(run, args)
     push, args.push_to_hub = args.push_to_hub, False  # the Trainer would upload the whole output folder
@@ -222,35 +379,13 @@ def main(argv: list[str] | None = None) -> None:
     say(args, *describe_layout(folder))
     dataset = load_dataset(folder, run.validation_fraction, run.split_seed, run.max_train_samples)
     say(args, "splits      " + ", ".join(f"{name} {len(split)}" for name, split in dataset.items()))
-
-    classifier = prepare_model(run, args, folder)
-    if args.gradient_checkpointing and not classifier.model.supports_gradient_checkpointing:
-        raise UserError(f"--gradient_checkpointing: {type(classifier.model).__name__} does not support it")
-    geometry = read_geometry(classifier.processor)
-    check_view(classifier.processor, EvaluationView(geometry))
-    store = prepare_pixels(args, folder, geometry)
-    trainer = make_trainer(run, args, classifier, store, dataset)
+    task = Task(run, arguments, precision, folder, dataset)
 
     if run.estimate:
-        tested = len(dataset["test"]) if "test" in dataset else 0
-        batch, images = args.per_device_train_batch_size, len(dataset["train"])
-        found = estimate(trainer, args.num_train_epochs, tested)
-        say(args, *describe_estimate(found, batch, images, tested))
+        estimate_run(task, args)
         return
-    training = train_and_measure(trainer, dataset, store, checkpoint) if args.do_train else {}
-    predictions, metrics = predict_and_measure(trainer, dataset, store)
-    metrics |= training
-
-    if args.process_index == 0:
-        record = make_record(arguments, precision, store.data_fingerprint, split_fingerprint(dataset))
-        write_results(trainer, folder, metrics, predictions, record)
-    validation = metrics["validation"]
-    low, high = validation["accuracy_ci95"]
-    say(
-        args,
-        f"validation accuracy {validation['accuracy']:.4f} (95% interval {low:.4f} to {high:.4f}, "
-        f"n={validation['n']}); results in {out}",
-    )
+    metrics = run_seeds(task, args) if run.seeds else run_once(task, args, checkpoint)
+    say(args, *describe_results(metrics), f"results in {out}")
     if push and args.process_index == 0:
         link = push_model(out / "model", args.hub_model_id, args.hub_private_repo, args.hub_revision)
         say(args, f"model link  {link}")

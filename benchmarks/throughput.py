@@ -169,7 +169,7 @@ def quiet(folder: str, batch: int, steps: int) -> dict:
 
 def project_trainer(model, processor, store, dataset, arguments: dict) -> FinetuningTrainer:
     view = EvaluationView(read_geometry(processor))
-    training = TrainingView(view, view.geometry.crop[0], 0.35)
+    training = TrainingView(view, [view.geometry.crop[0]], 0.35)
     args = FinetuningArguments(**arguments, load_best_model_at_end=False)
     train, test = PixelDataset(store, dataset["train"]), PixelDataset(store, dataset["test"])
     return FinetuningTrainer(Classifier(model, processor), args, view, training, 0.9, train, test)

@@ -267,7 +267,7 @@ def test_a_bad_image_stops_the_run_before_training_and_leaves_nothing(data, chec
         (["RECIPE", "stray"], "'stray' belongs to no argument"),
         (["RECIPE"], "--data_dir is missing"),
         (["RECIPE", "--data_dir", "nowhere"], "nowhere: no such folder or zip"),
-        (["RECIPE", "--data_dir", "DATA", "--validation_fraction", "1"], "must lie between 0 and 1"),
+        (["RECIPE", "--data_dir", "DATA", "--validation_fraction", "1"], "must be above 0 and below 1"),
         (["RECIPE", "--data_dir", "DATA", "--model_name_or_path", "./none"], "./none: no such folder"),
         (["RECIPE", "--data_dir", "DATA", "--model_name_or_path", "me/none"], "me/none: cannot be loaded"),
         (["RECIPE", "--data_dir", "DATA", "--push_to_hub", "true"], "--push_to_hub needs --hub_model_id"),

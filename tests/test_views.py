@@ -108,7 +108,7 @@ def test_crops_stay_inside_keep_their_area_and_half_are_mirrored():
 
 
 def test_training_views_differ_by_image_and_repeat_with_the_seed():
-    view = TrainingView(EvaluationView(read_geometry(PROCESSORS["vit"]())), 24, 0.3)
+    view = TrainingView(EvaluationView(read_geometry(PROCESSORS["vit"]())), [24], 0.3)
     images = batch_of(draw_picture(WNIDS[0], 0)).repeat(6, 1, 1, 1)
 
     def draw(*parts):

@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from transfer import UserError
+from transfer.augmentation import TEST_TIME_VIEWS
 
 EVERYDAY_TRAINING_ARGUMENTS = [
     "output_dir",
@@ -75,17 +76,39 @@ class RunArguments:
     )
     model_revision: str = option("main", "Branch, tag or commit of a Hub checkpoint.")
     image_size: int | None = option(None, "Side in pixels of the square that the model sees [the checkpoint's].")
-    train_image_size: int | None = option(
-        None, "Side in pixels of the training crops; smaller trains faster [image_size]."
+    train_image_size: list[int] | None = option(
+        None,
+        "Side in pixels of the training crops; smaller trains faster. Several are taken one after the other, "
+        "each for an equal share of training [image_size].",
     )
     min_crop_area: float = option(0.35, "Smallest share of the image's area that a training crop keeps.")
     head_warm_start: bool = option(
         True, "Copy the checkpoint's own head rows for classes that it already knows by name."
     )
+    probe: bool = option(False, "First fit a linear head on frozen features; the fine-tuning then starts from it.")
+    probe_only: bool = option(False, "Stop at the linear head: a baseline, and a submission, in minutes.")
     layer_decay: float = option(
         0.85, "Learning rate of each block as a share of the one above it; 1 gives all the same."
     )
+    ema_decay: float = option(
+        0.0, "Also keep a moving average of the weights with this decay, such as 0.999; 0 keeps none."
+    )
+    mixup_alpha: float = option(0.0, "Blend pairs of images with shares from Beta(alpha, alpha); 0 blends none.")
+    cutmix_alpha: float = option(0.0, "Paste boxes between images, their area from Beta(alpha, alpha); 0 pastes none.")
+    trivial_augment: bool = option(False, "Change each image by one random operation of colour or shape.")
+    erasing_probability: float = option(0.0, "Share of the views of which a random box is erased.")
+    strong_until: float = option(1.0, "Share of training after which mixup, cutmix, TrivialAugment and erasing stop.")
+    test_time_views: list[str] = option(
+        [],
+        "Further views to average predictions over, each kept only if it raises the validation accuracy: "
+        f"{', '.join(TEST_TIME_VIEWS)}.",
+    )
     validation_fraction: float = option(0.1, "Share of every class that is held out to choose and to measure.")
+    seeds: list[int] | None = option(
+        None,
+        "Repeat the training with each of these seeds, report mean and spread, and hand in their ensemble or soup "
+        "where it is better on validation.",
+    )
     split_seed: int = option(0, "Decides which images are held out; independent of --seed.")
     estimate: bool = option(False, "Measure memory and time on a few steps of the run, then stop.")
     max_train_samples: int | None = option(
@@ -225,20 +248,51 @@ def to_flags(recipe: dict) -> list[str]:
     return words
 
 
+# Shares of something, and whether it may be none and all of it.
+SHARES = {
+    "validation_fraction": (False, False),
+    "min_crop_area": (False, True),
+    "layer_decay": (False, True),
+    "erasing_probability": (True, True),
+    "strong_until": (True, True),
+    "ema_decay": (True, False),
+}
+
+
+def check_share(name: str, value: float) -> None:
+    """Refuse a share outside 0..1, or at an end that makes no sense."""
+    none, whole = SHARES[name]
+    if not 0 <= value <= 1 or (value == 0 and not none) or (value == 1 and not whole):
+        low, high = "at least 0" if none else "above 0", "at most 1" if whole else "below 1"
+        raise UserError(f"--{name} {value}: must be {low} and {high}")
+
+
+def check_seeds(run: RunArguments, args: FinetuningArguments) -> None:
+    """Refuse repeated trainings that would be no repeats."""
+    if run.seeds is None:
+        return
+    if len(set(run.seeds)) < max(2, len(run.seeds)):
+        raise UserError(f"--seeds {' '.join(map(str, run.seeds))}: give two or more different seeds; --seed takes one")
+    if not args.do_train:
+        raise UserError("--seeds repeats the training; it does not go with --do_train false")
+
+
 def check_values(run: RunArguments, args: FinetuningArguments) -> None:
     """Refuse values that cannot work, before anything is read or downloaded."""
     if run.data_dir is None:
         raise UserError("--data_dir is missing: give the data set's folder or zip, or `sample`")
-    if not 0 < run.validation_fraction < 1:
-        raise UserError(f"--validation_fraction {run.validation_fraction}: must lie between 0 and 1")
-    if not 0 < run.min_crop_area <= 1:
-        raise UserError(f"--min_crop_area {run.min_crop_area}: must lie above 0 and be at most 1")
+    for name in SHARES:
+        check_share(name, getattr(run, name))
+    for name in ("mixup_alpha", "cutmix_alpha"):
+        if not 0 <= getattr(run, name) < math.inf:
+            raise UserError(f"--{name} {getattr(run, name)}: must be 0 or above")
     least = {"image_size": 8, "train_image_size": 8, "max_train_samples": 1, "per_device_train_batch_size": 1}
     least |= {"per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "seed": 0, "split_seed": 0}
-    for name, bound in least.items():
+    for name, bound in (least | {"seeds": 0}).items():
         value = getattr(run if hasattr(run, name) else args, name)
-        if value is not None and value < bound:
-            raise UserError(f"--{name} {value}: must be at least {bound}")
+        lowest = min(value, default=bound) if isinstance(value, list) else value
+        if lowest is not None and lowest < bound:
+            raise UserError(f"--{name} {lowest}: must be at least {bound}")
     if not (math.isfinite(args.learning_rate) and args.learning_rate > 0):
         raise UserError(f"--learning_rate {args.learning_rate}: must be above 0")
     if args.metric_for_best_model not in ("accuracy", "loss"):
@@ -248,8 +302,10 @@ def check_values(run: RunArguments, args: FinetuningArguments) -> None:
             f"{args.n_gpu} GPUs are visible to one process, which would change the batch size; name one in "
             "CUDA_VISIBLE_DEVICES or as gpu_ids in the accelerate config"
         )
-    if not 0 < run.layer_decay <= 1:
-        raise UserError(f"--layer_decay {run.layer_decay}: must lie above 0 and be at most 1")
+    check_seeds(run, args)
+    for view in run.test_time_views:
+        if view not in TEST_TIME_VIEWS:
+            raise UserError(f"--test_time_views {view}: must be of {', '.join(TEST_TIME_VIEWS)}")
     if args.do_train and args.num_train_epochs <= 0 and args.max_steps <= 0:
         raise UserError("--num_train_epochs: must be above 0; --do_train false skips training")
     if not args.do_train and args.resume_from_checkpoint:

@@ -1,6 +1,7 @@
 """What the model sees of a uint8 batch: the evaluation view and random training views, made on the batch's device."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import BaseImageProcessor
 
 from transfer import UserError
+from transfer.policies import erase, trivial_augment
 
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
@@ -116,14 +118,33 @@ class EvaluationView(nn.Module):
         return (images - self.mean) * self.scale
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if self.cropped:
+        if self.cropped and tuple(images.shape[-2:]) == self.geometry.crop:
             return self.normalise(images.float())
-        size = self.geometry.resized(*images.shape[-2:])
+        size = self.geometry.crop if self.cropped else self.geometry.resized(*images.shape[-2:])
         if tuple(images.shape[-2:]) != size:
             images = resize_as_pil(images, size, self.geometry.interpolation)
         top, left = (size[0] - self.geometry.crop[0]) // 2, (size[1] - self.geometry.crop[1]) // 2
         images = images[..., top : top + self.geometry.crop[0], left : left + self.geometry.crop[1]]
         return self.normalise(images.float())
+
+
+MARGIN = 1 / 8  # of the side, that zoomed test-time views leave out
+
+
+def _window(images: torch.Tensor, top: int, left: int) -> torch.Tensor:
+    """The window of (B, 3, H, W) that leaves out MARGIN of each side, `top` and `left` eighths from the corner."""
+    height, width = images.shape[-2:]
+    y, x = round(top * height * MARGIN), round(left * width * MARGIN)
+    return images[..., y : y + height - round(height * MARGIN), x : x + width - round(width * MARGIN)]
+
+
+# Name -> the further images that are shown to the model in prediction, each (B, 3, H, W) uint8 as the first is.
+TEST_TIME_VIEWS: dict[str, list[Callable[[torch.Tensor], torch.Tensor]]] = {
+    "flip": [lambda images: images.flip(-1)],
+    "zoom": [lambda images: _window(images, 0.5, 0.5)],
+    "zoom_flip": [lambda images: _window(images, 0.5, 0.5).flip(-1)],
+    "corners": [lambda images, y=y, x=x: _window(images, y, x) for y in (0, 1) for x in (0, 1)],
+}
 
 
 def check_view(processor: BaseImageProcessor, view: EvaluationView) -> None:
@@ -192,17 +213,41 @@ def draw_crops(batch: int, height: int, width: int, min_area: float, generator: 
 
 
 class TrainingView(nn.Module):
-    """(B, 3, H, W) uint8 -> (B, 3, S, S) float32: every image cropped at random, perhaps mirrored, normalised."""
+    """(B, 3, H, W) uint8 -> (B, 3, S, S) float32: every image cropped at random, perhaps mirrored, normalised.
 
-    def __init__(self, evaluation: EvaluationView, size: int, min_crop_area: float):
+    `sizes` are the values of S in the order of training, each for an equal share of it. Before `strong_until` of
+    training is over, TrivialAugment changes the whole images and boxes of the views are erased, where asked for.
+    """
+
+    def __init__(
+        self,
+        evaluation: EvaluationView,
+        sizes: Sequence[int],
+        min_crop_area: float,
+        trivial: bool = False,
+        erasing_probability: float = 0.0,
+        strong_until: float = 1.0,
+    ):
         super().__init__()
-        self.evaluation, self.size, self.min_crop_area = evaluation, size, min_crop_area
+        self.evaluation, self.sizes, self.min_crop_area = evaluation, tuple(sizes), min_crop_area
+        self.trivial, self.erasing_probability, self.strong_until = trivial, erasing_probability, strong_until
 
-    def forward(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def size_at(self, progress: float) -> int:
+        """Side of the views after that share of training."""
+        return self.sizes[min(int(progress * len(self.sizes)), len(self.sizes) - 1)]
+
+    def forward(self, images: torch.Tensor, generator: torch.Generator, progress: float = 0.0) -> torch.Tensor:
         b, _, h, w = images.shape
+        size, strong = self.size_at(progress), progress < self.strong_until
+        images = images.float()
+        if self.trivial and strong:
+            images = trivial_augment(images, generator)
         crops = draw_crops(b, h, w, self.min_crop_area, generator)
         top, left, height, width = (values.to(images.device, non_blocking=True) for values in crops)
-        rows = resampling_weights(top, height, h, self.size)
-        columns = resampling_weights(left, width, w, self.size)
+        rows = resampling_weights(top, height, h, size)
+        columns = resampling_weights(left, width, w, size)
         # Normalised before it is enlarged: the same values, on fewer pixels.
-        return resample(self.evaluation.normalise(images.float()), rows, columns)
+        views = resample(self.evaluation.normalise(images), rows, columns)
+        if self.erasing_probability and strong:
+            views = erase(views, self.erasing_probability, generator)
+        return views

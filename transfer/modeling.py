@@ -20,6 +20,7 @@ from transformers import (
 
 from transfer import UserError
 from transfer.augmentation import read_geometry, set_view_size
+from transfer.gates import skip_open_gates
 from transfer.offline import offline_backbone
 
 logger = logging.getLogger(__name__)
@@ -235,6 +236,7 @@ def build_classifier(
     set_view_size(processor, image_size)
     model = resize_input(model, image_size)
     mend_batch_norms(model)
+    skip_open_gates(model)
     return Classifier(model, processor, len(matches))
 
 
@@ -250,6 +252,7 @@ def load_trained(name: str, wnids: Sequence[str], revision: str = "main") -> Cla
             f"--model_name_or_path {name}: was trained on other classes or another order of wnids.txt "
             f"({differing} labels differ)"
         )
+    skip_open_gates(loaded.model)
     return loaded
 
 

@@ -56,14 +56,22 @@ def save_whole_folder(place: Path, write: Callable[[Path], object]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+UNFINISHED = ["checkpoint-*/trainer_state.json", "seed-*/**/trainer_state.json"]  # what a stopped run leaves
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run was written to its end here."""
+    return (folder / "metrics.json").is_file() and (folder / "run.json").is_file()
+
+
 def claim_output_dir(folder: Path, resuming: bool) -> None:
     """Make the output folder, refusing one in which another run lies. Raises `UserError`."""
-    if not resuming and (folder / "metrics.json").is_file() and (folder / "run.json").is_file():
+    if not resuming and is_finished(folder):
         raise UserError(
             f"{folder}: holds a finished run; choose another --output_dir or remove it "
             "(--resume_from_checkpoint true goes on from its last checkpoint)"
         )
-    if not resuming and any(folder.glob("checkpoint-*/trainer_state.json")):
+    if not resuming and any(any(folder.glob(state)) for state in UNFINISHED):
         raise UserError(
             f"{folder}: holds an unfinished run; go on with --resume_from_checkpoint true, or remove the folder"
         )

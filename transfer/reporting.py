@@ -59,6 +59,11 @@ def write_metrics(folder: Path, metrics: Mapping) -> None:
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
 
 
+def read_metrics(folder: Path) -> dict:
+    """A run's metrics.json."""
+    return json.loads((folder / "metrics.json").read_text())
+
+
 # What a reader needs to judge a training recipe, in this order.
 RECIPE_SETTINGS = [
     "model_name_or_path",

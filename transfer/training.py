@@ -6,21 +6,27 @@ import json
 import math
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
 from transfer import UserError
-from transfer.augmentation import EvaluationView, TrainingView, seeded_generator
+from transfer.augmentation import TEST_TIME_VIEWS, EvaluationView, TrainingView, seeded_generator
+from transfer.averaging import average_weights, weights_of
+from transfer.mixing import Mixing
 from transfer.modeling import Classifier, parameter_groups
 from transfer.pixels import PixelDataset, take_batch
 
+AVERAGE_FOLDER = "average"  # in a checkpoint: the moving average of the weights
 PRECISION_VARIABLE = "ACCELERATE_MIXED_PRECISION"  # how accelerate launch tells the script
 
 
@@ -118,7 +124,7 @@ class StopAtNonFiniteLoss(TrainerCallback):
     evaluation, so that no checkpoint of such weights is ever chosen."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        for name in ("loss", "train_loss", "eval_loss"):
+        for name in ("loss", "train_loss", "eval_loss", "eval_ema_loss"):
             loss = (logs or {}).get(name)
             if loss is not None and not math.isfinite(loss):
                 raise UserError(
@@ -127,11 +133,26 @@ class StopAtNonFiniteLoss(TrainerCallback):
                 )
 
 
+def _as_it_is(images: torch.Tensor) -> torch.Tensor:
+    return images
+
+
+class AverageEveryStep(TrainerCallback):
+    """Lets the moving average follow the model."""
+
+    def __init__(self, average: AveragedModel):
+        self.average = average
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.average.update_parameters(model)
+
+
 class FinetuningTrainer(Trainer):
     """Trainer over `PixelDataset`s: batches travel as uint8 and become views on the device.
 
-    Differs from its parent in four places: the views, the loss (label smoothing in training only), the learning rate
-    of each level of the backbone, and how weights are loaded back.
+    Differs from its parent in five places: the views, the loss (label smoothing in training only), the learning rate
+    of each level of the backbone, how weights are loaded back, and the moving average of the weights: it is evaluated
+    beside the model, saved with every checkpoint, and kept in the end where it is the better of the two.
     """
 
     def __init__(
@@ -141,6 +162,8 @@ class FinetuningTrainer(Trainer):
         evaluation_view: EvaluationView,
         training_view: TrainingView,
         layer_decay: float = 1.0,
+        mixing: Mixing | None = None,
+        ema_decay: float = 0.0,
         train_dataset: PixelDataset | None = None,
         eval_dataset: PixelDataset | None = None,
         compute_metrics=None,
@@ -156,20 +179,33 @@ class FinetuningTrainer(Trainer):
             compute_loss_func=self.classification_loss,
             callbacks=[StopAtNonFiniteLoss()],
         )
+        self.average = average_weights(self.model, ema_decay) if ema_decay else None
+        if self.average is not None:
+            self.add_callback(AverageEveryStep(self.average))
         self.evaluation_view = evaluation_view.to(args.device)
         self.training_view = training_view.to(args.device)
-        self.layer_decay = layer_decay
+        self.layer_decay, self.mixing = layer_decay, mixing
+        self.chosen_weights: Path | None = None  # the folder whose weights the training ended with
+        self.shown: Callable = _as_it_is  # what prediction shows of each image
         self.last_step, self.micro_step = -1, 0
 
     def _prepare_inputs(self, inputs):
         """Move a batch to the device and show the model its view: a random one in training."""
         inputs = super()._prepare_inputs(inputs)
-        images = inputs["pixel_values"]
+        images = inputs.pop("pixel_values")
         if self.model.training:
-            views = self.training_view(images, self._view_randomness())
+            views, inputs["labels"] = self._training_views(images, inputs["labels"])
         else:
-            views = self.evaluation_view(images)
+            views = self.evaluation_view(self.shown(images))
         return {**inputs, "pixel_values": views.contiguous(memory_format=torch.channels_last)}
+
+    def _training_views(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random views with their labels: (B,) classes, or (B, classes) shares where views are mixed."""
+        generator, progress = self._view_randomness(), self.state.global_step / self.state.max_steps
+        views = self.training_view(images, generator, progress)
+        if self.mixing is None or progress >= self.training_view.strong_until:
+            return views, labels
+        return self.mixing(views, labels, generator)
 
     def _view_randomness(self) -> torch.Generator:
         """Views depend on the seed, the step and the process: not on data workers, nor on where a run resumed."""
@@ -202,6 +238,49 @@ class FinetuningTrainer(Trainer):
         """
         with self.full_precision():
             return super().predict(test_dataset, *args, **kwargs)
+
+    def predict_view(self, split: PixelDataset, name: str) -> np.ndarray:
+        """Logits (N, classes) of a split seen "plain", or the mean over the images of a test-time view, in fp32."""
+        logits = []
+        try:
+            for self.shown in TEST_TIME_VIEWS.get(name, [_as_it_is]):
+                logits.append(self.predict(split).predictions)
+        finally:
+            self.shown = _as_it_is
+        return np.mean(logits, axis=0)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Metrics of the model and, under `<prefix>_ema_`, of the average of its weights."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.average is not None:
+            with weights_of(self.average.module, self.model):
+                metrics |= super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_ema")
+        return metrics
+
+    def _determine_best_metric(self, metrics, trial):
+        """An evaluation counts by the better of the model and its average."""
+        name = f"eval_{self.args.metric_for_best_model}"
+        both = [metrics[name], metrics.get(name.replace("eval_", "eval_ema_"), metrics[name])]
+        return super()._determine_best_metric(
+            metrics | {name: max(both) if self.args.greater_is_better else min(both)}, trial
+        )
+
+    def _average_was_better(self) -> bool:
+        """Whether the best evaluation was the average's."""
+        name = f"eval_ema_{self.args.metric_for_best_model}"
+        logged = [entry for entry in self.state.log_history if entry["step"] == self.state.best_global_step]
+        return any(entry.get(name) == self.state.best_metric for entry in logged)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.average is not None and self.args.should_save:
+            self.average.module.save_pretrained(Path(output_dir) / AVERAGE_FOLDER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.average is not None and checkpoint is not None:
+            self._load_from_checkpoint(str(Path(checkpoint) / AVERAGE_FOLDER), self.average.module)
+            self.average.n_averaged.fill_(self.state.global_step)
 
     def create_optimizer(self, model=None):
         """AdamW, or what `--optim` names, over the model's learning-rate groups."""
@@ -243,7 +322,8 @@ class FinetuningTrainer(Trainer):
         best = Path(self.state.best_model_checkpoint)
         if not best.is_dir():  # the output folder was moved since
             best = Path(self.args.output_dir) / best.name
-        self._load_from_checkpoint(str(best))
+        self.chosen_weights = best / AVERAGE_FOLDER if self._average_was_better() else best
+        self._load_from_checkpoint(str(self.chosen_weights))
         self.state.best_model_checkpoint = str(best)
 
 

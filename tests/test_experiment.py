@@ -1,0 +1,156 @@
+"""Several seeds, their mean and spread, ensemble and soup; views averaged in prediction; the probe."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from transfer.experiment import average_probabilities, choose_submission, choose_views, summarise
+from transfer.predictions import Predictions
+from transfer.probe import fit_head
+
+LEARNING = {"learning_rate": "1e-2", "layer_decay": 1, "min_crop_area": 0.8}
+
+
+def metrics_of(out) -> dict:
+    return json.loads((out / "metrics.json").read_text())
+
+
+def test_mean_and_standard_deviation_are_those_of_a_sample():
+    runs = [{"validation": {"accuracy": a, "loss": 1.0}, "train": {"accuracy": 0.9, "loss": a}} for a in (0.7, 0.8)]
+    summary = summarise(runs)
+    assert summary["mean"]["validation"] == {"accuracy": pytest.approx(0.75), "loss": 1.0}
+    assert summary["std"]["validation"] == {"accuracy": pytest.approx(0.1 / np.sqrt(2)), "loss": 0.0}
+    assert summary["std"]["train"]["loss"] == pytest.approx(0.1 / np.sqrt(2))
+
+
+def test_an_ensemble_averages_probabilities_not_logits():
+    sure, unsure = np.log([[0.9, 0.1]]), np.log([[0.3, 0.7]])
+    np.testing.assert_allclose(np.exp(average_probabilities([sure + 5, unsure - 7])), [[0.6, 0.4]])
+
+
+def test_of_equals_the_simpler_is_handed_in():
+    assert choose_submission({"seed 0": 0.8, "soup": 0.8, "ensemble": 0.8}) == "seed 0"
+    assert choose_submission({"seed 0": 0.8, "soup": 0.81, "ensemble": 0.81}) == "soup"
+
+
+def test_a_view_is_kept_only_where_it_helps():
+    labels = np.array([0, 1, 0, 1])
+    right, wrong = np.eye(2)[labels] * 4, np.eye(2)[1 - labels] * 4
+    half = np.where(np.arange(4)[:, None] < 2, right, wrong * 0.5)
+    assert choose_views({"plain": half, "flip": right}, labels) == ["plain", "flip"]
+    assert choose_views({"plain": right, "flip": wrong, "zoom": right}, labels) == ["plain"]
+
+
+@pytest.fixture(scope="module")
+def seeds_run(tmp_path_factory, pristine_data, checkpoints):
+    from finetune_vit import main
+
+    place = tmp_path_factory.mktemp("seeds")
+    recipe = place / "tiny.yaml"
+    recipe.write_text(
+        "per_device_train_batch_size: 8\nnum_train_epochs: 2\nvalidation_fraction: 0.25\nseeds: [3, 5]\n"
+    )
+    arguments = {"data_dir": pristine_data, "model_name_or_path": checkpoints("vit"), "output_dir": place / "out"}
+    words = [w for name, value in (arguments | LEARNING).items() for w in (f"--{name}", str(value))]
+    main([str(recipe), *words])
+    return [str(recipe), *words], place / "out"
+
+
+def test_repeated_seeds_report_mean_spread_ensemble_and_soup(seeds_run):
+    _, out = seeds_run
+    metrics, singles = metrics_of(out), [metrics_of(out / f"seed-{seed}") for seed in (3, 5)]
+    assert metrics["seeds"] == singles and singles[0]["train"] != singles[1]["train"]
+    accuracies = [single["validation"]["accuracy"] for single in singles]
+    assert metrics["mean"]["validation"]["accuracy"] == pytest.approx(np.mean(accuracies))
+    assert metrics["std"]["validation"]["accuracy"] == pytest.approx(np.std(accuracies, ddof=1))
+    assert metrics["soup"]["accuracy"] >= max(accuracies)
+    members = [Predictions.load(out / f"seed-{seed}") for seed in (3, 5)]
+    together = average_probabilities([member.validation_logits for member in members])
+    hits = (together.argmax(-1) == members[0].validation_labels).mean()
+    assert metrics["ensemble"]["accuracy"] == pytest.approx(hits)
+    scores = [*accuracies, metrics["soup"]["accuracy"], metrics["ensemble"]["accuracy"]]
+    assert metrics["submission"]["validation_accuracy"] == max(scores)
+
+
+def test_each_seed_leaves_a_whole_run_of_its_own(seeds_run):
+    _, out = seeds_run
+    for seed in (3, 5):
+        record = json.loads((out / f"seed-{seed}" / "run.json").read_text())
+        assert record["arguments"]["seed"] == seed
+        assert (out / f"seed-{seed}" / "submission.csv").is_file()
+    assert (out / "submission.csv").is_file() and (out / "model" / "model.safetensors").is_file()
+
+
+def test_finished_seeds_are_not_trained_again_on_resuming(seeds_run, capsys):
+    from finetune_vit import main
+
+    command, out = seeds_run
+    before = (out / "seed-3" / "model" / "model.safetensors").stat().st_mtime_ns
+    first = (out / "submission.csv").read_bytes(), (out / "model" / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "holds a finished run" in capsys.readouterr().err
+    main([*command, "--resume_from_checkpoint", "true"])
+    assert (out / "seed-3" / "model" / "model.safetensors").stat().st_mtime_ns == before
+    assert first == ((out / "submission.csv").read_bytes(), (out / "model" / "model.safetensors").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "1"], "two or more different seeds"),
+        (["--seeds", "1", "1"], "two or more different seeds"),
+        (["--seeds", "1", "2", "--do_train", "false"], "does not go with --do_train false"),
+        (["--test_time_views", "upside_down"], "must be of flip"),
+        (["--ema_decay", "1"], "must be at least 0 and below 1"),
+        (["--mixup_alpha", "-1"], "must be 0 or above"),
+        (["--train_image_size", "32", "4"], "must be at least 8"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_is_read(words, message, tmp_path, capsys):
+    from finetune_vit import main
+
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("data_dir: nowhere\n")
+    with pytest.raises(SystemExit) as ended:
+        main([str(recipe), "--output_dir", str(tmp_path / "out"), *words])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_views_are_tried_and_kept_views_decide_the_submission(pristine_data, checkpoints, finetune):
+    out = finetune(pristine_data, checkpoints("convnext"), test_time_views="flip", **LEARNING)
+    views = metrics_of(out)["test_time_views"]
+    assert set(views["accuracy"]) == {"plain", "flip"} and views["kept"][0] == "plain"
+    assert metrics_of(out)["validation"]["accuracy"] >= views["accuracy"]["plain"]
+
+
+def test_a_probe_separates_what_is_separable_and_keeps_its_start_under_a_strong_penalty():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % 4
+    features = torch.randn(200, 16, generator=generator) + 3 * torch.eye(16)[labels]
+    weight, bias = torch.randn(4, 16, generator=generator), torch.zeros(4)
+    fitted = fit_head(features, labels, weight, bias, 1e-4)
+    assert (torch.nn.functional.linear(features, *fitted).argmax(1) == labels).float().mean() > 0.98
+    held, _ = fit_head(features, labels, weight, bias, 1e4)
+    torch.testing.assert_close(held, weight, atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["deit", "convnext"])
+def test_a_probe_alone_hands_in_a_submission_and_leaves_the_backbone(kind, pristine_data, checkpoints, finetune):
+    out = finetune(pristine_data, checkpoints(kind), probe_only="true")
+    metrics = metrics_of(out)
+    assert metrics["validation"]["accuracy"] == metrics["probe"]["accuracy"] > metrics["zero_epoch"]["accuracy"]
+    before, after = (load_file(place / "model.safetensors") for place in (checkpoints(kind), out / "model"))
+    backbone = [name for name in before if "classifier" not in name]
+    assert backbone and all(torch.equal(before[name], after[name]) for name in backbone)
+    assert (out / "submission.csv").is_file()
+
+
+def test_fine_tuning_starts_from_the_probe(pristine_data, checkpoints, finetune):
+    arguments = {"learning_rate": "1e-12", "num_train_epochs": 1, "warmup_steps": 0}
+    out = finetune(pristine_data, checkpoints("convnext"), probe="true", **arguments)
+    metrics = metrics_of(out)
+    assert metrics["validation"]["accuracy"] == metrics["probe"]["accuracy"]
