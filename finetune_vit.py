@@ -41,12 +41,13 @@ from transfer.experiment import (
     seed_arguments,
     summarise,
 )
-from transfer.hub import push_model
 from transfer.mixing import Mixing
 from transfer.modeling import Classifier, build_classifier, load_trained
 from transfer.pixels import PixelDataset, PixelStore, open_pixel_store
 from transfer.predictions import Predictions
+from transfer.privacy import anonymise_file
 from transfer.probe import fit_probe
+from transfer.publishing import check_wishes, publish
 from transfer.record import (
     claim_output_dir,
     describe_arguments,
@@ -255,6 +256,7 @@ def write_results(
         write_card(out / "model", metrics, record, task.folder.class_names)
     else:
         keep_card(Path(task.run.model_name_or_path).expanduser(), out / "model", arguments["hub_model_id"])
+    anonymise_file(out / "model" / "README.md")  # it is what gets pushed
     predictions.save(out)
     write_metrics(out, metrics)
     if not len(predictions.test_ids):
@@ -371,6 +373,8 @@ def main(argv: list[str] | None = None) -> None:
     elif args.process_index == 0:
         claim_output_dir(out, resuming=args.resume_from_checkpoint is not None)
     set_up_logging(args)
+    if args.process_index == 0 and not run.estimate:
+        check_wishes(run, args)
     arguments = describe_arguments(run, args)
     push, args.push_to_hub = args.push_to_hub, False  # the Trainer would upload the whole output folder
     say(args, precision)
@@ -386,9 +390,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     metrics = run_seeds(task, args) if run.seeds else run_once(task, args, checkpoint)
     say(args, *describe_results(metrics), f"results in {out}")
-    if push and args.process_index == 0:
-        link = push_model(out / "model", args.hub_model_id, args.hub_private_repo, args.hub_revision)
-        say(args, f"model link  {link}")
+    if args.process_index == 0:
+        publish(run, args, push, [folder.root / file for file in folder.test_files or folder.train_files])
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
-"""Files that are written whole, the run's record, the card, and the model link."""
+"""Files that are written whole, the run's record, and the card."""
 
 import json
-from typing import ClassVar
 
 import numpy as np
 import pytest
 from conftest import WNIDS
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import RepositoryNotFoundError
 
-from transfer import UserError, hub, record
+from transfer import UserError, record
 from transfer.reporting import measure
 
 
@@ -49,72 +47,6 @@ def test_the_card_states_the_runs_own_numbers_and_loads_as_a_card(pristine_data,
     assert card.data.eval_results[0].metric_value == accuracy
     assert f"| {accuracy:.4f} |" in card.text and card.data.library_name == "transformers"
     assert str(out.parent) not in card.content
-
-
-class FakeApi:
-    """Stands for huggingface_hub.HfApi."""
-
-    endpoint = "https://hub.example"
-    calls: ClassVar[list] = []
-
-    def create_repo(self, repo_id, **options):
-        if repo_id.startswith("taken/"):
-            raise RepositoryNotFoundError("403 Forbidden: you have no rights", response=_Response())
-        self.calls.append(("create", repo_id, options))
-
-    def upload_folder(self, **options):
-        self.calls.append(("upload", options))
-        return type("Commit", (), {"oid": "abc123"})
-
-
-class _Response:
-    headers, request, status_code, text = {}, None, 403, ""
-
-
-def test_a_push_uploads_the_model_folder_alone_and_prints_the_link(
-    pristine_data, checkpoints, finetune, monkeypatch, capsys
-):
-    monkeypatch.setattr(hub, "HfApi", FakeApi)
-    FakeApi.calls.clear()
-    out = finetune(
-        pristine_data,
-        checkpoints("convnext"),
-        num_train_epochs=1,
-        push_to_hub="true",
-        hub_model_id="me/tiny",
-        hub_private_repo="true",
-    )
-    assert "model link  https://hub.example/me/tiny/tree/abc123" in capsys.readouterr().out
-    [(_, repo_id, created), (_, uploaded)] = FakeApi.calls
-    assert repo_id == "me/tiny" and created["private"] is True
-    assert uploaded["folder_path"] == out / "model"
-
-
-def test_a_failed_push_keeps_the_run_and_says_how_to_push_again(
-    pristine_data, checkpoints, finetune, monkeypatch, capsys, tmp_path
-):
-    monkeypatch.setattr(hub, "HfApi", FakeApi)
-    with pytest.raises(SystemExit) as stop:
-        finetune(
-            pristine_data, checkpoints("convnext"), num_train_epochs=1, push_to_hub="true", hub_model_id="taken/tiny"
-        )
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and "you have no rights" in message
-    assert f"--do_train false --model_name_or_path {tmp_path / 'out' / 'model'} --output_dir " in message
-    assert (tmp_path / "out" / "submission.csv").is_file()
-
-
-def test_a_model_that_is_pushed_later_keeps_its_card_and_names_its_place(
-    pristine_data, checkpoints, finetune, monkeypatch
-):
-    monkeypatch.setattr(hub, "HfApi", FakeApi)
-    out = finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
-    pushed = {"do_train": "false", "push_to_hub": "true", "hub_model_id": "me/tiny"}
-    again = finetune(pristine_data, out / "model", output_dir="again", **pushed)
-    card, first = ((place / "model" / "README.md").read_text() for place in (again, out))
-    assert 'model="me/tiny"' in card and card.replace("me/tiny", "path/to/model") == first
-    assert json.loads((again / "run.json").read_text())["arguments"]["push_to_hub"] is True
-    assert FakeApi.calls[-1][1]["folder_path"] == again / "model"
 
 
 def test_wnids_are_kept_in_the_saved_config(pristine_data, checkpoints, finetune):

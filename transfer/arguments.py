@@ -114,6 +114,9 @@ class RunArguments:
     max_train_samples: int | None = option(
         None, "Train on this many images at most, evenly over the classes: to try a recipe first."
     )
+    export: str | None = option(None, "`onnx` also writes model.onnx, checked against the model (optional extra).")
+    hub_space_id: str | None = option(None, "With --push_to_hub: also make this Hub Space, a demo of the model.")
+    hand_in: str | None = option(None, "NAME.zip: pack code, csv, numbers and model link, without data or weights.")
 
 
 @dataclass
@@ -310,6 +313,8 @@ def check_values(run: RunArguments, args: FinetuningArguments) -> None:
         raise UserError("--num_train_epochs: must be above 0; --do_train false skips training")
     if not args.do_train and args.resume_from_checkpoint:
         raise UserError("--resume_from_checkpoint goes on training; it does not go with --do_train false")
+    if run.hub_space_id and not args.push_to_hub:
+        raise UserError("--hub_space_id shows a pushed model; it needs --push_to_hub true")
     if args.push_to_hub and not args.hub_model_id:
         raise UserError("--push_to_hub needs --hub_model_id, for example me/tiny-imagenet-100")
 

@@ -159,3 +159,9 @@ def make_record(arguments: Mapping, precision: str, data_fingerprint: str, split
 def write_record(folder: Path, record: Mapping) -> None:
     """run.json, which marks a run as finished."""
     write_whole(folder / "run.json", json.dumps(record, indent=2) + "\n")
+
+
+def extend_record(folder: Path, **facts) -> None:
+    """Add to run.json what came to be known after it was written, such as the link of the pushed model."""
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    write_record(folder, record | facts)
