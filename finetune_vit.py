@@ -57,7 +57,7 @@ from transfer.record import (
     write_record,
     write_whole,
 )
-from transfer.reporting import keep_card, measure, read_metrics, write_card, write_metrics
+from transfer.reporting import draw_report, keep_card, measure, read_metrics, write_card, write_metrics
 from transfer.submission import digest_of, make_template, read_template, render_submission
 from transfer.training import (
     FinetuningTrainer,
@@ -252,21 +252,22 @@ def write_results(
     out, arguments = Path(trainer.args.output_dir), task.arguments | {"seed": trainer.args.seed}
     record = make_record(arguments, task.precision, store.data_fingerprint, split_fingerprint(task.dataset))
     save_model(trainer, out / "model")
+    predictions.save(out)
     if "train" in metrics:
-        write_card(out / "model", metrics, record, task.folder.class_names)
+        write_card(out / "model", metrics, record, task.folder.class_names, task.folder.wnids, predictions)
     else:
         keep_card(Path(task.run.model_name_or_path).expanduser(), out / "model", arguments["hub_model_id"])
     anonymise_file(out / "model" / "README.md")  # it is what gets pushed
-    predictions.save(out)
     write_metrics(out, metrics)
-    if not len(predictions.test_ids):
-        write_record(out, record)
-        return
-    submission = make_submission(
-        task.folder, predictions.test_ids.tolist(), predictions.test_logits if scores is None else scores
-    )
-    write_record(out, record | {"submission_sha256": digest_of(submission)})
-    write_whole(out / "submission.csv", submission)
+    submission = None
+    if len(predictions.test_ids):
+        scores = predictions.test_logits if scores is None else scores
+        submission = make_submission(task.folder, predictions.test_ids.tolist(), scores)
+        record |= {"submission_sha256": digest_of(submission)}
+    draw_report(out, record, task.folder.root)
+    write_record(out, record)
+    if submission is not None:
+        write_whole(out / "submission.csv", submission)
 
 
 def estimate_run(task: Task, args: FinetuningArguments) -> None:

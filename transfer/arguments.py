@@ -14,6 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from transfer import UserError
 from transfer.augmentation import TEST_TIME_VIEWS
+from transfer.tracking import check_trackers, default_trackers
 
 EVERYDAY_TRAINING_ARGUMENTS = [
     "output_dir",
@@ -33,6 +34,7 @@ EVERYDAY_TRAINING_ARGUMENTS = [
     "push_to_hub",
     "hub_model_id",
     "hub_private_repo",
+    "report_to",
 ]
 PRECISION_ELSEWHERE = "precision is set as mixed_precision in accelerate_config.yaml, and this would win over it"
 TOKEN_ELSEWHERE = "tokens do not belong on a command line; use `hf auth login` or the variable HF_TOKEN"
@@ -150,9 +152,14 @@ class FinetuningArguments(TrainingArguments):
     push_to_hub: bool = option(False, "Upload model/ to the Hub as hub_model_id when the run is done.")
     hub_model_id: str | None = option(None, "Where on the Hub, for example me/tiny-imagenet-100.")
     hub_private_repo: bool | None = option(None, "`true` keeps a newly made Hub repository private.")
-    report_to: str = option("none", "Trackers to report to: tensorboard, wandb, trackio, none.")
+    report_to: list[str] = field(
+        default_factory=lambda: ["auto"],
+        metadata={"help": "Trackers: tensorboard, wandb, trackio, none [tensorboard where it is installed]."},
+    )
 
     def __post_init__(self):
+        if self.report_to == ["auto"]:
+            self.report_to = default_trackers()
         # Pinned memory only serves copies to an accelerator; on a CPU torch warns about it.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()
@@ -315,6 +322,7 @@ def check_values(run: RunArguments, args: FinetuningArguments) -> None:
         raise UserError("--resume_from_checkpoint goes on training; it does not go with --do_train false")
     if run.hub_space_id and not args.push_to_hub:
         raise UserError("--hub_space_id shows a pushed model; it needs --push_to_hub true")
+    check_trackers(args.report_to)
     if args.push_to_hub and not args.hub_model_id:
         raise UserError("--push_to_hub needs --hub_model_id, for example me/tiny-imagenet-100")
 

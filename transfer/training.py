@@ -25,6 +25,7 @@ from transfer.averaging import average_weights, weights_of
 from transfer.mixing import Mixing
 from transfer.modeling import Classifier, parameter_groups
 from transfer.pixels import PixelDataset, take_batch
+from transfer.tracking import StampSeconds
 
 AVERAGE_FOLDER = "average"  # in a checkpoint: the moving average of the weights
 PRECISION_VARIABLE = "ACCELERATE_MIXED_PRECISION"  # how accelerate launch tells the script
@@ -177,7 +178,7 @@ class FinetuningTrainer(Trainer):
             compute_metrics=compute_metrics,
             processing_class=classifier.processor,
             compute_loss_func=self.classification_loss,
-            callbacks=[StopAtNonFiniteLoss()],
+            callbacks=[StopAtNonFiniteLoss(), StampSeconds()],
         )
         self.average = average_weights(self.model, ema_decay) if ema_decay else None
         if self.average is not None:

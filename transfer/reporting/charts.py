@@ -1,0 +1,139 @@
+"""Charts as inline SVG: sharp at every size, a few kilobytes each, and every name in them escaped.
+
+Colours and fonts are the page's: shapes carry classes (`line-0`, `bar`, `grid` ...) that its style sheet knows.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from markupsafe import Markup
+
+from transfer.reporting.diagnosis import Reliability
+
+WIDTH, HEIGHT = 440, 270
+LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 42
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart: points in the order of x."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: int = 0
+    dots: bool = field(default=False, kw_only=True)
+
+
+def percent(share: float) -> str:
+    """A share as people read it."""
+    return f"{100 * share:.1f}%"
+
+
+def percent_tick(share: float) -> str:
+    """A share on an axis, without trailing zeros."""
+    return f"{100 * share:.6g}%"
+
+
+def plain(value: float) -> str:
+    """A number of an axis, without trailing zeros."""
+    return f"{value:.6g}"
+
+
+def find_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers that span low to high; at least two."""
+    if high - low < 1e-9:
+        low, high = low - max(0.05 * abs(low), 1e-3), high + max(0.05 * abs(high), 1e-3)
+    span = high - low
+    magnitude = 10 ** math.floor(math.log10(span / count))
+    step = next(s * magnitude for s in (1, 2, 2.5, 5, 10) if span / (s * magnitude) <= count)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+class Plane:
+    """Axes of a chart: from values to places in the picture, and the marks drawn so far."""
+
+    def __init__(
+        self,
+        x_ticks: Sequence[float],
+        y_ticks: Sequence[float],
+        x_label: str,
+        y_label: str,
+        y_text=plain,
+        x_text=plain,
+    ):
+        self.x_ends, self.y_ends = (x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1])
+        self.marks = []
+        for tick in y_ticks:
+            y = self.y(tick)
+            self.mark('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>', LEFT, WIDTH - RIGHT, y, y)
+            self.mark('<text class="tick end" x="{}" y="{}">{}</text>', LEFT - 7, y + 4, y_text(tick))
+        for tick in x_ticks:
+            self.mark('<text class="tick mid" x="{}" y="{}">{}</text>', self.x(tick), HEIGHT - 23, x_text(tick))
+        self.mark('<text class="label mid" x="{}" y="{}">{}</text>', (LEFT + WIDTH) / 2, HEIGHT - 5, x_label)
+        self.description = f"{y_label} against {x_label}"
+
+    def x(self, value: float) -> float:
+        low, high = self.x_ends
+        return round(LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT), 1)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_ends
+        return round(HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
+
+    def mark(self, template: str, *values) -> None:
+        """Add a shape; the values are escaped."""
+        self.marks.append(Markup(template).format(*values))
+
+    def draw(self) -> Markup:
+        head = '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">'
+        return Markup(head).format(WIDTH, HEIGHT, self.description) + Markup("").join(self.marks) + Markup("</svg>")
+
+
+def draw_lines(series: Sequence[Series], x_label: str, y_label: str, shares: bool = False) -> Markup:
+    """A chart of lines; a series with dots shows each of its points and tells its value under the pointer."""
+    xs, ys = [x for s in series for x in s.x], [y for s in series for y in s.y]
+    y_text, note_text = (percent_tick, percent) if shares else (plain, plain)
+    plane = Plane(find_ticks(min(0, *xs), max(xs)), find_ticks(min(ys), max(ys)), x_label, y_label, y_text=y_text)
+    for s in series:
+        points = list(zip(map(plane.x, s.x), map(plane.y, s.y), s.x, s.y, strict=True))
+        path = "M" + "L".join(f"{x} {y}" for x, y, _, _ in points)
+        plane.mark('<path class="line line-{}" d="{}"><title>{}</title></path>', s.colour, path, s.name)
+        for x, y, at, value in points if s.dots else []:
+            note = f"{s.name}: {note_text(value)} at {plain(round(at, 2))} {x_label}"
+            dot = '<circle class="dot dot-{}" cx="{}" cy="{}" r="3.2"><title>{}</title></circle>'
+            plane.mark(dot, s.colour, x, y, note)
+    return plane.draw()
+
+
+def draw_reliability(reliability: Reliability) -> Markup:
+    """Accuracy against confidence; the area of a dot is its share of the images."""
+    ticks = [0, 0.2, 0.4, 0.6, 0.8, 1]
+    plane = Plane(ticks, ticks, "confidence", "accuracy", percent_tick, percent_tick)
+    ideal = '<line class="ideal" x1="{}" y1="{}" x2="{}" y2="{}"/>'
+    plane.mark(ideal, plane.x(0), plane.y(0), plane.x(1), plane.y(1))
+    points = list(zip(reliability.confidence, reliability.accuracy, reliability.images.tolist(), strict=True))
+    path = "M" + "L".join(f"{plane.x(c)} {plane.y(a)}" for c, a, _ in points)
+    plane.mark('<path class="line line-0" d="{}"/>', path)
+    for confidence, accuracy, images in points:
+        radius = round(2.5 + 11 * math.sqrt(images / reliability.images.sum()), 1)
+        note = f"{images} images: confidence {percent(confidence)}, accuracy {percent(accuracy)}"
+        dot = '<circle class="bubble" cx="{}" cy="{}" r="{}"><title>{}</title></circle>'
+        plane.mark(dot, plane.x(confidence), plane.y(accuracy), radius, note)
+    return plane.draw()
+
+
+def draw_histogram(counts: Sequence[int], names: Sequence[str], equal: float) -> Markup:
+    """How often each class was predicted, in label order, with a line at equal classes."""
+    classes = len(counts)
+    plane = Plane([0, classes], find_ticks(0, max(*counts, equal), 4), f"{classes} labels, in order", "predictions")
+    width = max(0.5, (plane.x(1) - plane.x(0)) * 0.8)
+    for label, (count, name) in enumerate(zip(counts, names, strict=True)):
+        top = plane.y(count)
+        bar = '<rect class="bar" x="{}" y="{}" width="{:.2f}" height="{:.1f}"><title>{}: {}</title></rect>'
+        plane.mark(bar, plane.x(label + 0.1), top, width, plane.y(0) - top, name, count)
+    line = '<line class="ideal" x1="{}" x2="{}" y1="{}" y2="{}"/>'
+    plane.mark(line, LEFT, WIDTH - RIGHT, plane.y(equal), plane.y(equal))
+    return plane.draw()

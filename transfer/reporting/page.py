@@ -1,0 +1,159 @@
+"""report.html: one self-contained page about a run."""
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from transfer.record import write_whole
+from transfer.reporting import diagnosis
+from transfer.reporting.charts import draw_reliability, percent
+from transfer.reporting.findings import Findings, list_classes, show_mistakes, show_pairs, show_test
+from transfer.reporting.matrix import choose_classes, draw_matrix
+from transfer.reporting.metrics import score_interval
+from transfer.reporting.pictures import Album
+from transfer.reporting.progress import draw_curves, list_seeds, list_steps
+from transfer.reporting.results import RunResults, leave_out_places, look_up, name_base
+
+HERE = Path(__file__).parent
+FILE_NAME = "report.html"
+
+LEADERBOARD_IMAGES = 500  # of the competition's 5,000 test images, what its public leaderboard scores
+
+
+def foresee_leaderboard(run: RunResults) -> dict | None:
+    """What the public leaderboard would show of this model's true accuracy; None without test images."""
+    images = min(LEADERBOARD_IMAGES, len(run.predictions.test_ids))
+    if not images:
+        return None
+    hits = run.hits
+    return {"images": images, "interval": score_interval(int(hits.sum()), len(hits), images)}
+
+
+def clock(seconds: float) -> str:
+    """A time as people read it."""
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
+
+
+def list_speeds(metrics: Mapping) -> list[tuple[str, str]]:
+    """How fast the run was, as far as it was measured."""
+    lines = []
+    for key, what in (("train", "training, with its evaluations"), ("prediction", "prediction of the test images")):
+        rate, seconds = look_up(metrics, key, "samples_per_second"), look_up(metrics, key, "seconds")
+        if rate is not None and seconds is not None:
+            lines.append((what, f"{rate:,.0f} images/s, {clock(seconds)}"))
+    return lines
+
+
+def list_links(run: RunResults) -> list[tuple[str, str]]:
+    """Files beside the page that exist or are about to, and where the models are on the Hub."""
+    beside = ["metrics.json", "run.json", "predictions.npz", "model/README.md", "trainer_state.json"]
+    links = [(name, name) for name in beside if (run.folder / name).is_file() or name == "run.json"]
+    if len(run.predictions.test_ids):
+        links.insert(0, ("submission.csv", "submission.csv"))
+    arguments = run.record.get("arguments", {})
+    if arguments.get("push_to_hub") and arguments.get("hub_model_id"):
+        links.append(
+            (f"the model, {arguments['hub_model_id']}", f"https://huggingface.co/{arguments['hub_model_id']}")
+        )
+    if not run.record.get("local_model", True):
+        base = arguments["model_name_or_path"]
+        links.append((f"started from {base}", f"https://huggingface.co/{base}"))
+    return links
+
+
+def list_settings(record: Mapping) -> list[tuple[str, str]]:
+    """What somebody needs to get the same numbers again."""
+    code, versions = record.get("code", {}), record.get("versions", {})
+    commit = code.get("commit") or "unknown"
+    state = {True: "", False: ", with uncommitted changes", None: ""}[code.get("clean")]
+    settings = [
+        ("commit", f"{commit}{state}"),
+        ("precision", str(record.get("precision", "unknown")).removeprefix("precision: ")),
+        ("hardware", record.get("device", "unknown")),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("data fingerprint", record.get("data_fingerprint")),
+        ("split fingerprint", record.get("split_fingerprint")),
+        ("sha256 of submission.csv", record.get("submission_sha256")),
+    ]
+    return [(name, str(value)) for name, value in settings if value]
+
+
+def sum_up(texts: Sequence[str], most: int = 12) -> str:
+    """Names in a line, the rest of a long list counted."""
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+
+
+def signed(points: float) -> str:
+    """A difference with its sign."""
+    return f"{points:+.1f}".replace("-", "−")
+
+
+def _hash_of(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def open_templates() -> Environment:
+    """Templates in which everything is escaped and every name must exist."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "sum_up": sum_up, "signed": signed, "clock": clock}
+    return environment
+
+
+def render_page(run: RunResults, album: Album, without_pictures: str | None = None) -> str:
+    """The page; `without_pictures` says why the album is empty."""
+    found, script = Findings(run), (HERE / "page.js").read_text(encoding="utf-8")
+    order = diagnosis.order_classes(found.probabilities, found.labels)
+    shown = choose_classes(found.confusions, order)
+    matrix, reading = draw_matrix(found.confusions, found.names, shown)
+    reliability = diagnosis.judge_confidence(found.probabilities, found.labels)
+    return (
+        open_templates()
+        .get_template("page.html")
+        .render(
+            name=run.name,
+            style=(HERE / "page.css").read_text(encoding="utf-8"),
+            script=script,
+            script_hash=_hash_of(script),
+            classes=len(found.names),
+            base=name_base(run.record),
+            arguments=run.record.get("arguments", {}),
+            data_name=Path(str(run.record.get("arguments", {}).get("data_dir"))).name,
+            metrics=run.metrics,
+            validation=run.metrics["validation"],
+            leaderboard=foresee_leaderboard(run),
+            steps=list_steps(run.metrics),
+            seeds=list_seeds(run.metrics),
+            curves=draw_curves(run.histories),
+            class_tables=list_classes(found),
+            matrix=matrix,
+            reading=reading,
+            matrix_classes=len(shown),
+            pairs=show_pairs(found, album),
+            mistakes=show_mistakes(found, album),
+            reliability=reliability,
+            reliability_chart=draw_reliability(reliability),
+            bins=diagnosis.CALIBRATION_BINS,
+            test=show_test(found, album),
+            speeds=list_speeds(run.metrics),
+            command=leave_out_places(run.record.get("command", "")),
+            settings=list_settings(run.record),
+            links=list_links(run),
+            without_pictures=without_pictures,
+        )
+    )
+
+
+def write_page(run: RunResults, album: Album, without_pictures: str | None = None) -> Path:
+    """report.html in the run's folder, whole or not at all."""
+    path = run.folder / FILE_NAME
+    write_whole(path, render_page(run, album, without_pictures))
+    return path

@@ -1,0 +1,142 @@
+"""How a run came to its accuracy: curves from the Trainer's logs, stages, seeds."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from transfer.reporting.charts import Series, draw_lines
+from transfer.reporting.results import look_up
+
+# Stages in the order in which a run goes through them; those that metrics.json does not have are passed over.
+STAGES = {
+    "zero_epoch": "before any training",
+    "probe": "linear probe",
+    "fine_tuned": "fine-tuned",
+    "ema": "averaged weights (EMA)",
+    "mean": "mean of the seeds",
+    "soup": "soup of the seeds",
+    "ensemble": "ensemble of the seeds",
+    "views": "test-time views",
+}
+
+# Columns of the table of seeds: where the number stands, and how it is written.
+SEED_COLUMNS = {
+    "validation accuracy": (("validation", "accuracy"), 100, "{:.2f}%"),
+    "validation loss": (("validation", "loss"), 1, "{:.4f}"),
+    "train accuracy": (("train", "accuracy"), 100, "{:.2f}%"),
+    "train loss": (("train", "loss"), 1, "{:.4f}"),
+    "minutes": (("train", "seconds"), 1 / 60, "{:.1f}"),
+}
+
+
+def read_accuracy(entry) -> float | None:
+    """The accuracy of a part of metrics.json, which may hold it for validation or at once."""
+    found = look_up(entry, "validation", "accuracy")
+    return look_up(entry, "accuracy") if found is None else found
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage's accuracy and what it gained over the best stage before it; None for the first."""
+
+    name: str
+    accuracy: float
+    gain: float | None
+    kept: bool = False
+
+
+def list_steps(metrics: Mapping) -> list[Step]:
+    """The stages that metrics.json knows, and what was kept of them, last."""
+    found = {STAGES[key]: accuracy for key in STAGES if (accuracy := read_accuracy(metrics.get(key))) is not None}
+    if "fine_tuned" in metrics:
+        found.pop(STAGES["mean"], None)  # the mean is that of the seeds' fine-tuning, not a stage after it
+    steps = []
+    for name, accuracy in found.items():
+        steps.append(Step(name, accuracy, accuracy - max(s.accuracy for s in steps) if steps else None))
+    kept = metrics["validation"]["accuracy"]
+    trained = "train" in metrics and not {"fine_tuned", "ema", "mean"} & metrics.keys()
+    name = STAGES["fine_tuned"] + ", kept" if trained else "kept"
+    return [*steps, Step(name, kept, kept - max(s.accuracy for s in steps) if steps else None, kept=True)]
+
+
+def list_seeds(metrics: Mapping) -> dict | None:
+    """The table of repeated runs: its columns, and rows of texts with mean and standard deviation; or None."""
+    seeds = metrics.get("seeds")
+    if not isinstance(seeds, Sequence) or not seeds:
+        return None
+    entries = {str(s.get("seed", i) if isinstance(s, Mapping) else i): s for i, s in enumerate(seeds)}
+    tails = {"mean": metrics.get("mean"), "standard deviation": metrics.get("std")}
+    entries |= {name: entry for name, entry in tails.items() if entry is not None}
+    columns = {
+        name: column
+        for name, column in SEED_COLUMNS.items()
+        if any(_read(entry, column[0]) is not None for entry in entries.values())
+    }
+    rows = [(name, [_write(entry, column) for column in columns.values()]) for name, entry in entries.items()]
+    return {"columns": list(columns), "rows": rows}
+
+
+def _read(entry, path: Sequence[str]) -> float | None:
+    found = look_up(entry, *path)
+    return look_up(entry, path[-1]) if found is None and path[0] == "validation" else found
+
+
+def _write(entry, column: tuple) -> str:
+    path, scale, form = column
+    found = _read(entry, path)
+    return "–" if found is None else form.format(found * scale)
+
+
+def _pick(history: Sequence[Mapping], x: str, y: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
+    """Points of a log that have both values."""
+    entries = [e for e in history if isinstance(look_up(e, x), (int, float)) and look_up(e, y) is not None]
+    return [e[x] * scale for e in entries], [e[y] for e in entries]
+
+
+def _series(histories: Mapping[str, Sequence[Mapping]], x: str, names: Mapping[str, str], scale=1.0) -> list[Series]:
+    """One line for every seed and every name that was logged; a log without any point gives none."""
+    lines = []
+    for number, (seed, history) in enumerate(histories.items()):
+        for colour, (key, name) in enumerate(names.items()):
+            xs, ys = _pick(history, x, key, scale)
+            if xs:
+                line = f"{name}, {seed}" if seed else name
+                shade = colour if len(names) > 1 else number % 4
+                lines.append(Series(line, xs, ys, shade, dots=key.startswith("eval_")))
+    return lines
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A chart with its heading and, for each colour, what it means."""
+
+    title: str
+    picture: Markup
+    legend: list[tuple[int, str]]
+
+
+def _curve(title: str, series: Sequence[Series], x_label: str, y_label: str, **options) -> Curve:
+    legend = {s.colour: s.name.partition(",")[0] for s in series}
+    if len({s.name.partition(",")[0] for s in series}) == 1 and len(series) > 1:
+        legend = {s.colour: s.name.partition(", ")[2] for s in series}
+    entries = list(legend.items()) if len(legend) > 1 else []
+    return Curve(title, draw_lines(series, x_label, y_label, **options), entries)
+
+
+def draw_curves(histories: Mapping[str, Sequence[Mapping]]) -> list[Curve]:
+    """Loss by epoch, validation accuracy by epoch and by minutes of training, as far as they were logged."""
+    loss = _series(histories, "epoch", {"loss": "training", "eval_loss": "validation"})
+    accuracy = _series(histories, "epoch", {"eval_accuracy": "validation accuracy"})
+    timed = _series(histories, "seconds", {"eval_accuracy": "validation accuracy"}, 1 / 60)
+    rate = _series(histories, "epoch", {"learning_rate": "learning rate"})
+    curves = []
+    if loss:
+        curves.append(_curve("Loss", loss, "epoch", "loss"))
+    if accuracy:
+        curves.append(_curve("Validation accuracy", accuracy, "epoch", "accuracy", shares=True))
+    if timed:
+        curves.append(_curve("Validation accuracy against time", timed, "minutes", "accuracy", shares=True))
+    if rate:
+        curves.append(_curve("Learning rate of the head", rate[:1], "epoch", "learning rate"))
+    return curves
