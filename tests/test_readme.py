@@ -46,7 +46,7 @@ def test_every_recipe_parses_and_its_header_gives_its_command(recipe):
 def test_flags_in_the_readme_are_arguments():
     from transfer.arguments import known_names
 
-    foreign = {"config_file", "quiet", "template", "cases"}
+    foreign = {"config_file", "quiet", "template", "cases", "logdir"}
     assert set(re.findall(r"--([a-z_]+)", README)) - foreign <= set(known_names()) | {"help"}
 
 

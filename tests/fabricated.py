@@ -1,0 +1,67 @@
+"""Finished runs without any training: what a run's folder holds, made up."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from transfer.predictions import Predictions
+from transfer.reporting import measure
+
+# Without a test of their own in these tests: what run.json holds besides the arguments.
+RECORD = {
+    "command": "accelerate launch --config_file accelerate_config.yaml finetune_vit.py recipes/sample.yaml",
+    "precision": "precision: bf16 (mixed_precision in the accelerate config)",
+    "local_model": True,
+    "code": {"commit": "0123abc", "clean": True},
+    "versions": {"python": "3.11.9", "torch": "2.13.0"},
+    "device": "CPU, Some Processor, 2 threads",
+    "data_fingerprint": "d4" * 32,
+    "split_fingerprint": "5e" * 32,
+}
+ARGUMENTS = {
+    "model_name_or_path": "offline",
+    "output_dir": "outputs/made_up",
+    "hub_model_id": None,
+    "push_to_hub": False,
+    "label_smoothing_factor": 0.1,
+    "learning_rate": 0.002,
+    "num_train_epochs": 3.0,
+    "seed": 0,
+}
+
+
+def some_logits(labels, classes: int, seed: int = 0, sharpness: float = 2.5) -> np.ndarray:
+    """(N, classes) logits that mostly favour the labels."""
+    logits = np.random.default_rng(seed).normal(size=(len(labels), classes))
+    logits[np.arange(len(labels)), labels] += sharpness
+    return logits.astype(np.float32)
+
+
+def write_run(folder: Path, data_dir, files, labels, names, logits=None, test_ids=(), **changes) -> Path:
+    """A finished run's folder; `changes` go into metrics.json, or into run.json under `record`."""
+    (folder / "model").mkdir(parents=True)
+    labels, classes = np.asarray(labels), len(names)
+    logits = some_logits(labels, classes) if logits is None else np.asarray(logits, dtype=np.float32)
+    test_logits = some_logits(np.arange(len(test_ids)) % classes, classes, seed=1)
+    Predictions(files, labels, logits, list(test_ids), test_logits).save(folder)
+    record = RECORD | {"arguments": ARGUMENTS | {"data_dir": str(data_dir)}} | changes.pop("record", {})
+    validation = measure(logits, labels)
+    speed = {"samples_per_second": 123.4, "seconds": 76.5}
+    metrics = {"validation": validation, "train": validation | speed, "zero_epoch": {"accuracy": 0.125}} | changes
+    (folder / "metrics.json").write_text(json.dumps({k: v for k, v in metrics.items() if v is not None}))
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "model" / "config.json").write_text(json.dumps({"id2label": dict(enumerate(names))}))
+    return folder
+
+
+def write_history(folder: Path, epochs: int = 2, offset: float = 0.0) -> None:
+    """A Trainer's log with two losses and one evaluation an epoch."""
+    folder.mkdir(exist_ok=True)
+    history = []
+    for step in range(2 * epochs):
+        history.append({"epoch": step / 2, "loss": 2 - 0.3 * step, "learning_rate": 1e-3, "seconds": 5.0 * step})
+        if step % 2:
+            accuracy = 0.5 + 0.05 * step + offset
+            history.append({"epoch": step / 2, "eval_loss": 1.0, "eval_accuracy": accuracy, "seconds": 5.0 * step + 1})
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))

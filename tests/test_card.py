@@ -1,0 +1,137 @@
+"""The model card: its numbers are the files', its metadata loads, and it names no place of this machine."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import WNIDS
+from fabricated import ARGUMENTS, RECORD, some_logits, write_run
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard import metadata_load
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from huggingface_hub.utils import validate_repo_id
+
+from transfer.predictions import Predictions
+from transfer.reporting import write_card
+
+NAMES = ["red thing", "green | thing", "<blue> [thing]", "grey_thing"]
+LABELS = np.arange(40) % 4
+
+SEEDS = {
+    "seeds": [{"seed": s, "validation": {"accuracy": 0.7 + s / 100}} for s in range(3)],
+    "mean": {"validation": {"accuracy": 0.7123, "loss": 0.9876}, "train": {"accuracy": 0.8234, "loss": 0.5432}},
+    "std": {"validation": {"accuracy": 0.0123, "loss": 0.0234}, "train": {"accuracy": 0.0345, "loss": 0.0456}},
+    "soup": {"accuracy": 0.7345},
+    "ensemble": {"accuracy": 0.7456},
+}
+
+
+def make_card(folder: Path, record=None, wnids=WNIDS, **metrics) -> tuple[Path, dict, dict]:
+    """A card of a made-up run; returns its path, and the metrics and the record that it was made from."""
+    logits = some_logits(LABELS, 4, sharpness=1.5)
+    write_run(folder, "x", [f"{i}.JPEG" for i in range(40)], LABELS, NAMES, logits, **metrics)
+    measured = json.loads((folder / "metrics.json").read_text())
+    arguments = ARGUMENTS | {"data_dir": "/home/jane/data/tiny-imagenet-100.zip"} | (record or {}).pop("arguments", {})
+    record = RECORD | (record or {}) | {"arguments": arguments}
+    write_card(folder / "model", measured, record, NAMES, wnids, Predictions.load(folder))
+    return folder / "model" / "README.md", measured, record
+
+
+def numbers_in(value) -> set[str]:
+    """Every number in a json value, written in the ways in which a card may write it."""
+    if isinstance(value, dict):
+        return set().union(*(numbers_in(v) for v in value.values()), *(numbers_in(k) for k in value))
+    if isinstance(value, list):
+        return set().union(*map(numbers_in, value))
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return set(re.findall(r"\d+(?:\.\d+)*", str(value)))
+    return {str(value), f"{value:.4f}", f"{value:.1f}", f"{value / 60:.1f}"}
+
+
+def counted_numbers(predictions: Predictions) -> set[str]:
+    """Counts of every class and pair, and the calibration error, worked out here."""
+    said, labels = predictions.validation_logits.argmax(1), predictions.validation_labels
+    counts = [((labels == a) & (said == b)).sum() for a in range(4) for b in range(4)]
+    pairs = [((labels == a) & (said == b) | (labels == b) & (said == a)).sum() for a in range(4) for b in range(a)]
+    p = np.exp(predictions.validation_logits.astype(float))
+    p /= p.sum(1, keepdims=True)
+    bins = np.minimum((p.max(1) * 15).astype(int), 14)
+    ece = sum(abs((p.max(1) - (said == labels))[bins == b].sum()) for b in range(15)) / len(labels)
+    return {str(n) for n in [*counts, *pairs, *np.bincount(labels)]} | {f"{ece:.4f}"}
+
+
+@pytest.mark.parametrize("metrics", [{}, SEEDS], ids=["one seed", "three seeds"])
+def test_every_number_of_the_card_is_in_the_runs_files(metrics, tmp_path):
+    path, measured, record = make_card(tmp_path / "run", **metrics)
+    text = ModelCard.load(path).text
+    known = numbers_in(measured) | numbers_in(record) | counted_numbers(Predictions.load(tmp_path / "run"))
+    known |= {str(len(NAMES)), "15", str(len(metrics.get("seeds", ())))}  # classes, bins, seeds
+    names = re.compile(r"EfficientNet-Lite0 \(ImageNet-1k\)|top-5|F1|95% interval|tiny-imagenet-100")
+    strange = set(re.findall(r"\d+(?:\.\d+)*", names.sub("", text))) - known
+    assert not strange
+    validation = measured["validation"]
+    assert f"| validation, held out | 40 | {validation['accuracy']:.4f} |" in text
+
+
+def test_a_card_of_one_seed_says_that_the_spread_is_not_known(tmp_path):
+    text = make_card(tmp_path / "run")[0].read_text()
+    assert "One seed: the spread over seeds is not known" in text and "±" not in text
+
+
+def test_a_card_of_three_seeds_gives_mean_and_standard_deviation(tmp_path):
+    text = make_card(tmp_path / "run", **SEEDS)[0].read_text()
+    assert "over 3 seeds, validation: accuracy 0.7123 ± 0.0123, loss 0.9876 ± 0.0234." in text
+    assert "over 3 seeds, training images: accuracy 0.8234 ± 0.0345, loss 0.5432 ± 0.0456." in text
+    assert "soup of the seeds 0.7345, ensemble of the seeds 0.7456" in text and "One seed" not in text
+
+
+def test_a_measured_calibration_is_what_the_card_says(tmp_path):
+    text = make_card(tmp_path / "run", calibration={"temperature": 1.2345, "ece": 0.0212})[0].read_text()
+    assert "temperature 1.2345, ece 0.0212" in text and "Expected calibration error" not in text
+
+
+def test_the_metadata_is_what_the_hub_reads(tmp_path):
+    hub = {"model_name_or_path": "google/vit-base-patch16-224-in21k", "hub_model_id": "me/tiny"}
+    path, measured, _ = make_card(tmp_path / "run", record={"local_model": False, "arguments": hub})
+    metadata = metadata_load(path)
+    assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "image-classification"
+    validate_repo_id(metadata["base_model"])
+    assert metadata["base_model"] == hub["model_name_or_path"]
+    name, results = model_index_to_eval_results(metadata["model-index"])
+    assert name == "tiny"
+    values = {result.metric_type: result.metric_value for result in results}
+    assert values == {"accuracy": measured["validation"]["accuracy"], "f1": measured["validation"]["macro_f1"]}
+    assert all(result.dataset_split == "validation" for result in results)
+    card = ModelCard.load(path)
+    assert card.data.eval_results[0].metric_value == measured["validation"]["accuracy"]
+    assert 'pipeline("image-classification", model="me/tiny")' in card.text
+
+
+def test_a_local_checkpoint_is_no_base_model_of_the_hub_and_its_place_stays_private(tmp_path):
+    local = {"model_name_or_path": "/home/jane/checkpoints/my-vit", "output_dir": "/home/jane/outputs/x"}
+    command = "python finetune_vit.py /home/jane/a.yaml --data_dir=/home/jane/tiny.zip --output_dir ~jane/x"
+    path, *_ = make_card(tmp_path / "run", record={"arguments": local, "command": command})
+    content = path.read_text()
+    assert "base_model" not in metadata_load(path) and "| started from | my-vit |" in content
+    assert "jane" not in content and "/home" not in content
+    assert "python finetune_vit.py a.yaml --data_dir=tiny.zip --output_dir x" in content
+
+
+def test_names_of_classes_are_text_and_not_markdown(tmp_path):
+    text = make_card(tmp_path / "run")[0].read_text()
+    assert "<blue>" not in text and r"&lt;blue&gt; \[thing\]" in text and r"green \| thing" in text
+
+
+@pytest.mark.parametrize(
+    ("data_dir", "wnids", "terms"),
+    [
+        ("tiny-imagenet-100.zip", WNIDS, "derive from ImageNet"),
+        ("sample", WNIDS, "The images are generated"),
+        ("flowers", ["rose", "tulip", "lily", "daisy"], "No licence is stated here"),
+    ],
+)
+def test_the_terms_are_those_of_the_data(data_dir, wnids, terms, tmp_path):
+    text = make_card(tmp_path / "run", record={"arguments": {"data_dir": data_dir}}, wnids=wnids)[0].read_text()
+    assert terms in text and text.count("derive from ImageNet") == (data_dir == "tiny-imagenet-100.zip")

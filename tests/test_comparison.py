@@ -1,0 +1,78 @@
+"""Two runs on the same images: the paired test, its words, and what cannot be compared."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from fabricated import write_run
+
+from transfer.reporting import __main__ as command
+from transfer.reporting.comparison import compare_hits, describe_comparison
+
+FILES = [f"train/c/{i}.JPEG" for i in range(100)]
+LABELS = np.arange(100) % 4
+NAMES = ["a", "b", "c", "d"]
+
+
+def run_with_mistakes(folder, wrong, files=FILES, labels=LABELS):
+    logits = np.eye(4)[labels] * 5
+    logits[list(wrong)] = np.roll(logits[list(wrong)], 1, axis=1)
+    return write_run(folder, "nowhere", files, labels, NAMES, logits)
+
+
+def say(first, second, capsys) -> list[str]:
+    command.main([str(first), str(second)])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_p_value_is_the_exact_binomial_on_images_that_one_run_alone_gets_right():
+    first, second = np.ones(20, dtype=bool), np.ones(20, dtype=bool)
+    first[:8], second[8] = False, False
+    found = compare_hits(first, second)
+    assert (found.first_alone, found.second_alone) == (1, 8)
+    # Two-sided: of the 2^9 ways in which nine coins fall, those at least as uneven as 1 to 8.
+    uneven = sum(sum(coins) in (0, 1, 8, 9) for coins in product((0, 1), repeat=9)) / 2**9
+    assert found.p_value == pytest.approx(uneven)
+    low, high = found.interval
+    assert low < found.difference == 7 / 20 < high
+
+
+def test_runs_that_agree_on_every_image_do_not_differ():
+    hits = np.array([True, False, True])
+    found = compare_hits(hits, hits)
+    assert found.p_value == 1 and found.difference == 0 and found.interval == (0, 0)
+    assert "within noise" in describe_comparison(found, "a", "b")[-1]
+
+
+def test_a_small_difference_is_called_noise_and_a_large_one_names_the_better_run(tmp_path, capsys):
+    base = run_with_mistakes(tmp_path / "base", range(20))
+    similar = run_with_mistakes(tmp_path / "similar", range(2, 23))
+    better = run_with_mistakes(tmp_path / "better", range(5))
+    assert say(base, similar, capsys)[-1].startswith("This is within noise")
+    lines = say(base, better, capsys)
+    assert "0.8000  80 of 100 right, 0 of them it alone" in lines[0]
+    assert "0.9500  95 of 100 right, 15 of them it alone" in lines[1]
+    assert lines[2].startswith("difference +15.00 points") and "15 images: p = 6.1e-05" in lines[3]
+    assert lines[-1].startswith(f"{better} is better")
+    assert say(better, base, capsys)[-1].startswith(f"{better} is better")
+
+
+def test_the_order_of_the_images_does_not_matter(tmp_path, capsys):
+    first = run_with_mistakes(tmp_path / "first", [0, 1, 2])
+    turned = run_with_mistakes(tmp_path / "turned", [99, 98, 97], FILES[::-1], LABELS[::-1])
+    assert "p = 1" in say(first, turned, capsys)[3]
+
+
+@pytest.mark.parametrize(
+    ("files", "labels", "message"),
+    [
+        (["train/c/other.JPEG", *FILES[1:]], LABELS, "held out other images (2 are in one of them alone"),
+        (FILES[:50], LABELS[:50], "held out other images (50 are in one of them alone"),
+        (FILES, np.roll(LABELS, 1), "give train/c/0.JPEG other labels"),
+    ],
+)
+def test_runs_on_other_images_or_labels_are_refused(files, labels, message, tmp_path, capsys):
+    first, second = run_with_mistakes(tmp_path / "a", [0]), run_with_mistakes(tmp_path / "b", [0], files, labels)
+    with pytest.raises(SystemExit) as stop:
+        command.main([str(first), str(second)])
+    assert stop.value.code == 2 and message in capsys.readouterr().err

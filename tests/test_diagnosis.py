@@ -1,0 +1,100 @@
+"""Numbers behind the report, counted by hand."""
+
+import numpy as np
+import pytest
+
+from transfer.reporting import diagnosis
+from transfer.reporting.charts import find_ticks
+from transfer.reporting.matrix import choose_classes, draw_matrix
+from transfer.reporting.metrics import score_interval
+
+CONFUSIONS = np.array([[8, 2, 0], [1, 9, 0], [0, 0, 5]])
+
+
+def test_classes_are_scored_by_their_own_images_the_worst_first():
+    scores = diagnosis.score_classes(CONFUSIONS)
+    assert [(s.label, s.right, s.images, s.taken_for, s.times) for s in scores] == [
+        (0, 8, 10, 1, 2),
+        (1, 9, 10, 0, 1),
+        (2, 5, 5, None, 0),
+    ]
+
+
+def test_a_pair_counts_both_directions_and_names_the_loser_first():
+    [pair] = diagnosis.find_confused_pairs(CONFUSIONS.T, most=5)
+    assert (pair.first, pair.second, pair.first_as_second, pair.second_as_first) == (1, 0, 2, 1)
+
+
+def test_a_confusion_is_counted_in_the_labels_row():
+    counts = diagnosis.count_confusions(np.array([0, 0, 2]), np.array([1, 1, 2]), 3)
+    assert counts.tolist() == [[0, 2, 0], [0, 0, 0], [0, 0, 1]]
+
+
+def test_the_calibration_error_is_the_gap_weighed_by_images():
+    sure, unsure = [0.9, 0.1], [0.55, 0.45]
+    probabilities = np.array([sure, sure, sure, sure, unsure, unsure])
+    found = diagnosis.judge_confidence(probabilities, np.array([0, 0, 0, 1, 1, 1]))
+    assert found.images.tolist() == [2, 4]
+    assert found.confidence == pytest.approx([0.55, 0.9]) and found.accuracy == pytest.approx([0, 0.75])
+    assert found.ece == pytest.approx((2 * 0.55 + 4 * 0.15) / 6)
+
+
+def test_full_confidence_falls_into_the_last_bin():
+    found = diagnosis.judge_confidence(np.array([[1.0, 0.0]]), np.array([0]))
+    assert found.images.tolist() == [1] and found.ece == 0
+
+
+def test_classes_that_are_taken_for_each_other_stand_side_by_side():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(8), 20)
+    probabilities = np.full((160, 8), 0.01) + rng.uniform(0, 0.01, (160, 8))
+    probabilities[np.arange(160), labels] += 0.5
+    probabilities[np.arange(160), (labels + 4) % 8] += 0.4  # 0 with 4, 1 with 5 ...
+    order = diagnosis.order_classes(probabilities, labels)
+    assert sorted(order) == list(range(8))
+    assert all(abs(order.index(c) - order.index(c + 4)) == 1 for c in range(4))
+
+
+def test_predictions_are_expected_as_the_held_out_images_were_confused():
+    expected = diagnosis.expect_counts(CONFUSIONS, images=30)
+    assert expected == pytest.approx([9, 11, 10])
+
+
+def test_planted_label_errors_are_doubted_and_hard_images_are_not():
+    rng = np.random.default_rng(0)
+    labels = np.arange(400) % 20
+    logits = rng.normal(size=(400, 20))
+    logits[np.arange(400), labels] += 6
+    given = labels.copy()
+    given[:10] = (labels[:10] + 7) % 20
+    logits[10:30] = rng.normal(size=(20, 20)) * 0.1  # hard ones: no class is likely
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    doubted = np.flatnonzero(diagnosis.doubt_labels(probabilities, given))
+    assert set(doubted) <= set(range(10)) and len(doubted) >= 8
+
+
+def test_a_leaderboards_interval_covers_its_score_in_95_of_100_cases():
+    rng = np.random.default_rng(0)
+    truth, covered = 0.8, []
+    for _ in range(2000):
+        low, high = score_interval(int(rng.binomial(1000, truth)), 1000, 500)
+        covered.append(low <= rng.binomial(500, truth) / 500 <= high)
+    assert 0.94 <= np.mean(covered) <= 0.975
+    low, high = score_interval(4000, 5000, 500)
+    assert (low, high) == pytest.approx((0.762, 0.836), abs=0.003)  # 0.8 +- 1.96 sqrt(0.16 (1/500 + 1/5000))
+
+
+def test_of_very_many_classes_the_matrix_shows_those_with_mistakes():
+    confusions = np.eye(300, dtype=int) * 5
+    confusions[7, 250] = 3
+    shown = choose_classes(confusions, list(range(300))[::-1])
+    assert len(shown) == 120 and {7, 250} <= set(shown) and shown == sorted(shown, reverse=True)
+    picture, reading = draw_matrix(confusions, [str(i) for i in range(300)], shown)
+    assert [shown.index(7), shown.index(250), 3] in reading["cells"]
+    assert 'class="wrong-4"' in picture  # 3 of 8 images: 37.5% lie between 20% and 40%
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.743, 0.791), (3, 3), (0, 0), (0, 12345), (-2, 1e-3)])
+def test_ticks_are_few_and_span_the_values(low, high):
+    ticks = find_ticks(low, high)
+    assert ticks[0] <= low and high <= ticks[-1] and 2 <= len(ticks) <= 8

@@ -1,0 +1,267 @@
+"""report.html: whole, self-contained, harmless whatever the data are called, and never in a run's way."""
+
+import json
+import re
+import shutil
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import WNIDS, draw_picture
+from fabricated import ARGUMENTS, write_history, write_run
+
+from transfer.reporting import __main__ as command
+from transfer.reporting import report
+
+NAMES = ["red thing", "green thing", "blue thing", "grey"]
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside of style and script."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.tags, self.text, self.inside = [], "", None
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.inside = tag if tag in ("style", "script") else None
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, data):
+        if self.inside is None:
+            self.text += data
+
+    def pictures(self) -> list[str]:
+        return [attributes["src"] for tag, attributes in self.tags if tag == "img"]
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.text.split())
+
+
+def labelled_files(root: Path) -> tuple[list[str], list[int]]:
+    files = sorted(path.relative_to(root).as_posix() for path in (root / "train").rglob("*.JPEG"))
+    return files, [WNIDS.index(file.split("/")[1]) for file in files]
+
+
+def run_on(data: Path, folder: Path, **changes) -> Path:
+    files, labels = labelled_files(data)
+    ids = sorted(path.stem for path in (data / "test").rglob("*.JPEG"))
+    return write_run(folder, data, files, labels, NAMES, test_ids=ids, **changes)
+
+
+def draw(*words) -> Page:
+    command.main([str(word) for word in words])
+    return Page(Path(words[0]) / "report.html")
+
+
+def test_a_run_writes_its_report_with_pictures_before_its_submission(pristine_data, checkpoints, finetune):
+    out = finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
+    page = Page(out / "report.html")
+    assert (out / "report.html").stat().st_mtime_ns <= (out / "submission.csv").stat().st_mtime_ns
+    accuracy = json.loads((out / "metrics.json").read_text())["validation"]["accuracy"]
+    assert f"{100 * accuracy:.1f}% of 12 held-out images right" in page.words
+    assert json.loads((out / "run.json").read_text())["submission_sha256"] in page.words
+    assert len(page.pictures()) >= 10  # the test images, all of them least confident ones
+    assert "Validation accuracy against time" in page.words
+
+
+def test_a_report_that_cannot_be_drawn_does_not_lose_the_run(
+    pristine_data, checkpoints, finetune, monkeypatch, capsys
+):
+    def fail(*_):
+        raise ZeroDivisionError("no picture\ntoday")
+
+    monkeypatch.setattr(report, "write_page", fail)
+    out = finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
+    said = capsys.readouterr().err
+    assert (
+        "warning: report.html could not be drawn (ZeroDivisionError: no picture today); the run is whole; "
+        f"`python -m transfer.reporting {out}` draws it again" in said
+    )
+    assert (out / "submission.csv").is_file() and not (out / "report.html").exists()
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=http://evil.example onerror=alert(1)>',
+    "</title>{{ 7 * 7 }}",
+    "&amp;",
+]
+
+
+def page_with_names(data: Path, folder: Path, names: list[str], file: str, test_id: str, command_line: str) -> Page:
+    """The page of a run in which these names stand everywhere: two images of the first class are mistakes."""
+    draw_picture(WNIDS[0], 99).save(data / file, "JPEG")
+    draw_picture(WNIDS[0], 98).save(data / "test" / "images" / f"{test_id}.JPEG", "JPEG")
+    files, labels = labelled_files(data)
+    logits = np.eye(4)[labels] * 9
+    for mistake in (files.index(file), 0):
+        logits[mistake] = np.roll(logits[mistake], 1)
+    record = {"command": command_line, "device": command_line}
+    record["arguments"] = ARGUMENTS | {"data_dir": str(data), "model_name_or_path": command_line}
+    return draw(write_run(folder, data, files, labels, names, logits, test_ids=[test_id], record=record))
+
+
+def test_names_from_the_data_stay_text_wherever_they_stand(data, tmp_path):
+    folder = f"train/{WNIDS[0]}/images"
+    plain_data = shutil.copytree(data, tmp_path / "plain")
+    plain = page_with_names(plain_data, tmp_path / "run", NAMES, f"{folder}/x.JPEG", "y", "python x.py")
+    evil_file, command_line = f'{folder}/x" onload="alert(1)\'<b>.JPEG', "python '<script>alert(2)</script>'"
+    page = page_with_names(data, tmp_path / "<i>run", HOSTILE, evil_file, "<b>y", command_line)
+    # Not one tag more or less than with harmless names.
+    assert Counter(tag for tag, _ in page.tags) == Counter(tag for tag, _ in plain.tags)
+    assert [sorted(attributes) for _, attributes in page.tags] == [sorted(attributes) for _, attributes in plain.tags]
+    assert page.pictures() and all(src.startswith("data:image/jpeg;base64,") for src in page.pictures())
+    assert all(name in page.text for name in HOSTILE) and "<script>alert(2)</script>" in page.text
+    source = (tmp_path / "<i>run" / "report.html").read_text()
+    reading = re.search(r'id="matrix-data">(.*?)</script>', source, re.S).group(1)
+    assert sorted(json.loads(reading)["names"]) == sorted(HOSTILE) and "<" not in reading
+
+
+def test_nothing_is_fetched_from_anywhere(pristine_data, tmp_path):
+    page = draw(run_on(pristine_data, tmp_path / "run"))
+    policies = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert len(policies) == 1 and policies[0].startswith("default-src 'none'; img-src data:;")
+    assert not [tag for tag, _ in page.tags if tag in ("link", "iframe", "object", "embed", "form", "base")]
+    fetched = [a[k] for tag, a in page.tags for k in ("src", "srcset", "xlink:href", "poster") if k in a]
+    assert all(place.startswith("data:") for place in fetched)
+    assert "url(" not in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_links_lead_to_files_that_exist(pristine_data, tmp_path):
+    run = run_on(pristine_data, tmp_path / "run")
+    (run / "submission.csv").touch()
+    (run / "model" / "README.md").touch()
+    links = [a["href"] for tag, a in draw(run).tags if tag == "a" and not a["href"].startswith("#")]
+    assert {"submission.csv", "metrics.json", "model/README.md"} <= set(links)
+    assert all((run / link).is_file() for link in links)
+
+
+def test_every_place_that_the_page_names_is_on_it(pristine_data, tmp_path):
+    page = draw(run_on(pristine_data, tmp_path / "run"))
+    ids = {a["id"] for _, a in page.tags if "id" in a}
+    assert {a["href"][1:] for tag, a in page.tags if tag == "a" and a["href"].startswith("#")} <= ids
+
+
+def test_without_the_data_the_report_says_so_and_goes_on(data, tmp_path, capsys):
+    run = run_on(data, tmp_path / "run")
+    shutil.rmtree(data)
+    page = draw(run)
+    assert f"Without pictures: {data}: no such folder or zip" in page.words
+    assert not page.pictures() and "Most confident mistakes" in page.words
+    assert "without pictures: " in capsys.readouterr().out
+
+
+def test_pictures_come_from_the_place_that_is_named_and_from_a_zip(data, tmp_path, capsys):
+    run = run_on(data, tmp_path / "run")
+    packed = shutil.make_archive(tmp_path / "packed", "zip", data.parent, data.name)
+    shutil.rmtree(data)
+    assert draw(run, "--data_dir", packed).pictures()
+    with pytest.raises(SystemExit) as stop:
+        command.main([str(run), "--data_dir", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "is not this run's data set" in capsys.readouterr().err
+
+
+def test_a_file_name_that_leads_out_of_the_data_set_is_not_shown(data, tmp_path):
+    from transfer.reporting.pictures import Album
+
+    draw_picture(WNIDS[0], 1).save(tmp_path / "secret.JPEG")
+    album = Album(data)
+    assert album.show("../secret.JPEG") is None and album.show(str(tmp_path / "secret.JPEG")) is None
+    assert album.show(labelled_files(data)[0][0]).startswith("data:image/jpeg")
+
+
+def test_a_hundred_classes_and_thousands_of_images_stay_under_5_mb(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.arange(3000) % 100
+    names = [f"a class with a long name, number {i}" for i in range(100)]
+    files = [f"train/{label}/{i}.JPEG" for i, label in enumerate(labels)]
+    run = write_run(tmp_path / "run", "nowhere", files, labels, names, rng.normal(size=(3000, 100)) * 3)
+    draw(run)
+    # The pictures that are missing here: at most 96 at about 4 kB.
+    assert (run / "report.html").stat().st_size < 1_000_000
+
+
+def test_a_run_that_measured_little_is_drawn_all_the_same(pristine_data, tmp_path):
+    run = run_on(pristine_data, tmp_path / "run", train=None, zero_epoch=None)
+    page = draw(run)
+    assert "Nothing was trained in this run" in page.words and "before any training" not in page.words
+
+
+def test_seeds_and_stages_stand_in_the_report_with_mean_and_spread(pristine_data, tmp_path):
+    seeds = [{"seed": s, "validation": {"accuracy": 0.7 + s / 100, "loss": 1.5}} for s in range(3)]
+    run = run_on(
+        pristine_data,
+        tmp_path / "run",
+        seeds=seeds,
+        mean={"validation": {"accuracy": 0.71, "loss": 1.5}},
+        std={"validation": {"accuracy": 0.01, "loss": 0.0}},
+        probe={"accuracy": 0.4375},
+        soup={"validation": {"accuracy": 0.75}},
+        ensemble={"accuracy": 0.76},
+    )
+    for seed in range(3):
+        write_history(run / f"seed-{seed}", offset=seed / 100)
+    words = draw(run).words
+    assert "2 72.00% 1.5000" in words and "mean 71.00% 1.5000 standard deviation 1.00% 0.0000" in words
+    assert "before any training 12.5%" in words and "linear probe 43.8% (+31.2)" in words
+    assert "soup of the seeds 75.0% (+4.0)" in words and "ensemble of the seeds 76.0% (+1.0)" in words
+    assert "seed 0 seed 1 seed 2" in words
+
+
+def test_a_doubtful_label_is_marked_and_its_file_listed(pristine_data, tmp_path):
+    files, labels = labelled_files(pristine_data)
+    logits = np.eye(4)[labels] * 4 + np.linspace(0, 0.5, 4)
+    logits[5] = [-6, 9, 0, 0]  # its label, of the first class in wnids order, is the least likely of all
+    labels = np.array(labels)
+    labels[5] = 0
+    run = write_run(tmp_path / "run", pristine_data, files, labels, NAMES, logits)
+    words = draw(run).words
+    assert "Of all mistakes 1 are marked label?" in words
+    assert f"{files[5]} red thing green thing 100.0%" in words
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "nowhere: no such folder; name a run's output folder"),
+        (["EMPTY"], "run.json: cannot be read (No such file or directory); is EMPTY a finished run?"),
+        (["RUN", "RUN", "RUN"], "3 runs were named; one is drawn, two are compared"),
+        (["RUN", "RUN", "--data_dir", "x"], "--data_dir is for the pictures of one run's report"),
+    ],
+)
+def test_a_mistake_is_one_line(words, message, pristine_data, tmp_path, capsys):
+    places = {"RUN": str(run_on(pristine_data, tmp_path / "run")), "EMPTY": str(tmp_path / "empty")}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        command.main([places.get(word, word) for word in words])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and len(error.splitlines()) == 1
+    assert message.replace("EMPTY", places["EMPTY"]) in error
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "run.json", "predictions.npz", "model/config.json"])
+def test_a_damaged_file_of_a_run_is_named(name, pristine_data, tmp_path, capsys):
+    run = run_on(pristine_data, tmp_path / "run")
+    (run / name).write_text("[]")
+    with pytest.raises(SystemExit):
+        command.main([str(run)])
+    assert capsys.readouterr().err.startswith(f"error: {run / name}: ")
+
+
+def test_the_command_that_is_shown_names_no_folder_of_this_machine():
+    from transfer.reporting.results import leave_out_places
+
+    command_line = (
+        "python finetune_vit.py recipes/a.yaml --data_dir '/home/me/my data/tiny.zip' --output_dir=/home/me/x"
+    )
+    assert leave_out_places(command_line + " --seed 1 --init ~/m/ck ../../home/me/y") == (
+        "python finetune_vit.py recipes/a.yaml --data_dir tiny.zip --output_dir=x --seed 1 --init ck y"
+    )
