@@ -164,8 +164,9 @@ def _training_table(metrics: Mapping, record: Mapping) -> str:
     settings.insert(0, ("started from", name_base(record)))
     settings.append(("precision", record["precision"].removeprefix("precision: ")))
     settings.append(("hardware", record["device"]))
-    seconds, rate = metrics["train"]["seconds"], metrics["train"]["samples_per_second"]
-    settings.append(("training time", f"{seconds / 60:.1f} min, {rate:.1f} images/s"))
+    seconds, rate = look_up(metrics, "train", "seconds"), look_up(metrics, "train", "samples_per_second")
+    if seconds is not None and rate is not None:
+        settings.append(("training time", f"{seconds / 60:.1f} min, {rate:.1f} images/s"))
     return "\n".join(["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in settings)])
 
 
@@ -225,10 +226,9 @@ def write_card(
     data = arguments.get("dataset_name") or Path(arguments["data_dir"]).stem
     title = Path(arguments["hub_model_id"] or arguments["output_dir"]).name
     base = name_base(record)
-    rows = [
-        _row("validation, held out", metrics["validation"]),
-        _row("training images, not augmented", metrics["train"]),
-    ]
+    rows = [_row("validation, held out", metrics["validation"])]
+    if "accuracy_ci95" in metrics["train"]:
+        rows.append(_row("training images, not augmented", metrics["train"]))
     text = CARD.format(
         metadata=_metadata(title, data, metrics["validation"], record).strip(),
         title=_literal(title),

@@ -37,6 +37,28 @@ def clock(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
 
 
+def list_tiles(run: RunResults, ece: float, leaderboard: Mapping | None) -> list[tuple[str, str]]:
+    """The figures below the headline, as far as the run has them."""
+    validation, seconds = run.metrics["validation"], look_up(run.metrics, "train", "seconds")
+    shares = {
+        "on training images": look_up(run.metrics, "train", "accuracy"),
+        "before any training": look_up(run.metrics, "zero_epoch", "accuracy"),
+    }
+    tiles = [
+        ("top-5 accuracy", percent(validation["top5_accuracy"])),
+        ("macro F1", f"{validation['macro_f1']:.3f}"),
+        ("loss", f"{validation['loss']:.3f}"),
+        ("calibration error", percent(ece)),
+        *((name, percent(share)) for name, share in shares.items() if share is not None),
+    ]
+    if seconds is not None:
+        tiles.append(("training time", clock(seconds)))
+    if leaderboard:
+        low, high = leaderboard["interval"]
+        tiles.append((f"on {leaderboard['images']} test images*", f"{100 * low:.1f}–{percent(high)}"))
+    return tiles
+
+
 def list_speeds(metrics: Mapping) -> list[tuple[str, str]]:
     """How fast the run was, as far as it was measured."""
     lines = []
@@ -104,7 +126,7 @@ def open_templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "sum_up": sum_up, "signed": signed, "clock": clock}
+    environment.filters |= {"percent": percent, "sum_up": sum_up, "signed": signed}
     return environment
 
 
@@ -115,6 +137,7 @@ def render_page(run: RunResults, album: Album, without_pictures: str | None = No
     shown = choose_classes(found.confusions, order)
     matrix, reading = draw_matrix(found.confusions, found.names, shown)
     reliability = diagnosis.judge_confidence(found.probabilities, found.labels)
+    leaderboard = foresee_leaderboard(run)
     return (
         open_templates()
         .get_template("page.html")
@@ -129,7 +152,8 @@ def render_page(run: RunResults, album: Album, without_pictures: str | None = No
             data_name=Path(str(run.record.get("arguments", {}).get("data_dir"))).name,
             metrics=run.metrics,
             validation=run.metrics["validation"],
-            leaderboard=foresee_leaderboard(run),
+            tiles=list_tiles(run, reliability.ece, leaderboard),
+            leaderboard=leaderboard,
             steps=list_steps(run.metrics),
             seeds=list_seeds(run.metrics),
             curves=draw_curves(run.histories),

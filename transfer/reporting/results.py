@@ -3,7 +3,7 @@
 import json
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,13 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, where a run writes an object")
     return content
+
+
+def _require(content, names: Sequence[str], path: Path) -> None:
+    """Refuse a file in which a run would have written more. Raises `UserError`."""
+    missing = [name for name in names if not isinstance(content, Mapping) or name not in content]
+    if missing:
+        raise UserError(f"{path}: lacks {missing[0]!r}, which every run writes; is it of this project?")
 
 
 def read_class_names(folder: Path) -> list[str]:
@@ -88,6 +95,8 @@ class RunResults:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; name a run's output folder, for example outputs/sample")
         record = read_json(folder / "run.json") if record is None else record
+        _require(record, ["arguments", "local_model"], folder / "run.json")
+        _require(record["arguments"], ["model_name_or_path"], folder / "run.json")
         names, predictions = read_class_names(folder), Predictions.load(folder)
         if predictions.validation_logits.shape[1] != len(names):
             raise UserError(
@@ -95,6 +104,8 @@ class RunResults:
                 f"{len(names)}; they are not of one run"
             )
         metrics = read_json(folder / "metrics.json")
+        kept = ["accuracy", "accuracy_ci95", "top5_accuracy", "macro_f1", "loss", "n"]
+        _require(metrics.get("validation"), kept, folder / "metrics.json")
         return cls(folder, metrics, record, predictions, names, read_histories(folder))
 
     @property
