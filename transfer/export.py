@@ -89,9 +89,7 @@ def compare(model: nn.Module, processor: BaseImageProcessor, target: Path, image
     found = np.concatenate([session.run(["logits"], {"pixel_values": b})[0] for b in batches if len(b)])
     for path, ours, theirs in zip(images, expected.argmax(-1), found.argmax(-1), strict=True):
         if ours != theirs:
-            raise UserError(
-                f"--export onnx: {target.name} names {path} otherwise than the model: {theirs}, not {ours}"
-            )
+            raise UserError(f"--export onnx: {path} gets label {theirs} there, {ours} from the model")
     return float(np.abs(found - expected).max())
 
 
