@@ -41,6 +41,7 @@ from transfer.experiment import (
     seed_arguments,
     summarise,
 )
+from transfer.hub_data import open_hub_data
 from transfer.mixing import Mixing
 from transfer.modeling import Classifier, build_classifier, load_trained
 from transfer.pixels import PixelDataset, PixelStore, open_pixel_store
@@ -58,7 +59,7 @@ from transfer.record import (
     write_whole,
 )
 from transfer.reporting import draw_report, keep_card, measure, read_metrics, write_card, write_metrics
-from transfer.submission import digest_of, make_template, read_template, render_submission
+from transfer.submission import digest_of, open_template, render_submission
 from transfer.training import (
     FinetuningTrainer,
     check_same_weights,
@@ -98,6 +99,13 @@ def set_up_logging(args: FinetuningArguments) -> None:
     transformers.utils.logging.disable_progress_bar()  # the one for loading weights; the Trainer keeps its own
 
 
+def find_data(run: RunArguments) -> ImageFolder:
+    """The data set that `--data_dir` or `--dataset_name` means, its layout understood."""
+    if run.dataset_name:
+        return open_hub_data(run.dataset_name, run.dataset_config_name, run.label_column_name)
+    return open_data(run.data_dir, run.classes_file)
+
+
 def prepare_model(task: Task, args: FinetuningArguments) -> Classifier:
     """The checkpoint with a head for our classes, or an already fine-tuned model where nothing is trained."""
     run, folder = task.run, task.folder
@@ -126,9 +134,8 @@ def prepare_model(task: Task, args: FinetuningArguments) -> Classifier:
 
 def prepare_pixels(args: FinetuningArguments, folder: ImageFolder, geometry: ViewGeometry) -> PixelStore:
     """Every image decoded, once a machine."""
-    files = folder.train_files + folder.test_files
     with args.main_process_first(local=True, desc="decoding images"):
-        return open_pixel_store(folder.root, files, geometry.apply, geometry.crop, geometry.rule)
+        return open_pixel_store(folder.root, folder.files, geometry.apply, geometry.crop, geometry.rule)
 
 
 def make_trainer(
@@ -238,8 +245,7 @@ def save_model(trainer: FinetuningTrainer, place: Path) -> None:
 def make_submission(folder: ImageFolder, ids: Sequence[str], scores: np.ndarray) -> bytes:
     """The csv of the test images' scores (M, classes)."""
     labels = dict(zip(ids, scores.argmax(-1).tolist(), strict=True))
-    template = read_template(folder.template_path) if folder.template_path else make_template(sorted(labels))
-    return render_submission(template, labels)
+    return render_submission(open_template(folder.template_path, folder.test_ids), labels)
 
 
 def write_results(
@@ -380,7 +386,7 @@ def main(argv: list[str] | None = None) -> None:
     push, args.push_to_hub = args.push_to_hub, False  # the Trainer would upload the whole output folder
     say(args, precision)
 
-    folder = open_data(run.data_dir)
+    folder = find_data(run)
     say(args, *describe_layout(folder))
     dataset = load_dataset(folder, run.validation_fraction, run.split_seed, run.max_train_samples)
     say(args, "splits      " + ", ".join(f"{name} {len(split)}" for name, split in dataset.items()))

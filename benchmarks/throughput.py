@@ -214,8 +214,7 @@ def measure_case(name: str, repeats: int, dataset, folder) -> dict:
     model, processor = build()
     geometry = read_geometry(processor)
     size = geometry.crop[0]
-    files = folder.train_files + folder.test_files
-    store = open_pixel_store(folder.root, files, geometry.apply, geometry.crop, geometry.rule)
+    store = open_pixel_store(folder.root, folder.files, geometry.apply, geometry.crop, geometry.rule)
     rounds = []
     with tempfile.TemporaryDirectory() as scratch:
         arguments = quiet(scratch, batch, steps)
@@ -271,11 +270,10 @@ def measure_data(data_dir: str) -> dict:
             folder = open_data(data_dir)
             dataset = load_dataset(folder)
             opened = time.perf_counter()
-            files = folder.train_files + folder.test_files
-            store = open_pixel_store(folder.root, files, geometry.apply, geometry.crop, geometry.rule)
+            store = open_pixel_store(folder.root, folder.files, geometry.apply, geometry.crop, geometry.rule)
             PixelDataset(store, dataset["train"]).__getitems__(range(64))
             end = time.perf_counter()
-            times[state] = {"seconds": end - start, "of_it_on_the_cache": end - opened, "images": len(files)}
+            times[state] = {"seconds": end - start, "of_it_on_the_cache": end - opened, "images": len(folder.files)}
         datasets.config.HF_DATASETS_CACHE = before
     return times
 

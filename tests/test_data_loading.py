@@ -9,8 +9,9 @@ import pytest
 from conftest import ROOT, WNIDS, write_data_set
 from PIL import Image
 
-from data_loading import image_id_of, load_dataset, main, open_data, split_fingerprint
+from data_loading import load_dataset, main, open_data, split_fingerprint
 from transfer import UserError
+from transfer.layouts import image_id_of
 
 
 def zip_folder(folder, path):

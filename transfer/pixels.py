@@ -19,8 +19,6 @@ from tqdm.auto import tqdm
 
 from transfer import UserError
 
-IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
-
 # Raise when the way in which pixels are made changes: older stores are then not used.
 STORE_FORMAT = 2
 
@@ -141,19 +139,18 @@ class PixelStore:
         self.rows = {file: row for row, file in enumerate(files)}
 
 
+def _stamp(path: str) -> str:
+    try:
+        status = os.stat(path)  # noqa: PTH116 - 55,000 Paths cost a second
+    except OSError:
+        return "absent"  # which is said, with its reason, when the file is read
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
 def listing_key(root: Path, files: Sequence[str]) -> str:
     """Hash of the files' names, sizes and modification times: changes whenever the data do, without reading them."""
-    digest = hashlib.blake2b(f"{STORE_FORMAT}\n".encode(), digest_size=16)
-    known = {}
-    for folder in sorted({os.path.dirname(file) for file in files}):  # noqa: PTH120 - 55,000 Paths cost a second
-        with os.scandir(root / folder) as entries:
-            for entry in entries:
-                if not entry.is_dir():
-                    status = entry.stat()
-                    known[f"{folder}/{entry.name}"] = f"{status.st_size} {status.st_mtime_ns}"
-    for file in files:
-        digest.update(f"{file} {known.get(file)}\n".encode())
-    return digest.hexdigest()
+    stamps = "".join(f"{file} {_stamp(f'{root}/{file}')}\n" for file in files)
+    return hashlib.blake2b(f"{STORE_FORMAT}\n{stamps}".encode(), digest_size=16).hexdigest()
 
 
 def _refuse_faults(root: Path, records: Sequence[ImageRecord]) -> None:
@@ -258,8 +255,9 @@ class PixelDataset(torch.utils.data.Dataset):
 
     def __init__(self, store: PixelStore, split: datasets.Dataset):
         self.pixels = store.pixels
-        self.rows = np.array([store.rows[file] for file in split["file"]], dtype=np.int64)
-        self.labels = np.array(split["label"], dtype=np.int64) if "label" in split.column_names else None
+        # [:] reads a column at once; without it every row is looked up by itself.
+        self.rows = np.array([store.rows[file] for file in split["file"][:]], dtype=np.int64)
+        self.labels = np.array(split["label"][:], dtype=np.int64) if "label" in split.column_names else None
 
     def __len__(self) -> int:
         return len(self.rows)

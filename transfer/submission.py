@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from transfer import UserError, exits_cleanly
+from transfer.layouts import list_test, name_test_images
 
 HEADER = ["image_id", "label"]
 
@@ -74,14 +75,24 @@ def make_template(ids: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame({HEADER[0]: list(ids), HEADER[1]: "0"}, dtype=str)
 
 
-def check_template(template: pd.DataFrame, test_ids: Sequence[str], path: Path) -> None:
-    """Refuse a template whose ids are not exactly those of the test images. Raises `UserError`."""
+def open_template(path: Path | None, test_ids: Sequence[str]) -> pd.DataFrame:
+    """What is to be filled in: the template's rows, then one for each test image that it leaves out."""
+    if path is None:
+        return make_template(test_ids)
+    template = read_template(path)
+    listed = set(template.iloc[:, 0])
+    rest = [[image_id, "0"] for image_id in test_ids if image_id not in listed]
+    return pd.concat([template, pd.DataFrame(rest, columns=template.columns, dtype=str)], ignore_index=True)
+
+
+def check_template(template: pd.DataFrame, test_ids: Sequence[str], path: Path, may_be_short: bool = False) -> None:
+    """Refuse a template whose ids are not exactly those of the test images, or some of them if it `may_be_short`."""
     ids = set(template.iloc[:, 0])
     unlisted, unfound = sorted(set(test_ids) - ids), sorted(ids - set(test_ids))
     faults = []
     if unfound:
         faults.append(f"{len(unfound)} ids have no test image ({_first(unfound)})")
-    if unlisted:
+    if unlisted and not may_be_short:
         faults.append(f"{len(unlisted)} test images have no row ({_first(unlisted)})")
     if faults:
         raise UserError(f"{path}: does not match the test images: {' and '.join(faults)}")
@@ -160,8 +171,19 @@ def balance_warning(labels: Sequence[int], num_classes: int) -> str | None:
 
 
 def _count_classes(template_path: Path) -> int:
-    wnids = template_path.parent / "wnids.txt"
-    return len(_read_text(wnids).split()) if wnids.is_file() else 100
+    wnids, train = (template_path.parent / name for name in ("wnids.txt", "train"))
+    if wnids.is_file():
+        return len(_read_text(wnids).split())
+    return sum(f.is_dir() and not f.name.startswith(".") for f in train.iterdir()) if train.is_dir() else 100
+
+
+def _test_ids_beside(template_path: Path) -> list[str]:
+    """Ids of the test images by a template that may leave some out; the competition's is complete."""
+    root = template_path.parent
+    if (root / "wnids.txt").is_file():
+        return []
+    ids = set(read_template(template_path).iloc[:, 0])
+    return name_test_images(root, list_test(root, Counter()), ids)
 
 
 @exits_cleanly
@@ -179,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--num_classes", type=int, help="labels are 0..N-1 [lines of wnids.txt by the template, or 100]"
     )
     args = parser.parse_args(argv)
-    template = read_template(args.template)
+    template = open_template(args.template, _test_ids_beside(args.template))
     num_classes = _count_classes(args.template) if args.num_classes is None else args.num_classes
     if num_classes < 1:
         raise UserError(f"--num_classes: {num_classes} leaves no label; give the number of classes, such as 100")

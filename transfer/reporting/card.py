@@ -185,7 +185,7 @@ def _origin(record: Mapping) -> str:
 def _limits(data_dir: str | None, wnids: Sequence[str]) -> str:
     from_imagenet = all(re.fullmatch(r"n\d{8}", wnid) for wnid in wnids)
     terms = SAMPLE_TERMS if data_dir == "sample" else IMAGENET_TERMS if from_imagenet else OTHER_TERMS
-    return f"{terms} Labels are in the order of the data set's `wnids.txt`, which `config.wnids` repeats."
+    return f"{terms} `config.wnids` names the data set's classes in label order."
 
 
 def _metadata(title: str, data: str, validation: Mapping, record: Mapping) -> str:

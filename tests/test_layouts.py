@@ -1,0 +1,509 @@
+"""Data sets that are not the competition's: recognised, given the right labels, or refused with the reason."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from conftest import WNIDS, draw_picture
+from PIL import Image
+
+from data_loading import load_dataset, main, open_data, split_fingerprint
+from transfer import UserError, hub_data, submission, tiny_imagenet
+from transfer.description import describe_layout
+from transfer.hub_data import open_hub_data
+from transfer.layouts import natural_key
+
+# Eleven colours that nobody confuses: the fewest with which 10 comes after 9.
+PAINTS = [(0, 0, 0), (255, 255, 255), (230, 20, 20), (20, 200, 20), (20, 20, 230), (240, 240, 20), (20, 230, 230)]
+PAINTS += [(230, 20, 230), (128, 128, 128), (250, 130, 20), (100, 10, 100)]
+
+
+def paint(label: int, seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
+    noise = np.random.default_rng([label, seed]).normal(0, 6, (size[1], size[0], 3))
+    return Image.fromarray((PAINTS[label] + noise).clip(0, 255).astype(np.uint8))
+
+
+def save(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def write_tiny_imagenet(root: Path, per_class: int = 9, validation: int = 3) -> Path:
+    """Tiny ImageNet as published: validation images are numbered across the classes."""
+    for wnid in WNIDS:
+        for i in range(per_class):
+            save(draw_picture(wnid, i), root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG")
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t0\t31\t31\n")
+    lines = []
+    for i in range(validation * len(WNIDS)):
+        wnid = WNIDS[(i * 3) % len(WNIDS)]
+        save(draw_picture(wnid, 500 + i), root / "val" / "images" / f"val_{i}.JPEG")
+        lines.append(f"val_{i}.JPEG\t{wnid}\t0\t0\t31\t31\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    for i in range(6):
+        save(draw_picture(WNIDS[i % len(WNIDS)], 900 + i), root / "test" / "images" / f"test_{i}.JPEG")
+    (root / "wnids.txt").write_text("".join(f"{wnid}\n" for wnid in WNIDS))
+    (root / "words.txt").write_text("".join(f"{wnid}\tname of {wnid}\n" for wnid in sorted(WNIDS)))
+    return root
+
+
+def write_few_shot(root: Path, classes: int = 11, per_class: int = 6, tested: int = 12, rows: int = 10) -> Path:
+    """The course's later layout: numbered folders, numbered test images, a template that leaves some out."""
+    for label in range(classes):
+        for i in range(per_class):
+            save(paint(label, i), root / "train" / str(label) / f"{i}.jpg")
+    for i in range(tested):
+        save(paint(i * 7 % classes, 100 + i), root / "test" / f"{i}.jpg")
+    template = "".join(f"{i},0\n" for i in reversed(range(rows)))
+    (root / "sample_submission.csv").write_text("ID,Label\n" + template)
+    return root
+
+
+def write_class_folders(root: Path) -> Path:
+    """Class folders of mixed sizes with val/ and test/, and nothing that says in which order they are."""
+    for label, name in enumerate(["class 2", "class 9", "class 10"], start=2):
+        for i in range(9):
+            save(paint(label, i, (30 + i, 40 - i)), root / "train" / name / f"{i}.png")
+        for i in range(3):
+            save(paint(label, 50 + i, (36, 30 + i)), root / "val" / name / f"{i}.png")
+        save(paint(label, 99, (50, 40)), root / "test" / f"{name} seen.png")
+    return root
+
+
+def make_hub_splits(names=("red", "green", "blue")) -> datasets.DatasetDict:
+    """A Hub data set whose ClassLabel is not sorted, with another ClassLabel beside it."""
+    features = datasets.Features(
+        img=datasets.Image(),
+        fine=datasets.ClassLabel(names=list(names)),
+        coarse=datasets.ClassLabel(names=["a", "b"]),
+    )
+
+    def rows(count: int, seed: int) -> datasets.Dataset:
+        labels = [i % 3 for i in range(count)]
+        images = [paint(label + 2, seed + i) for i, label in enumerate(labels)]
+        return datasets.Dataset.from_dict({"img": images, "fine": labels, "coarse": [0] * count}, features)
+
+    return datasets.DatasetDict(train=rows(24, 0), valid=rows(9, 100), test=rows(6, 200))
+
+
+def write_parquet(folder: Path, splits: datasets.DatasetDict) -> Path:
+    for name, rows in splits.items():
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        rows.to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
+    return folder
+
+
+def labels_of(path: Path) -> dict[str, int]:
+    with path.open() as file:
+        return {image_id: int(label) for image_id, label in list(csv.reader(file))[1:]}
+
+
+def id2label(out: Path) -> list[str]:
+    names = json.loads((out / "model" / "config.json").read_text())["id2label"]
+    return [names[str(label)] for label in range(len(names))]
+
+
+QUICK = {"learning_rate": "2e-2", "layer_decay": 1, "min_crop_area": 0.8}
+
+
+# Tiny ImageNet as published
+
+
+def test_published_validation_images_are_the_validation_split_with_their_annotated_labels(tmp_path):
+    folder = open_data(str(write_tiny_imagenet(tmp_path / "tiny-imagenet-200")))
+    dataset = load_dataset(folder, validation_fraction=0.5)
+    assert {name: len(split) for name, split in dataset.items()} == {"train": 36, "validation": 12, "test": 6}
+    for row in dataset["validation"]:
+        number = int(row["file"].split("_")[1].split(".")[0])
+        assert dataset["train"].features["label"].names[row["label"]] == WNIDS[number * 3 % len(WNIDS)]
+    said = "\n".join(describe_layout(folder))
+    assert (
+        "Tiny ImageNet as published: train/<wnid>/images/*, val/images/*, test/images/*, labels from wnids.txt" in said
+    )
+    assert "36 to train, 12 to validate (as published, nothing is held out of train), 6 to predict" in said
+
+
+def test_a_classes_file_takes_its_classes_alone_in_its_order(tmp_path):
+    root = write_tiny_imagenet(tmp_path / "tiny-imagenet-200")
+    chosen = tmp_path / "two.txt"
+    chosen.write_text("\n".join([WNIDS[3], WNIDS[0]]))
+    folder = open_data(str(root), str(chosen))
+    assert folder.wnids == [WNIDS[3], WNIDS[0]] and folder.test_files == []
+    dataset = load_dataset(folder)
+    assert {name: len(split) for name, split in dataset.items()} == {"train": 18, "validation": 6}
+    assert all(folder.wnids[row["label"]] in row["file"] for row in dataset["train"])
+    said = "\n".join(describe_layout(folder))
+    assert "labels from two.txt" in said and "2 more in train are left out" in said
+    assert "there will be no submission" in said
+
+
+def test_make_100_builds_what_the_competition_hands_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tiny_imagenet, "CLASSES", 2)
+    source, destination = write_tiny_imagenet(tmp_path / "tiny-imagenet-200"), tmp_path / "new" / "tiny-imagenet-100"
+    main(["make-100", str(source), str(destination)])
+    folder = open_data(str(destination))
+    assert folder.wnids == WNIDS[:2] and folder.class_names == [f"name of {wnid}" for wnid in WNIDS[:2]]
+    assert (len(folder.train_files), len(folder.validation_files), len(folder.test_files)) == (18, 0, 6)
+    assert (folder.root / folder.train_files[5]).read_bytes() == (source / folder.train_files[5]).read_bytes()
+    template = (destination / "submission_sample.csv").read_text().splitlines()
+    assert template[0] == "image_id,label" and all(line.endswith(",0") for line in template[1:])
+    for image_id, label in labels_of(destination / "answers.csv").items():
+        assert WNIDS[label] == WNIDS[int(image_id.split("_")[1]) * 3 % len(WNIDS)]
+    main([str(destination)])
+    assert "submission_sample.csv names exactly the 6 test images" in capsys.readouterr().out
+
+
+def test_make_100_refuses_what_it_cannot_use_and_leaves_nothing(tmp_path, pristine_data, monkeypatch, capsys):
+    for source, message in (
+        (pristine_data, "is not Tiny ImageNet-200 as published"),
+        (tmp_path, "is not this data set"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["make-100", str(source), str(tmp_path / "made")])
+        assert message in capsys.readouterr().err and not (tmp_path / "made").exists()
+    monkeypatch.setattr(tiny_imagenet, "CLASSES", 2)
+    with pytest.raises(SystemExit):
+        main(["make-100", str(write_tiny_imagenet(tmp_path / "source")), str(pristine_data)])
+    assert f"{pristine_data}: is there already; name a new folder" in capsys.readouterr().err
+    monkeypatch.setattr(tiny_imagenet, "_write_tables", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(SystemExit):
+        main(["make-100", str(tmp_path / "source"), str(tmp_path / "made")])
+    assert "cannot be written (disk full)" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_tiny_imagenet_as_published_runs_from_end_to_end(tmp_path, checkpoints, finetune):
+    root = write_tiny_imagenet(tmp_path / "tiny-imagenet-200")
+    out = finetune(root, checkpoints("convnext"), num_train_epochs=8, **QUICK)
+    validation = json.loads((out / "metrics.json").read_text())["validation"]
+    assert validation["n"] == 12 and validation["accuracy"] > 0.8
+    assert id2label(out) == [f"name of {wnid}" for wnid in WNIDS]
+    predicted = labels_of(out / "submission.csv")
+    assert sum(WNIDS[predicted[f"test_{i}"]] == WNIDS[i % len(WNIDS)] for i in range(6)) >= 5
+
+
+# numbered class folders
+
+
+def test_numbers_sort_as_numbers():
+    assert sorted(["10", "9", "1", "010", "b2", "b10", "a"], key=natural_key) == [
+        "1",
+        "9",
+        "010",
+        "10",
+        "a",
+        "b2",
+        "b10",
+    ]
+
+
+def test_numbered_folders_are_their_own_labels_and_10_comes_after_9(tmp_path):
+    folder = open_data(str(write_few_shot(tmp_path / "few")))
+    assert folder.wnids == [str(label) for label in range(11)]
+    for row in load_dataset(folder)["train"]:
+        assert row["file"].split("/")[1] == str(row["label"])
+    assert folder.test_ids == [str(i) for i in range(12)]
+    said = "\n".join(describe_layout(folder))
+    assert "numbered class folders: train/<class>/*, test/*" in said and "numbers as numbers" in said
+    assert "sample_submission.csv names 10 of the 12 test images; a submission names all" in said
+
+
+def test_numbered_folders_run_from_end_to_end_and_every_test_image_is_handed_in(
+    tmp_path, checkpoints, finetune, capsys
+):
+    root = write_few_shot(tmp_path / "few")
+    out = finetune(root, checkpoints("convnext"), num_train_epochs=16, **QUICK)
+    lines = (out / "submission.csv").read_text().splitlines()
+    assert lines[0] == "ID,Label"  # as the template has it
+    assert [line.split(",")[0] for line in lines[1:]] == [*map(str, reversed(range(10))), "10", "11"]
+    predicted = labels_of(out / "submission.csv")
+    assert sum(predicted[str(i)] == i * 7 % 11 for i in range(12)) >= 10
+    assert id2label(out) == [str(label) for label in range(11)]
+    submission.main([str(out / "submission.csv"), "--template", str(root / "sample_submission.csv")])
+    assert "ok: 12 rows" in capsys.readouterr().out
+
+
+def test_a_csv_without_the_test_images_that_the_template_forgot_is_faulty(tmp_path, capsys):
+    root = write_few_shot(tmp_path / "few")
+    with pytest.raises(SystemExit):
+        submission.main([str(root / "sample_submission.csv"), "--template", str(root / "sample_submission.csv")])
+    assert "2 ids are missing ('10', '11')" in capsys.readouterr().err
+
+
+def test_ids_are_file_names_with_their_ending_where_the_template_writes_them_so(tmp_path):
+    root = write_few_shot(tmp_path / "few", classes=2)
+    (root / "sample_submission.csv").write_text("filename,class\n" + "".join(f"{i}.jpg,0\n" for i in range(12)))
+    dataset = load_dataset(open_data(str(root)))
+    assert dataset["test"]["image_id"][:2] == ["0.jpg", "1.jpg"]
+
+
+# class folders
+
+
+def test_class_folders_are_labelled_in_natural_order_and_their_val_is_the_validation_split(tmp_path):
+    folder = open_data(str(write_class_folders(tmp_path / "things")))
+    assert folder.wnids == ["class 2", "class 9", "class 10"]
+    dataset = load_dataset(folder)
+    assert {name: len(split) for name, split in dataset.items()} == {"train": 27, "validation": 9, "test": 3}
+    for split in ("train", "validation"):
+        assert all(row["file"].split("/")[1] == folder.wnids[row["label"]] for row in dataset[split])
+    said = "\n".join(describe_layout(folder))
+    assert (
+        "class folders: train/<class>/*, val/<class>/*, test/*, labels from the folder names in natural order" in said
+    )
+    assert "0 = class 2, 1 = class 9, 2 = class 10" in said and "which is not the alphabet" in said
+
+
+def test_class_folders_of_mixed_sizes_run_from_end_to_end(tmp_path, checkpoints, finetune):
+    out = finetune(write_class_folders(tmp_path / "things"), checkpoints("convnext"), num_train_epochs=8, **QUICK)
+    validation = json.loads((out / "metrics.json").read_text())["validation"]
+    assert validation["n"] == 9 and validation["accuracy"] > 0.8
+    assert id2label(out) == ["class 2", "class 9", "class 10"]
+    predicted = labels_of(out / "submission.csv")
+    assert predicted == {"class 2 seen": 0, "class 9 seen": 1, "class 10 seen": 2}
+
+
+def test_validation_images_that_are_also_trained_on_are_said(tmp_path, capsys):
+    root = write_class_folders(tmp_path / "things")
+    shutil.copy(root / "train" / "class 2" / "0.png", root / "val" / "class 2" / "0.png")
+    main([str(root)])
+    assert "1 validation images also in train" in capsys.readouterr().out
+
+
+# a Hub data set
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return write_parquet(tmp_path / "me" / "colours", make_hub_splits())
+
+
+def test_a_hub_data_set_keeps_its_labels_and_its_images_bytes(hub):
+    folder = open_hub_data(str(hub), label_column="fine")
+    assert folder.wnids == ["red", "green", "blue"]
+    dataset, source = load_dataset(folder), make_hub_splits()
+    for ours, theirs in (("train", "train"), ("validation", "valid")):
+        assert dataset[ours]["label"][:] == source[theirs]["fine"][:]
+        stored = source[theirs].cast_column("img", datasets.Image(decode=False))["img"][:]
+        assert [(folder.root / file).read_bytes() for file in dataset[ours]["file"]] == [i["bytes"] for i in stored]
+    assert dataset["test"]["image_id"][:] == [str(row) for row in range(6)]
+    assert "labels from column fine" in "\n".join(describe_layout(folder))
+
+
+def test_a_hub_data_set_is_copied_once_and_anew_when_it_changes(hub, monkeypatch):
+    first = open_hub_data(str(hub), label_column="fine")
+    with monkeypatch.context() as patch:
+        patch.setattr(hub_data, "_write_splits", None)
+        assert open_hub_data(str(hub), label_column="fine").root == first.root
+    write_parquet(hub, datasets.DatasetDict(train=make_hub_splits()["train"].select(range(12))))
+    second = open_hub_data(str(hub), label_column="fine")
+    assert second.root != first.root and len(second.train_files) == 12
+
+
+def test_a_folder_of_save_to_disk_and_one_of_images_are_data_sets_too(tmp_path, hub):
+    make_hub_splits().save_to_disk(tmp_path / "saved")
+    write_class_folders(tmp_path / "things")
+    shutil.rmtree(tmp_path / "things" / "test")
+    saved = open_hub_data(str(tmp_path / "saved"), label_column="fine")
+    assert split_fingerprint(load_dataset(saved)) == split_fingerprint(
+        load_dataset(open_hub_data(str(hub), label_column="fine"))
+    )
+    assert open_hub_data(str(tmp_path / "things")).wnids == ["class 10", "class 2", "class 9"]  # as `datasets` sorts
+
+
+def test_a_hub_data_set_runs_from_end_to_end(hub, checkpoints, tmp_path, monkeypatch):
+    from finetune_vit import main as run
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text("per_device_train_batch_size: 8\nnum_train_epochs: 8\nlayer_decay: 1\nlearning_rate: 2.0e-2\n")
+    words = ["--dataset_name", str(hub), "--label_column_name", "fine", "--output_dir", str(tmp_path / "out")]
+    run([str(recipe), "--model_name_or_path", str(checkpoints("convnext")), *words])
+    assert id2label(tmp_path / "out") == ["red", "green", "blue"]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["validation"]["n"] == 9
+    predicted = labels_of(tmp_path / "out" / "submission.csv")
+    assert sum(predicted[str(row)] == row % 3 for row in range(6)) >= 5
+
+
+def without_labels(splits):
+    return splits.remove_columns(["fine", "coarse"])
+
+
+def hidden_labels(splits):
+    return splits.map(lambda row: {"fine": -1})
+
+
+def only_test(splits):
+    return datasets.DatasetDict(test=splits["test"])
+
+
+@pytest.mark.parametrize(
+    ("change", "label", "message"),
+    [
+        (None, None, "has 2 label columns among img (Image), fine (ClassLabel), coarse (ClassLabel)"),
+        (None, "colour", "--label_column_name colour: is no label column of"),
+        (without_labels, None, "has 0 label columns among img (Image)"),
+        (hidden_labels, "fine", "row 0 of train has no label"),
+        (only_test, "fine", "has no split train, but test"),
+    ],
+)
+def test_a_hub_data_set_that_cannot_be_used_is_refused_with_its_fault(change, label, message, tmp_path):
+    splits = make_hub_splits()
+    place = write_parquet(tmp_path / "faulty", change(splits) if change else splits)
+    with pytest.raises(UserError) as refusal:
+        open_hub_data(str(place), label_column=label)
+    assert message in str(refusal.value)
+
+
+def test_a_row_that_is_no_image_is_named_and_nothing_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=["a", "b"]))
+    good = {
+        "bytes": (lambda b: (paint(1, 0).save(b, "PNG"), b.getvalue())[1])(__import__("io").BytesIO()),
+        "path": None,
+    }
+    rows = {"image": [good, {"bytes": b"no picture", "path": None}], "label": [0, 1]}
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "bad" / "train.parquet")
+    with pytest.raises(UserError, match="split train: row 1 cannot be read as an image"):
+        open_hub_data(str(tmp_path / "bad"))
+    assert not [path for path in (tmp_path / "cache" / "finetune-vit" / "hub").iterdir() if path.is_dir()]
+
+
+def test_a_hub_data_set_that_is_not_there_is_one_line(monkeypatch):
+    with pytest.raises(UserError, match="--dataset_name me/nothing: cannot be loaded: ") as refusal:
+        open_hub_data("me/nothing")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data_dir", "a", "--dataset_name", "b"], "--dataset_name and --data_dir do not go together"),
+        (["--dataset_name", "b", "--classes_file", "c"], "--dataset_name and --classes_file do not go together"),
+        (["--data_dir", "a", "--label_column_name", "b"], "--label_column_name says which part of --dataset_name"),
+    ],
+)
+def test_arguments_of_two_sources_do_not_mix(words, message, tmp_path, capsys):
+    from finetune_vit import main as run
+
+    (tmp_path / "recipe.yaml").write_text("num_train_epochs: 1\n")
+    with pytest.raises(SystemExit):
+        run([str(tmp_path / "recipe.yaml"), *words])
+    assert message in capsys.readouterr().err
+
+
+# refusals
+
+
+def remove_order(root):
+    (root / "wnids.txt").unlink()
+
+
+def rename_number(root):
+    (root / "train" / "3").rename(root / "train" / "33")
+
+
+def name_number(root):
+    (root / "train" / "3").rename(root / "train" / "three")
+
+
+def two_templates(root):
+    (root / "template.csv").write_text("ID,Label\n0,0\n")
+
+
+def strange_id(root):
+    (root / "sample_submission.csv").write_text("ID,Label\nghost,0\n")
+
+
+def one_class(root):
+    for label in range(1, 11):
+        shutil.rmtree(root / "train" / str(label))
+
+
+def flat_train(root):
+    shutil.rmtree(root / "train")
+    save(paint(0, 0), root / "train" / "0.jpg")
+
+
+def empty_class(root):
+    (root / "train" / "11").mkdir()
+
+
+def remove_annotations(root):
+    (root / "val" / "val_annotations.txt").unlink()
+
+
+def add_line(line):
+    def add(root):
+        path = root / "val" / "val_annotations.txt"
+        path.write_text(path.read_text() + line)
+
+    return add
+
+
+def add_image(root):
+    save(draw_picture(WNIDS[0], 1), root / "val" / "images" / "val_99.JPEG")
+
+
+def empty_val(root):
+    shutil.rmtree(root / "val")
+    (root / "val" / "class 2").mkdir(parents=True)
+
+
+def strange_val(root):
+    (root / "val" / "class 3").mkdir()
+
+
+REFUSALS = [
+    (write_tiny_imagenet, remove_order, "no wnids.txt, which gives every class its label"),
+    (
+        write_tiny_imagenet,
+        remove_annotations,
+        "val: it holds no class folders; expected val/<class>/*, or val/im",
+    ),
+    (
+        write_tiny_imagenet,
+        add_line("val_50.JPEG\tn00000010\n"),
+        "has a line for an image that is not there, val_50.JPEG",
+    ),
+    (write_tiny_imagenet, add_line("val_0.JPEG\tn00000010\n"), "line 13 names val_0.JPEG a second time"),
+    (write_tiny_imagenet, add_line("nonsense\n"), "val_annotations.txt: line 13 is no `file<TAB>class ...`"),
+    (write_tiny_imagenet, add_image, "has no line for the image val/images/val_99.JPEG"),
+    (write_few_shot, rename_number, "--classes_file gives the order where class folders are not simply 0 to N-1"),
+    (write_few_shot, name_number, "no wnids.txt, which gives every class its label"),
+    (write_few_shot, two_templates, "sample_submission.csv and template.csv may all be the template"),
+    (write_few_shot, strange_id, "1 ids have no test image ('ghost')"),
+    (write_few_shot, one_class, "train: 1 class folders to tell apart (0); expected two or more"),
+    (write_few_shot, flat_train, "train: 0 class folders to tell apart (none); expected two or more"),
+    (write_few_shot, empty_class, "11: has no images"),
+    (write_class_folders, empty_val, "val: has no images; remove the folder and they are held out of train/"),
+    (write_class_folders, strange_val, "val: class 3 is no class of train/"),
+]
+
+
+@pytest.mark.parametrize(("write", "spoil", "message"), REFUSALS, ids=[message[:50] for *_, message in REFUSALS])
+def test_a_faulty_layout_is_refused_with_its_fault(write, spoil, message, tmp_path, capsys):
+    root = write(tmp_path / "data")
+    spoil(root)
+    with pytest.raises(SystemExit) as stop:
+        main([str(root)])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2
+    assert error.startswith("error: ") and message in error and "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "two.txt: is empty"), ("nowhere\nclass 2", "nowhere: class folder is missing"), (None, "cannot be read")],
+)
+def test_a_faulty_classes_file_is_refused(text, message, tmp_path, capsys):
+    if text is not None:
+        (tmp_path / "two.txt").write_text(text)
+    with pytest.raises(SystemExit):
+        main([str(write_class_folders(tmp_path / "things")), "--classes_file", str(tmp_path / "two.txt")])
+    assert message in capsys.readouterr().err

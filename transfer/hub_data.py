@@ -1,0 +1,157 @@
+"""A data set of the Hugging Face Hub, its images copied into files as they are."""
+
+import hashlib
+import io
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+from filelock import FileLock
+from PIL import Image
+from tqdm.auto import tqdm
+
+from transfer import UserError
+from transfer.classes import name_classes
+from transfer.layouts import ImageFolder, list_images
+
+# What the Hub's data sets call their splits, the usual name first.
+SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+
+LOADING_FAULTS = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
+
+
+def load_splits(name: str, config_name: str | None) -> datasets.DatasetDict:
+    """Every split of a Hub data set, of a folder that `load_dataset` understands, or of one made by `save_to_disk`."""
+    path = Path(name).expanduser()
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            splits = datasets.load_from_disk(path)
+        else:
+            splits = datasets.load_dataset(str(path) if path.is_dir() else name, config_name)
+    except LOADING_FAULTS as fault:
+        raise UserError(f"--dataset_name {name}: cannot be loaded: {' '.join(str(fault).split())}") from None
+    return splits if isinstance(splits, dict) else datasets.DatasetDict(train=splits)
+
+
+def choose_splits(name: str, splits: datasets.DatasetDict) -> dict[str, datasets.Dataset]:
+    """train, and validation and test where there are such, whatever they are called."""
+    chosen = {}
+    for split, names in SPLIT_NAMES.items():
+        found = [n for n in names if n in splits]
+        if found:
+            chosen[split] = splits[found[0]]
+    if "train" not in chosen:
+        raise UserError(f"--dataset_name {name}: has no split train, but {', '.join(splits)}")
+    return chosen
+
+
+def _find_column(name: str, features: datasets.Features, kind: type, what: str, wanted: str | None, flag: str) -> str:
+    """The one column of a feature type, or the wanted one of them."""
+    found = [column for column, feature in features.items() if isinstance(feature, kind)]
+    if wanted is not None and wanted not in found:
+        raise UserError(f"{flag} {wanted}: is no {what} column of {name}; those are {', '.join(found) or 'none'}")
+    if wanted is None and len(found) != 1:
+        columns = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in features.items())
+        advice = f"; choose one by {flag}" if found else ""
+        raise UserError(f"--dataset_name {name}: has {len(found)} {what} columns among {columns}{advice}")
+    return wanted or found[0]
+
+
+def _check_columns(name: str, splits: dict[str, datasets.Dataset], image: str, label: str) -> None:
+    """Refuse splits that do not have the same images and labels as train."""
+    for split, rows in splits.items():
+        for column in [image] if split == "test" else [image, label]:
+            if rows.features.get(column) != splits["train"].features[column]:
+                raise UserError(f"--dataset_name {name}: column {column} of split {split} is not that of train")
+
+
+def _read_labels(name: str, split: str, rows: datasets.Dataset, column: str) -> list[int]:
+    labels = rows[column][:]
+    for row, label in enumerate(labels):
+        if label is None or label < 0:
+            raise UserError(f"--dataset_name {name}: row {row} of {split} has no label; remove it or the whole split")
+    return labels
+
+
+def _write_image(folder: Path, row: int, content: dict, where: str) -> None:
+    """One image's bytes as they are, in a file named after its row and its format."""
+    if content is None:
+        raise UserError(f"{where}: row {row} has no image")
+    try:
+        data = content["bytes"] if content["bytes"] is not None else Path(content["path"]).read_bytes()
+        ending = Image.open(io.BytesIO(data)).format.lower()
+    except (OSError, ValueError, Image.DecompressionBombError) as fault:
+        raise UserError(f"{where}: row {row} cannot be read as an image ({fault})") from None
+    (folder / f"{row:08}.{ending}").write_bytes(data)
+
+
+def _write_splits(folder: Path, name: str, splits: dict[str, datasets.Dataset], column: str) -> None:
+    for split, rows in splits.items():
+        (folder / split).mkdir()
+        images = rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
+        for row, example in enumerate(tqdm(images, desc=f"copying {split}", leave=False, disable=None)):
+            _write_image(folder / split, row, example[column], f"--dataset_name {name}, split {split}")
+
+
+def _build(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write beside the folder's place and move it there whole."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed: the lock is ours
+    try:
+        unfinished.mkdir()
+        write(unfinished)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def copy_images(name: str, splits: dict[str, datasets.Dataset], column: str, cache_dir: Path | None = None) -> Path:
+    """Folder with the images of every split, `<split>/<row>.<format>`, in the datasets cache; written once."""
+    fingerprints = "".join(f"{split} {rows._fingerprint}\n" for split, rows in splits.items())
+    key = hashlib.blake2b(f"{column}\n{fingerprints}".encode(), digest_size=8).hexdigest()
+    cache_dir = cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "finetune-vit" / "hub"
+    folder = cache_dir / f"{Path(name).name}-{key}"
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                _build(folder, lambda place: _write_splits(place, name, splits, column))
+    except OSError as fault:
+        raise UserError(f"{cache_dir}: cannot be used ({fault}); HF_DATASETS_CACHE names another place") from None
+    return folder
+
+
+def open_hub_data(name: str, config_name: str | None = None, label_column: str | None = None) -> ImageFolder:
+    """Understand `--dataset_name`; images are copied byte by byte into files, so that all else is as with a folder.
+
+    Columns are found by their feature types, Image and ClassLabel; labels are the ClassLabel's own. Test images are
+    named by their rows, and their labels, if there are any, are not looked at. Raises `UserError`.
+    """
+    splits = choose_splits(name, load_splits(name, config_name))
+    features = splits["train"].features
+    image = _find_column(name, features, datasets.Image, "image", None, "--dataset_config_name")
+    label = _find_column(name, features, datasets.ClassLabel, "label", label_column, "--label_column_name")
+    _check_columns(name, splits, image, label)
+    labels = {split: _read_labels(name, split, rows, label) for split, rows in splits.items() if split != "test"}
+    root, ignored = copy_images(name, splits, image), Counter()
+    files = {split: list_images(root, split, ignored) for split in splits}
+    wnids, tested = features[label].names, files.get("test", [])
+    return ImageFolder(
+        kind=f"Hub data set {name}, column {image}",
+        root=root,
+        wnids=wnids,
+        glosses=list(wnids),
+        class_names=name_classes(wnids, wnids),
+        label_order=f"column {label}",
+        train_files=files["train"],
+        train_labels=labels["train"],
+        validation_files=files.get("validation", []),
+        validation_labels=labels.get("validation", []),
+        test_files=tested,
+        test_ids=[str(row) for row in range(len(tested))],
+        template_path=None,
+        left_out=0,
+        ignored=ignored,
+    )

@@ -1,0 +1,53 @@
+"""Which images are held out, and which are taken where fewer are wanted: functions of file names alone."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+
+from transfer import UserError
+
+
+def draw_order(files: Sequence[str], seed: int) -> list[int]:
+    """Positions of the files in an order that depends on the seed and their names alone."""
+
+    def key(position: int) -> bytes:
+        return hashlib.sha256(f"{seed}/{files[position]}".encode()).digest()
+
+    return sorted(range(len(files)), key=key)
+
+
+def positions_by_class(labels: Sequence[int]) -> list[list[int]]:
+    """For every label, the positions that have it, in label order."""
+    positions = defaultdict(list)
+    for position, label in enumerate(labels):
+        positions[label].append(position)
+    return [positions[label] for label in sorted(positions)]
+
+
+def split_validation(
+    files: Sequence[str], labels: Sequence[int], fraction: float, split_seed: int
+) -> tuple[list[int], list[int]]:
+    """Positions (train, validation) of a stratified split that depends on the file names and split_seed alone.
+
+    Every class gives round(fraction x its size) images to validation, at least one, and keeps at least one.
+    """
+    train, validation = [], []
+    for positions in positions_by_class(labels):
+        drawn = [positions[i] for i in draw_order([files[p] for p in positions], split_seed)]
+        if len(drawn) < 2:
+            raise UserError(
+                f"{files[drawn[0]]}: is its class's only image; a class needs one to train and one to check"
+            )
+        held_out = min(max(1, round(fraction * len(drawn))), len(drawn) - 1)
+        validation += drawn[:held_out]
+        train += drawn[held_out:]
+    return sorted(train), sorted(validation)
+
+
+def take_evenly(positions: Sequence[int], files: Sequence[str], labels: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the positions, as evenly over the classes as their sizes allow; depends on names alone."""
+    rounds = []
+    for members in positions_by_class([labels[p] for p in positions]):
+        drawn = draw_order([files[positions[m]] for m in members], seed=0)
+        rounds += [(turn, positions[members[i]]) for turn, i in enumerate(drawn)]
+    return sorted(position for _, position in sorted(rounds)[:count])
