@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from conftest import WNIDS, draw_picture
+from conftest import ROOT, WNIDS, draw_picture
 from PIL import Image
 
 from data_loading import load_dataset, main, open_data, split_fingerprint
@@ -252,10 +252,9 @@ def test_class_folders_are_labelled_in_natural_order_and_their_val_is_the_valida
     for split in ("train", "validation"):
         assert all(row["file"].split("/")[1] == folder.wnids[row["label"]] for row in dataset[split])
     said = "\n".join(describe_layout(folder))
-    assert (
-        "class folders: train/<class>/*, val/<class>/*, test/*, labels from the folder names in natural order" in said
-    )
-    assert "0 = class 2, 1 = class 9, 2 = class 10" in said and "which is not the alphabet" in said
+    assert "class folders: train/<class>/*, val/<class>/*, test/*, labels from folder names, numbers as" in said
+    assert "labels by folder names, numbers as numbers, which is not the sorted order" in said
+    assert "0 = class 2, 1 = class 9, 2 = class 10" in said
 
 
 def test_class_folders_of_mixed_sizes_run_from_end_to_end(tmp_path, checkpoints, finetune):
@@ -397,6 +396,19 @@ def test_arguments_of_two_sources_do_not_mix(words, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+# the README
+
+
+def test_the_readme_has_a_row_for_every_layout(tmp_path, pristine_data, hub):
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
+    folders = [open_data(str(pristine_data)), open_hub_data(str(hub), label_column="fine")]
+    for write in (write_tiny_imagenet, write_few_shot, write_class_folders):
+        folders.append(open_data(str(write(tmp_path / write.__name__))))
+    for folder in folders:
+        kind = folder.kind.split(f" {hub}")[0] or "the competition's"
+        assert any(row.startswith(f"| {kind} |") for row in rows), kind
+
+
 # refusals
 
 
@@ -480,7 +492,7 @@ REFUSALS = [
     (write_few_shot, strange_id, "1 ids have no test image ('ghost')"),
     (write_few_shot, one_class, "train: 1 class folders to tell apart (0); expected two or more"),
     (write_few_shot, flat_train, "train: 0 class folders to tell apart (none); expected two or more"),
-    (write_few_shot, empty_class, "11: has no images"),
+    (write_few_shot, empty_class, "11: has no images, every folder of train/ is a class"),
     (write_class_folders, empty_val, "val: has no images; remove the folder and they are held out of train/"),
     (write_class_folders, strange_val, "val: class 3 is no class of train/"),
 ]

@@ -21,7 +21,7 @@ def folder_patterns(folder: ImageFolder) -> list[str]:
 def _describe_order(folder: ImageFolder) -> str:
     is_sorted = folder.wnids == sorted(folder.wnids)
     if folder.label_order != "wnids.txt":
-        return f"in the order of {folder.label_order}{'' if is_sorted else ', which is not the alphabet'}"
+        return f"labels by {folder.label_order}{'' if is_sorted else ', which is not the sorted order'}"
     return "wnids.txt is sorted" if is_sorted else "wnids.txt is not the sorted order: labels follow wnids.txt"
 
 

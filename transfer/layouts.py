@@ -14,6 +14,7 @@ TEMPLATE_NAME = "submission_sample.csv"
 EXPECTED = "wnids.txt, train/<wnid>/images/*.JPEG, test/images/*.JPEG and " + TEMPLATE_NAME
 ALSO_EXPECTED = "or train/<class>/* alone, with val/<class>/* and test/* where there are such images"
 
+NATURAL_ORDER = "folder names, numbers as numbers"
 VALIDATION_FOLDERS = ("val", "valid", "validation")
 ANNOTATIONS_NAME = "val_annotations.txt"  # Tiny ImageNet's: file name, wnid and a box on every line
 
@@ -159,7 +160,8 @@ def list_class(root: Path, wnid: str, ignored: Counter, listed_in: str) -> list[
     """Images of one class: train/<wnid>/images/*, or train/<wnid>/* where there is no images folder."""
     files = list_images_here_or_below(root, f"train/{wnid}", ignored)
     if not files:
-        raise UserError(f"{root / 'train' / wnid}: has no images, yet {listed_in} lists the class")
+        why = "every folder of train/ is a class" if listed_in == NATURAL_ORDER else f"yet {listed_in} lists the class"
+        raise UserError(f"{root / 'train' / wnid}: has no images, {why}")
     return files
 
 
