@@ -333,6 +333,10 @@ def without_labels(splits):
     return splits.remove_columns(["fine", "coarse"])
 
 
+def without_images(splits):
+    return splits.remove_columns(["img"])
+
+
 def hidden_labels(splits):
     return splits.map(lambda row: {"fine": -1})
 
@@ -344,9 +348,10 @@ def only_test(splits):
 @pytest.mark.parametrize(
     ("change", "label", "message"),
     [
-        (None, None, "has 2 label columns among img (Image), fine (ClassLabel), coarse (ClassLabel)"),
-        (None, "colour", "--label_column_name colour: is no label column of"),
-        (without_labels, None, "has 0 label columns among img (Image)"),
+        (None, None, "fine and coarse are labels; --label_column_name chooses one"),
+        (None, "colour", "--label_column_name colour: is not among the label columns of"),
+        (without_labels, None, "no column of img is a ClassLabel; Dataset.class_encode_column makes one"),
+        (without_images, "fine", "has 0 image columns among fine, coarse, not one"),
         (hidden_labels, "fine", "row 0 of train has no label"),
         (only_test, "fine", "has no split train, but test"),
     ],

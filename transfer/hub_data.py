@@ -47,15 +47,32 @@ def choose_splits(name: str, splits: datasets.DatasetDict) -> dict[str, datasets
     return chosen
 
 
-def _find_column(name: str, features: datasets.Features, kind: type, what: str, wanted: str | None, flag: str) -> str:
-    """The one column of a feature type, or the wanted one of them."""
-    found = [column for column, feature in features.items() if isinstance(feature, kind)]
+def _columns_of(features: datasets.Features, kind: type) -> list[str]:
+    return [column for column, feature in features.items() if isinstance(feature, kind)]
+
+
+def find_image_column(name: str, features: datasets.Features) -> str:
+    """The column of type Image."""
+    found = _columns_of(features, datasets.Image)
+    if len(found) != 1:
+        raise UserError(
+            f"--dataset_name {name}: has {len(found)} image columns among {', '.join(features)}; one is used"
+        )
+    return found[0]
+
+
+def find_label_column(name: str, features: datasets.Features, wanted: str | None) -> str:
+    """The column of type ClassLabel, or the wanted one of several."""
+    found = _columns_of(features, datasets.ClassLabel)
+    if not found:
+        raise UserError(
+            f"--dataset_name {name}: no column of {', '.join(features)} is a ClassLabel; "
+            "Dataset.class_encode_column makes one"
+        )
+    if wanted is None and len(found) > 1:
+        raise UserError(f"--dataset_name {name}: {' and '.join(found)} are labels; --label_column_name chooses one")
     if wanted is not None and wanted not in found:
-        raise UserError(f"{flag} {wanted}: is no {what} column of {name}; those are {', '.join(found) or 'none'}")
-    if wanted is None and len(found) != 1:
-        columns = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in features.items())
-        advice = f"; choose one by {flag}" if found else ""
-        raise UserError(f"--dataset_name {name}: has {len(found)} {what} columns among {columns}{advice}")
+        raise UserError(f"--label_column_name {wanted}: is not among the label columns of {name}: {', '.join(found)}")
     return wanted or found[0]
 
 
@@ -131,8 +148,7 @@ def open_hub_data(name: str, config_name: str | None = None, label_column: str |
     """
     splits = choose_splits(name, load_splits(name, config_name))
     features = splits["train"].features
-    image = _find_column(name, features, datasets.Image, "image", None, "--dataset_config_name")
-    label = _find_column(name, features, datasets.ClassLabel, "label", label_column, "--label_column_name")
+    image, label = find_image_column(name, features), find_label_column(name, features, label_column)
     _check_columns(name, splits, image, label)
     labels = {split: _read_labels(name, split, rows, label) for split, rows in splits.items() if split != "test"}
     root, ignored = copy_images(name, splits, image), Counter()
