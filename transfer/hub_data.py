@@ -55,9 +55,7 @@ def find_image_column(name: str, features: datasets.Features) -> str:
     """The column of type Image."""
     found = _columns_of(features, datasets.Image)
     if len(found) != 1:
-        raise UserError(
-            f"--dataset_name {name}: has {len(found)} image columns among {', '.join(features)}; one is used"
-        )
+        raise UserError(f"--dataset_name {name}: has {len(found)} image columns among {', '.join(features)}, not one")
     return found[0]
 
 
