@@ -293,6 +293,8 @@ def check_seeds(run: RunArguments, args: FinetuningArguments) -> None:
         raise UserError(f"--seeds {' '.join(map(str, run.seeds))}: give two or more different seeds; --seed takes one")
     if not args.do_train:
         raise UserError("--seeds repeats the training; it does not go with --do_train false")
+
+
 def check_data_arguments(run: RunArguments) -> None:
     """Refuse arguments of a folder beside those of a Hub data set."""
     if run.dataset_name and (run.data_dir or run.classes_file):

@@ -130,6 +130,11 @@ def open_templates() -> Environment:
     return environment
 
 
+def _data_name(run: RunResults) -> str:
+    arguments = run.record.get("arguments", {})
+    return arguments.get("dataset_name") or Path(str(arguments.get("data_dir"))).name
+
+
 def render_page(run: RunResults, album: Album, without_pictures: str | None = None) -> str:
     """The page; `without_pictures` says why the album is empty."""
     found, script = Findings(run), (HERE / "page.js").read_text(encoding="utf-8")
