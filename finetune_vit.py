@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -29,7 +29,7 @@ from data_loading import (
 )
 from transfer import UserError, exits_cleanly
 from transfer.arguments import FinetuningArguments, RunArguments, parse_command_line
-from transfer.augmentation import EvaluationView, TrainingView, ViewGeometry, check_view, read_geometry
+from transfer.augmentation import EvaluationView, TrainingView, check_view
 from transfer.averaging import Weights, greedy_soup
 from transfer.estimate import describe_estimate, estimate, leave_no_traces
 from transfer.experiment import (
@@ -41,7 +41,10 @@ from transfer.experiment import (
     seed_arguments,
     summarise,
 )
+from transfer.geometry import ViewGeometry, read_geometry
 from transfer.hub_data import open_hub_data
+from transfer.layers import freeze_levels, trained_share
+from transfer.lora import add_adapters, holds_adapters
 from transfer.mixing import Mixing
 from transfer.modeling import Classifier, build_classifier, load_trained
 from transfer.pixels import PixelDataset, PixelStore, open_pixel_store
@@ -121,10 +124,14 @@ def prepare_model(task: Task, args: FinetuningArguments) -> Classifier:
         run.model_revision,
         run.head_warm_start,
     )
-    parameters = sum(p.numel() for p in classifier.model.parameters())
+    kind, parameters = type(classifier.model).__name__, sum(p.numel() for p in classifier.model.parameters())
+    if run.freeze_levels:
+        freeze_levels(classifier.model, run.freeze_levels)
+    if run.lora_r:
+        classifier = replace(classifier, model=add_adapters(classifier.model, run.lora_r))
     say(
         args,
-        f"model       {type(classifier.model).__name__}, {parameters / 1e6:.1f} M parameters; "
+        f"model       {kind}, {parameters / 1e6:.1f} M parameters, {trained_share(classifier.model):.2%} trained; "
         f"the head starts from the checkpoint's for {classifier.warm_classes} of {len(folder.wnids)} classes",
     )
     if args.gradient_checkpointing and not classifier.model.supports_gradient_checkpointing:
@@ -236,7 +243,7 @@ def save_model(trainer: FinetuningTrainer, place: Path) -> None:
     def write(folder: Path) -> None:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
-        if trainer.chosen_weights:
+        if trainer.chosen_weights and not holds_adapters(trainer.chosen_weights):  # checked when they were merged
             check_same_weights(folder, trainer.chosen_weights)
 
     save_whole_folder(place, write)

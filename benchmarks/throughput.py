@@ -45,8 +45,9 @@ from transformers import (
 
 from data_loading import load_dataset, open_data
 from transfer.arguments import FinetuningArguments
-from transfer.augmentation import EvaluationView, TrainingView, read_geometry
+from transfer.augmentation import EvaluationView, TrainingView
 from transfer.estimate import StepTimer
+from transfer.geometry import read_geometry
 from transfer.modeling import Classifier, mend_batch_norms, replace_heads
 from transfer.offline import offline_backbone
 from transfer.pixels import PixelDataset, open_pixel_store

@@ -13,27 +13,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-import torch
 from huggingface_hub import constants
 from PIL import Image
-from transformers import (
-    ConvNextConfig,
-    ConvNextForImageClassification,
-    ConvNextImageProcessor,
-    ConvNextV2Config,
-    ConvNextV2ForImageClassification,
-    DeiTConfig,
-    DeiTForImageClassification,
-    DeiTImageProcessor,
-    SwinConfig,
-    SwinForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessor,
-)
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+from backbones import save_tiny  # noqa: E402  it needs the path
 
 WNIDS = ["n00000030", "n00000010", "n00000040", "n00000020"]  # not sorted, as the competition's are
 GLOSSES = {"n00000030": "red thing, ruby", "n00000010": "green thing", "n00000040": "blue thing", "n00000020": "grey"}
@@ -99,32 +85,6 @@ def data(pristine_data, tmp_path) -> Path:
     return Path(shutil.copytree(pristine_data, tmp_path / pristine_data.name))
 
 
-def _vit_like(config):
-    return config(
-        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
-    )
-
-
-def _tiny_model(kind: str):
-    """A random model of one architecture at 32 px and the processor that its family uses."""
-    square = {"size": {"height": 32, "width": 32}}
-    if kind == "vit":
-        return ViTForImageClassification(_vit_like(ViTConfig)), ViTImageProcessor(**square)
-    if kind == "deit":
-        crop = {"size": {"height": 36, "width": 36}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True}
-        return DeiTForImageClassification(_vit_like(DeiTConfig)), DeiTImageProcessor(**crop)
-    if kind == "swin":
-        swin = SwinConfig(
-            image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4, mlp_ratio=2
-        )
-        return SwinForImageClassification(swin), ViTImageProcessor(**square)
-    shape = {"hidden_sizes": [8, 16], "depths": [1, 2], "num_stages": 2, "image_size": 32}
-    shrinking = ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.875)
-    if kind == "convnext":
-        return ConvNextForImageClassification(ConvNextConfig(**shape)), shrinking
-    return ConvNextV2ForImageClassification(ConvNextV2Config(**shape)), shrinking
-
-
 ARCHITECTURES = ["vit", "deit", "swin", "convnext", "convnextv2"]
 
 
@@ -135,11 +95,8 @@ def checkpoints(tmp_path_factory):
 
     def make(kind: str) -> Path:
         if kind not in made:
-            torch.manual_seed(0)
-            model, processor = _tiny_model(kind)
-            made[kind] = tmp_path_factory.mktemp(kind)
-            model.save_pretrained(made[kind])
-            processor.save_pretrained(made[kind])
+            made[kind] = tmp_path_factory.mktemp(kind.replace(" ", "_"))
+            save_tiny(kind, made[kind])
         return made[kind]
 
     return make

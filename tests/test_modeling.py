@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import EfficientNetConfig, EfficientNetForImageClassification, ViTModel
 
 from transfer import UserError
-from transfer.augmentation import read_geometry
-from transfer.modeling import build_classifier, load_trained, match_labels, parameter_groups, parameter_levels
+from transfer.geometry import read_geometry
+from transfer.modeling import build_classifier, load_trained, match_labels
 
 NAMES = [GLOSSES[wnid].split(",")[0] for wnid in WNIDS]
 
@@ -127,20 +127,6 @@ def test_efficientnets_batch_norms_average_over_batches(tmp_path, checkpoints):
     (tmp_path / "preprocessor_config.json").write_bytes((checkpoints("vit") / "preprocessor_config.json").read_bytes())
     norms = [m for m in build(tmp_path).model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert norms and all(norm.momentum == 0.1 for norm in norms)
-
-
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_learning_rates_cover_every_parameter_once_and_fall_with_depth(kind, checkpoints):
-    model = build(checkpoints(kind)).model
-    groups = parameter_groups(model, learning_rate=1.0, weight_decay=0.1, layer_decay=0.5)
-    listed = [p for group in groups for p in group["params"]]
-    assert len(listed) == len({id(p) for p in listed}) == len(list(model.parameters()))
-    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
-    rates = [rate[id(p)] for _, p in model.named_parameters()]
-    assert rates == sorted(rates) and rates[-1] == 1.0 and groups[0]["lr"] == 1.0
-    levels = parameter_levels(model)
-    assert len(set(levels.values())) >= 4 and min(rates) == 0.5 ** max(levels.values())
-    assert all(group["weight_decay"] == (0.1 if group["params"][0].ndim > 1 else 0) for group in groups)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

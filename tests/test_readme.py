@@ -43,6 +43,14 @@ def test_every_recipe_parses_and_its_header_gives_its_command(recipe):
     )
 
 
+def test_computed_figures_are_those_of_the_recipes_headers_and_said_to_be_computed():
+    rows = re.findall(r"\(recipes/(\w+\.yaml)\) \|[^|]+\| ([\d.]+ GB) \| (\d+ min) \|", README)
+    assert rows
+    for name, memory, time in rows:
+        header = (ROOT / "recipes" / name).read_text()
+        assert f"Computed, not measured: {memory} = " in header and f"# {time} for " in header
+
+
 def test_flags_in_the_readme_are_arguments():
     from transfer.arguments import known_names
 

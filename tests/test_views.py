@@ -16,13 +16,12 @@ from transfer.augmentation import (
     TrainingView,
     check_view,
     draw_crops,
-    read_geometry,
     resample,
     resampling_weights,
     resize_as_pil,
     seeded_generator,
-    set_view_size,
 )
+from transfer.geometry import read_geometry, set_view_size
 from transfer.pixels import PixelDataset, open_pixel_store
 
 PROCESSORS = {

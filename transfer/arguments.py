@@ -113,6 +113,12 @@ class RunArguments:
         "Further views to average predictions over, each kept only if it raises the validation accuracy: "
         f"{', '.join(TEST_TIME_VIEWS)}.",
     )
+    freeze_levels: int = option(
+        0, "Leave the lowest levels of the backbone as they are: 1 is its stem, one more for each block."
+    )
+    lora_r: int = option(
+        0, "Train low-rank adapters of this rank and the head alone, merged when they are saved; 0 trains all."
+    )
     validation_fraction: float = option(0.1, "Share of every class that is held out to choose and to measure.")
     seeds: list[int] | None = option(
         None,
@@ -316,6 +322,7 @@ def check_values(run: RunArguments, args: FinetuningArguments) -> None:
         if not 0 <= getattr(run, name) < math.inf:
             raise UserError(f"--{name} {getattr(run, name)}: must be 0 or above")
     least = {"image_size": 8, "train_image_size": 8, "max_train_samples": 1, "per_device_train_batch_size": 1}
+    least |= {"freeze_levels": 0, "lora_r": 0}
     least |= {"per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "seed": 0, "split_seed": 0}
     for name, bound in (least | {"seeds": 0}).items():
         value = getattr(run if hasattr(run, name) else args, name)
@@ -335,6 +342,8 @@ def check_values(run: RunArguments, args: FinetuningArguments) -> None:
     for view in run.test_time_views:
         if view not in TEST_TIME_VIEWS:
             raise UserError(f"--test_time_views {view}: must be of {', '.join(TEST_TIME_VIEWS)}")
+    if run.lora_r and run.freeze_levels:
+        raise UserError("--freeze_levels does not go with --lora_r, which leaves the whole backbone as it is")
     if args.do_train and args.num_train_epochs <= 0 and args.max_steps <= 0:
         raise UserError("--num_train_epochs: must be above 0; --do_train false skips training")
     if not args.do_train and args.resume_from_checkpoint:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,87 +11,14 @@ from torch import nn
 from transformers import BaseImageProcessor
 
 from transfer import UserError
+from transfer.geometry import ViewGeometry
 from transfer.policies import erase, trivial_augment
-
-INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
-
-
-@dataclass(frozen=True)
-class ViewGeometry:
-    """How a checkpoint's processor brings an image to the model: resize, centre crop, normalise."""
-
-    resize: tuple[int, int] | int  # (height, width), or the shortest edge
-    crop: tuple[int, int]  # height, width of what the model sees
-    interpolation: str  # a name in INTERPOLATIONS
-    mean: tuple[float, ...]  # of pixels in 0..1
-    std: tuple[float, ...]
-
-    @property
-    def rule(self) -> str:
-        """The geometry in words that tell two of them apart."""
-        return f"resize {self.resize} crop {self.crop} {self.interpolation}"
-
-    def resized(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) after resizing an image of that height and width."""
-        if not isinstance(self.resize, int):
-            return self.resize
-        short = min(height, width)
-        # Rounded down, as transformers does.
-        return int(height * self.resize / short), int(width * self.resize / short)
-
-    def apply(self, image: Image.Image) -> Image.Image:
-        """The view of one PIL image, before normalisation."""
-        height, width = self.resized(image.height, image.width)
-        resample = next(number for number, name in INTERPOLATIONS.items() if name == self.interpolation)
-        image = image.resize((width, height), resample)
-        top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
-        return image.crop((left, top, left + self.crop[1], top + self.crop[0]))
-
-
-def read_geometry(processor: BaseImageProcessor) -> ViewGeometry:
-    """The evaluation view that a checkpoint's own processor describes. Raises `UserError` for one without a size."""
-    size, crop = dict(processor.size), None
-    if "shortest_edge" in size:
-        resize, crop = _shortest_edge_rule(processor, size["shortest_edge"])
-    else:
-        resize = (size["height"], size["width"])
-    if crop is None and getattr(processor, "do_center_crop", False):
-        crop_size = dict(processor.crop_size)
-        crop = (crop_size["height"], crop_size["width"])
-    if crop is None and isinstance(resize, int):
-        raise UserError(
-            f"{type(processor).__name__}: resizes the shortest edge and crops nothing; no fixed input size"
-        )
-    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-    if getattr(processor, "include_top", False):  # EfficientNet's processor then divides by std twice
-        std = tuple(s * s for s in std)
-    interpolation = INTERPOLATIONS.get(int(processor.resample))
-    if interpolation is None:
-        raise UserError(f"{type(processor).__name__}: resample {processor.resample} is neither bilinear nor bicubic")
-    return ViewGeometry(resize, crop or resize, interpolation, mean, std)
-
-
-def _shortest_edge_rule(processor: BaseImageProcessor, edge: int):
-    """(resize, crop or None); ConvNeXt's processors shrink by crop_pct below 384 px and squash from there on."""
-    crop_pct = getattr(processor, "crop_pct", None)
-    if crop_pct is None:
-        return edge, None
-    if edge >= 384:
-        return (edge, edge), (edge, edge)
-    return int(edge / crop_pct), (edge, edge)
-
-
-def set_view_size(processor: BaseImageProcessor, image_size: int) -> None:
-    """Make a processor feed the model image_size x image_size, keeping its share of centre crop."""
-    old = read_geometry(processor).crop[0]
-    scaled = {name: round(side * image_size / old) for name, side in dict(processor.size).items() if side}
-    processor.size = dict.fromkeys(scaled, image_size) if getattr(processor, "crop_pct", None) else scaled
-    if getattr(processor, "do_center_crop", False):
-        processor.crop_size = {"height": image_size, "width": image_size}
 
 
 def resize_as_pil(images: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
     """(B, 3, H, W) uint8 resized to (height, width): anti-aliased, and rounded to whole pixels, as PIL does it."""
+    if interpolation == "nearest-exact":
+        return F.interpolate(images, size, mode=interpolation)
     if images.device.type == "cpu":
         return F.interpolate(images, size, mode=interpolation, antialias=True)  # torch's integer kernel is PIL's
     images = images.float()
@@ -114,8 +40,9 @@ class EvaluationView(nn.Module):
         self.register_buffer("scale", 1 / (255 * torch.tensor(geometry.std).view(1, -1, 1, 1)), persistent=False)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalise pixels in 0..255."""
-        return (images - self.mean) * self.scale
+        """Normalise pixels in 0..255, red first; the channels come out in the model's order."""
+        images = (images - self.mean) * self.scale
+        return images.flip(1) if self.geometry.bgr else images
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if self.cropped and tuple(images.shape[-2:]) == self.geometry.crop:
@@ -123,7 +50,7 @@ class EvaluationView(nn.Module):
         size = self.geometry.crop if self.cropped else self.geometry.resized(*images.shape[-2:])
         if tuple(images.shape[-2:]) != size:
             images = resize_as_pil(images, size, self.geometry.interpolation)
-        top, left = (size[0] - self.geometry.crop[0]) // 2, (size[1] - self.geometry.crop[1]) // 2
+        top, left = self.geometry.corner(*size)
         images = images[..., top : top + self.geometry.crop[0], left : left + self.geometry.crop[1]]
         return self.normalise(images.float())
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
 
 from transfer import UserError
-from transfer.augmentation import read_geometry
+from transfer.geometry import read_geometry
 from transfer.pixels import decode
 
 FORMATS = ("onnx",)

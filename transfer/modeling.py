@@ -1,31 +1,19 @@
-"""A pretrained checkpoint made into a classifier of our classes: new head, new input size, learning-rate groups."""
+"""A pretrained checkpoint made into a classifier of our classes: new head, warm where classes are known, new size."""
 
-import copy
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    BaseImageProcessor,
-    PreTrainedModel,
-)
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from transfer import UserError
-from transfer.augmentation import read_geometry, set_view_size
 from transfer.gates import skip_open_gates
-from transfer.offline import offline_backbone
-
-logger = logging.getLogger(__name__)
-
-LOADING_ADVICE = "give a Hub id, a folder made by save_pretrained, or `offline`"
+from transfer.geometry import read_geometry, set_view_size
+from transfer.layers import find_heads
+from transfer.positions import resize_input
+from transfer.pretrained import load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -35,61 +23,6 @@ class Classifier:
     model: PreTrainedModel
     processor: BaseImageProcessor
     warm_classes: int = 0  # head rows copied from the checkpoint
-
-
-def locate_checkpoint(name: str) -> str:
-    """What from_pretrained takes for `--model_name_or_path`; a folder without a model is refused."""
-    if name == "offline":
-        return str(offline_backbone())
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{name}: this folder holds no config.json; {LOADING_ADVICE}")
-        return str(path)
-    if name.startswith((".", "/", "~")) or path.is_file() or len(path.parts) > 2:
-        raise UserError(f"--model_name_or_path {name}: no such folder; {LOADING_ADVICE}")
-    return name
-
-
-def _load(loader, name: str, **options):
-    """from_pretrained whose failures are one line. Only safetensors are read: unpickling weights runs their code."""
-    try:
-        return loader.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as fault:
-        reason = " ".join(str(fault).split())
-        if "trust_remote_code" in reason:
-            reason = "it needs its own code to be run, which is off; choose a checkpoint that transformers knows"
-        raise UserError(f"--model_name_or_path {name}: cannot be loaded: {reason}; {LOADING_ADVICE}") from None
-
-
-def head_names(model: PreTrainedModel) -> set[str]:
-    """Names of the parameters and buffers outside the backbone."""
-    return {name for name in model.state_dict() if not name.startswith(f"{model.base_model_prefix}.")}
-
-
-def load_checkpoint(name: str, revision: str = "main") -> Classifier:
-    """A checkpoint as it was saved, in fp32. Raises `UserError` if anything but the head is missing from it."""
-    source = locate_checkpoint(name)
-    config = _load(AutoConfig, source, revision=revision)
-    if config.num_labels == 0:
-        config.num_labels = 2  # any head will do: it is replaced
-    model, report = _load(
-        AutoModelForImageClassification,
-        source,
-        config=config,
-        revision=revision,
-        # The checkpoint's own type would win: half precision trains badly and fp16 scaling refuses it.
-        dtype=torch.float32,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
-    absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    lost = sorted(absent - head_names(model))
-    if lost:
-        shown = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
-        raise UserError(f"--model_name_or_path {name}: only the head may be new, but these did not load: {shown}")
-    processor = _load(AutoImageProcessor, source, revision=revision)
-    return Classifier(model, processor)
 
 
 def normalise_label(label: str) -> str:
@@ -123,19 +56,6 @@ def match_labels(
     return matches
 
 
-def find_heads(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The linear layers outside the backbone that give the logits (DeiT has two)."""
-    inside = f"{model.base_model_prefix}."
-    heads = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(inside) and module.out_features == model.num_labels
-    }
-    if not heads:
-        raise UserError(f"{type(model).__name__}: no linear head was found; use a ViT, ConvNeXt or similar checkpoint")
-    return heads
-
-
 def replace_heads(model: PreTrainedModel, num_labels: int, matches: Mapping[int, int]) -> None:
     """Give every head `num_labels` rows: rows in `matches` (new -> old) are copied, the others small and random."""
     for name, old in find_heads(model).items():
@@ -157,46 +77,6 @@ def set_labels(model: PreTrainedModel, wnids: Sequence[str], class_names: Sequen
     model.config.wnids = list(wnids)
     model.config.problem_type = None  # set by a checkpoint that was trained on soft labels, it would change the loss
     model.num_labels = len(class_names)
-
-
-def interpolate_positions(model: PreTrainedModel, image_size: int) -> dict[str, torch.Tensor]:
-    """Position tables of a ViT-like model for another image size, by its own bicubic interpolation."""
-    tables = {}
-    for name, module in model.named_modules():
-        table = getattr(module, "position_embeddings", None)
-        if not isinstance(table, nn.Parameter) or not hasattr(module, "interpolate_pos_encoding"):
-            continue
-        if image_size % model.config.patch_size:
-            raise UserError(
-                f"--image_size {image_size}: must be a multiple of {model.config.patch_size}, the patch size"
-            )
-        old_patches = (model.config.image_size // model.config.patch_size) ** 2
-        patches = (image_size // model.config.patch_size) ** 2
-        # Only the shape of its first argument is read.
-        tokens = torch.empty(1, table.shape[1] - old_patches + patches, table.shape[2])
-        with torch.no_grad():
-            resized = module.interpolate_pos_encoding(tokens, image_size, image_size)
-        tables[f"{name}.position_embeddings"] = resized.clone()
-    return tables
-
-
-def resize_input(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
-    """The same model for square images of another size: done once, so that nothing has to interpolate later."""
-    if getattr(model.config, "image_size", image_size) == image_size:
-        return model
-    config = copy.deepcopy(model.config)
-    config.image_size = image_size
-    resized = type(model)(config)
-    weights = model.state_dict() | interpolate_positions(model, image_size)
-    expected = resized.state_dict()
-    misfits = [name for name, values in weights.items() if expected[name].shape != values.shape]
-    if misfits:
-        raise UserError(
-            f"--image_size {image_size}: {type(model).__name__} cannot change from {model.config.image_size} px "
-            f"({misfits[0]} would not fit)"
-        )
-    resized.load_state_dict(weights)
-    return resized
 
 
 def mend_batch_norms(model: PreTrainedModel) -> None:
@@ -224,8 +104,7 @@ def build_classifier(
     `wnids`, `class_names` (unique, shown to people) and `glosses` (to find classes that the checkpoint knows) are in
     label order. Head rows that are not copied are drawn from torch's global generator. Raises `UserError`.
     """
-    loaded = load_checkpoint(name, revision)
-    model, processor = loaded.model, loaded.processor
+    model, processor = load_checkpoint(name, revision)
     matches = {}
     if warm_start:
         known = [str(model.config.id2label[label]) for label in sorted(model.config.id2label)]
@@ -242,8 +121,8 @@ def build_classifier(
 
 def load_trained(name: str, wnids: Sequence[str], revision: str = "main") -> Classifier:
     """A model that was fine-tuned on these classes before. Raises `UserError` if its labels are others."""
-    loaded = load_checkpoint(name, revision)
-    known = getattr(loaded.model.config, "wnids", None)
+    model, processor = load_checkpoint(name, revision)
+    known = getattr(model.config, "wnids", None)
     if known is None:
         raise UserError(f"--model_name_or_path {name}: was not saved by this project, so its label order is unknown")
     if list(known) != list(wnids):
@@ -252,48 +131,5 @@ def load_trained(name: str, wnids: Sequence[str], revision: str = "main") -> Cla
             f"--model_name_or_path {name}: was trained on other classes or another order of wnids.txt "
             f"({differing} labels differ)"
         )
-    skip_open_gates(loaded.model)
-    return loaded
-
-
-def parameter_levels(model: PreTrainedModel) -> dict[str, int]:
-    """How deep every parameter lies: 0 for the stem, one more for each block, the head last.
-
-    Read off the module tree: a block is an item of the backbone's ModuleLists (ViT's layers, ConvNeXt's blocks inside
-    stages, EfficientNet's blocks); what comes after the last block counts as one more.
-    """
-    lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    heads = head_names(model)
-    levels, level, block = {}, 0, None
-    for name, _ in model.named_parameters():
-        parts = name.split(".")
-        inside = [i for i in range(1, len(parts)) if ".".join(parts[:i]) in lists]
-        current = "head" if name in heads else ".".join(parts[: inside[-1] + 1]) if inside else ""
-        if block is not None and current != block:
-            level += 1
-        levels[name], block = level, current
-    return levels
-
-
-def parameter_groups(
-    model: PreTrainedModel, learning_rate: float, weight_decay: float, layer_decay: float
-) -> list[dict]:
-    """Optimizer groups: each level's learning rate is `layer_decay` times that of the level above (Clark et al. 2020,
-    Bao et al. 2021), the head's is `learning_rate`; vectors (biases, norms, layer scales) are not decayed."""
-    levels = parameter_levels(model)
-    top = max(levels.values())
-    groups = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        key = (levels[name], parameter.ndim > 1)
-        group = groups.setdefault(
-            key,
-            {
-                "params": [],
-                "lr": learning_rate * layer_decay ** (top - levels[name]),
-                "weight_decay": weight_decay if parameter.ndim > 1 else 0.0,
-            },
-        )
-        group["params"].append(parameter)
-    return list(groups.values())[::-1]  # the head first: its learning rate is the one that gets logged
+    skip_open_gates(model)
+    return Classifier(model, processor)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from transfer.modeling import find_heads
+from transfer.layers import find_heads
 from transfer.pixels import PixelDataset, PixelStore
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the squared distance from the head that the fit starts from

@@ -22,8 +22,10 @@ from transformers.trainer_utils import EvalPrediction
 from transfer import UserError
 from transfer.augmentation import TEST_TIME_VIEWS, EvaluationView, TrainingView, seeded_generator
 from transfer.averaging import average_weights, weights_of
+from transfer.layers import parameter_groups
+from transfer.lora import check_same_adapters, holds_adapters, is_adapted, load_adapters, merge_adapters
 from transfer.mixing import Mixing
-from transfer.modeling import Classifier, parameter_groups
+from transfer.modeling import Classifier
 from transfer.pixels import PixelDataset, take_batch
 from transfer.tracking import StampSeconds
 
@@ -307,6 +309,10 @@ class FinetuningTrainer(Trainer):
         saved under older names, it leaves the encoder as it is and only logs a warning.
         """
         model = self.accelerator.unwrap_model(self.model if model is None else model)
+        if is_adapted(model):
+            return load_adapters(model, Path(resume_from_checkpoint))
+        if holds_adapters(Path(resume_from_checkpoint)):
+            raise UserError(f"{resume_from_checkpoint}: holds adapters; go on with the --lora_r that made them")
         try:
             saved, report = type(model).from_pretrained(
                 resume_from_checkpoint, dtype=torch.float32, use_safetensors=True, output_loading_info=True
@@ -318,6 +324,15 @@ class FinetuningTrainer(Trainer):
         except (OSError, ValueError, RuntimeError, SafetensorError) as fault:
             reason = " ".join(str(fault).split())[:300]
             raise UserError(f"{resume_from_checkpoint}: does not hold this run's model ({reason})") from None
+
+    def settle_adapters(self) -> None:
+        """Merge adapters, where there are any, into the plain model that is measured and saved."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not is_adapted(model):
+            return
+        if self.chosen_weights:
+            check_same_adapters(model, self.chosen_weights)
+        self.model = self.model_wrapped = merge_adapters(model)
 
     def _load_best_model(self):
         best = Path(self.state.best_model_checkpoint)
@@ -338,6 +353,7 @@ def start_training(trainer: FinetuningTrainer, checkpoint: str | None) -> dict[s
         advice = "go on with --resume_from_checkpoint true" if kept else "no epoch was finished: start again"
         raise UserError(f"interrupted in epoch {trainer.state.epoch or 0:.2f}; {advice}") from None
     trainer.save_state()
+    trainer.settle_adapters()
     return {
         "seconds": outcome.metrics["train_runtime"],
         "samples_per_second": outcome.metrics["train_samples_per_second"],

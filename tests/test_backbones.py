@@ -1,0 +1,201 @@
+"""Every backbone: trained, its best epoch kept, reloaded, the same predictions from a plain pipeline."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import torch
+import transformers
+from backbones import FAMILIES, describe_families, find_pooling
+from conftest import GLOSSES, ROOT, WNIDS
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForImageClassification, Siglip2ImageProcessor, pipeline
+
+from transfer import UserError
+from transfer.augmentation import EvaluationView, check_view
+from transfer.geometry import read_geometry
+from transfer.layers import find_blocks, freeze_levels, head_names, parameter_groups, parameter_levels
+from transfer.modeling import build_classifier, load_trained
+
+NAMES = [GLOSSES[wnid].split(",")[0] for wnid in WNIDS]
+
+
+def build(checkpoint, **options):
+    return build_classifier(str(checkpoint), WNIDS, NAMES, NAMES, **options)
+
+
+def labels_of(submission) -> dict[str, int]:
+    return {row.split(",")[0]: int(row.split(",")[1]) for row in submission.read_text().splitlines()[1:]}
+
+
+def check_pipeline(out, data) -> None:
+    """A plain pipeline gives the csv's labels."""
+    names = [GLOSSES[wnid].split(",")[0] for wnid in WNIDS]
+    ours = labels_of(out / "submission.csv")
+    images = [Image.open(data / "test" / "images" / f"{image_id}.JPEG") for image_id in ours]
+    answers = pipeline("image-classification", model=str(out / "model"), top_k=1)(images)
+    assert [answer[0]["label"] for answer in answers] == [names[label] for label in ours.values()]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_backbone_trains_keeps_its_best_epoch_reloads_and_predicts_the_same(
+    kind, pristine_data, checkpoints, finetune
+):
+    out = finetune(pristine_data, checkpoints(kind), learning_rate="5e-3", layer_decay=0.9)
+    best = json.loads((out / "trainer_state.json").read_text())["best_model_checkpoint"]
+    saved, chosen = load_file(out / "model" / "model.safetensors"), load_file(f"{best}/model.safetensors")
+    assert saved.keys() == chosen.keys() and all(torch.equal(saved[name], chosen[name]) for name in saved)
+    start = build(checkpoints(kind)).model.state_dict()
+    trained = load_trained(str(out / "model"), WNIDS).model.state_dict()
+    assert trained.keys() == start.keys()
+    # Backbone and head have moved: neither is frozen by mistake, nor lost on the way to the disk.
+    heads = head_names(build(checkpoints(kind)).model)
+    for part in (heads, start.keys() - heads):
+        assert any(not torch.equal(start[name], trained[name]) for name in part)
+    again = finetune(pristine_data, out / "model", output_dir="again", do_train="false")
+    assert (again / "submission.csv").read_bytes() == (out / "submission.csv").read_bytes()
+    check_pipeline(out, pristine_data)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("image_size", [None, 64])
+def test_the_view_is_what_the_saved_processor_makes_at_any_size(kind, image_size, checkpoints, tmp_path):
+    built = build(checkpoints(kind), image_size=image_size)
+    built.processor.save_pretrained(tmp_path)
+    built.model.save_pretrained(tmp_path)
+    again = load_trained(str(tmp_path), WNIDS)
+    geometry = read_geometry(again.processor)
+    assert geometry.crop == (image_size or 32,) * 2
+    check_view(again.processor, EvaluationView(geometry))
+    pixels = torch.rand(2, 3, *geometry.crop)
+    with torch.no_grad():
+        torch.testing.assert_close(again.model.eval()(pixels).logits, built.model.eval()(pixels).logits)
+
+
+def test_a_processor_without_a_size_is_refused():
+    with pytest.raises(UserError, match=r"Siglip2ImageProcessor.*names no image size"):
+        read_geometry(Siglip2ImageProcessor())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_learning_rates_fall_from_the_head_to_the_stem(kind, checkpoints):
+    model = build(checkpoints(kind)).model
+    groups = parameter_groups(model, learning_rate=1.0, weight_decay=0.1, layer_decay=0.5)
+    listed = [p for group in groups for p in group["params"]]
+    assert len(listed) == len({id(p) for p in listed}) == len(list(model.parameters()))
+    levels, heads, blocks = parameter_levels(model), head_names(model), find_blocks(model)
+    by_block = [{levels[name] for name in levels if name.startswith(f"{block}.")} for block in blocks]
+    assert by_block == [{1 + position} for position in range(len(blocks))]
+    top = max(levels.values())
+    assert {name for name in levels if levels[name] == top} == heads & levels.keys()
+    stem = next(iter(levels))
+    assert levels[stem] == 0 and not any(stem.startswith(block) for block in blocks)
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert all(rate[id(p)] == 0.5 ** (top - levels[name]) for name, p in model.named_parameters())
+    assert groups[0]["lr"] == 1.0  # what gets logged
+
+
+def test_deep_backbones_share_levels_so_that_their_stems_learn():
+    with torch.device("meta"):
+        config = transformers.ConvNextV2Config(depths=[3, 3, 27, 3], hidden_sizes=[8, 8, 8, 8], num_labels=4)
+        model = transformers.ConvNextV2ForImageClassification(config)
+    levels = parameter_levels(model)
+    assert len(find_blocks(model)) == 36 and max(levels.values()) == 1 + 18 + 1
+    # A downsampling layer learns with the block above it.
+    stage = "convnextv2.encoder.stages.2"
+    assert levels[f"{stage}.downsampling_layer.1.weight"] == levels[f"{stage}.layers.0.dwconv.weight"]
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet", "convnext"])
+def test_frozen_levels_and_their_batch_norms_stay_as_they_are(kind, pristine_data, checkpoints, finetune, capsys):
+    frozen = 2
+    out = finetune(pristine_data, checkpoints(kind), learning_rate="1e-2", freeze_levels=frozen)
+    start, trained = build(checkpoints(kind)).model, load_trained(str(out / "model"), WNIDS).model
+    levels, before, after = parameter_levels(start), start.state_dict(), trained.state_dict()
+    for name, level in levels.items():
+        if level < frozen:
+            assert torch.equal(before[name], after[name]), name
+    for level in range(frozen, max(levels.values()) + 1):
+        names = [name for name in levels if levels[name] == level]
+        assert any(not torch.equal(before[name], after[name]) for name in names)
+    statistics = [name for name in before if name.endswith("running_mean")]
+    held = [torch.equal(before[n], after[n]) for n in statistics]
+    assert held == [levels[n.replace("running_mean", "weight")] < frozen for n in statistics]
+    assert "100.00% trained" not in capsys.readouterr().out
+
+
+def test_freezing_more_levels_than_there_are_is_refused(checkpoints):
+    with pytest.raises(UserError, match="--freeze_levels 9: ViTForImageClassification has 4 levels below its head"):
+        freeze_levels(build(checkpoints("vit")).model, 9)
+
+
+def test_an_encoder_without_a_class_of_its_own_computes_the_same_in_the_one_it_gets(checkpoints):
+    pixels = torch.rand(2, 3, 32, 32)
+    for kind, part, features in (
+        ("vit_mae", "vit", lambda out: out.last_hidden_state[:, 1:].sort(1).values),
+        ("dinov3_convnext", "convnext", lambda out: out.pooler_output),
+    ):
+        options = {"mask_ratio": 0.0} if kind == "vit_mae" else {}
+        encoder = AutoModel.from_pretrained(checkpoints(kind), **options).eval()
+        built = build(checkpoints(kind)).model.eval()
+        with torch.no_grad():
+            # MAE shuffles its tokens even where it masks none.
+            torch.testing.assert_close(features(getattr(built, part)(pixels)), features(encoder(pixels)))
+
+
+def test_a_naflex_checkpoint_becomes_a_siglip_that_gives_the_same_logits_for_square_images(checkpoints):
+    built = build(checkpoints("siglip2"))
+    theirs = AutoModelForImageClassification.from_pretrained(checkpoints("siglip2")).eval()
+    built.model.classifier = theirs.classifier
+    processor = Siglip2ImageProcessor.from_pretrained(checkpoints("siglip2"))
+    image = Image.effect_noise((48, 48), 60).convert("RGB")
+    with torch.no_grad():
+        expected = theirs(**processor(image, return_tensors="pt")).logits
+        ours = built.model.eval()(**built.processor(image, return_tensors="pt")).logits
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_dinov3_with_a_head_loads_elsewhere_with_the_code_that_is_saved_beside_it(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    built = build(checkpoints("dinov3_vit")).model.eval()
+    built.save_pretrained(tmp_path / "model")
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors", "dinov3.py"}
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "model", trust_remote_code=True).eval()
+    assert type(loaded).__module__.startswith("transformers_modules")
+    pixels = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels).logits, built(pixels).logits)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_readmes_row_of_each_backbone_is_what_its_code_says(kind, checkpoints):
+    built = build(checkpoints(kind))
+    row = describe_families({kind: find_pooling(built.model, 32)})[0]
+    assert row in (ROOT / "README.md").read_text(), f"{row}\nrun: python tests/backbones.py"
+
+
+def test_a_timm_checkpoint_trains_reloads_and_answers_in_a_pipeline(tmp_path, pristine_data, finetune):
+    if find_spec("timm") is None or find_spec("torchvision") is None:
+        pytest.skip("timm and the torchvision that it needs are not installed: pip install timm torchvision")
+    for architecture, arguments in {
+        "vit_tiny_patch16_224": {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8},
+        "resnet18": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
+    }.items():
+        source = tmp_path / architecture
+        torch.manual_seed(0)
+        view = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+        config = transformers.TimmWrapperConfig(
+            architecture=architecture,
+            model_args=arguments,
+            pretrained_cfg=view | {"crop_pct": 0.9, "crop_mode": "center"},
+        )
+        transformers.TimmWrapperForImageClassification(config).save_pretrained(source)
+        out = finetune(pristine_data, source, output_dir=f"{architecture}-out", learning_rate="5e-3", image_size=48)
+        again = finetune(pristine_data, out / "model", output_dir=f"{architecture}-again", do_train="false")
+        assert (again / "submission.csv").read_bytes() == (out / "submission.csv").read_bytes()
+        check_pipeline(out, pristine_data)
+        model = load_trained(str(out / "model"), WNIDS).model
+        levels = parameter_levels(model)
+        assert len(find_blocks(model)) == (2 if "vit" in architecture else 4)
+        assert max(levels, key=levels.get).startswith(next(iter(head_names(model))).rpartition(".")[0])
