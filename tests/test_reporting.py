@@ -28,6 +28,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
+        self.text += " " * (tag in ("td", "th", "tr"))
         self.inside = tag if tag in ("style", "script") else None
 
     def handle_endtag(self, tag):

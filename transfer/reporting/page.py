@@ -75,7 +75,7 @@ def list_links(run: RunResults) -> list[tuple[str, str]]:
     links = [(name, name) for name in beside if (run.folder / name).is_file() or name == "run.json"]
     if len(run.predictions.test_ids):
         links.insert(0, ("submission.csv", "submission.csv"))
-    arguments = run.record.get("arguments", {})
+    arguments = run.record["arguments"]
     if arguments.get("push_to_hub") and arguments.get("hub_model_id"):
         links.append(
             (f"the model, {arguments['hub_model_id']}", f"https://huggingface.co/{arguments['hub_model_id']}")
@@ -131,7 +131,7 @@ def open_templates() -> Environment:
 
 
 def _data_name(run: RunResults) -> str:
-    arguments = run.record.get("arguments", {})
+    arguments = run.record["arguments"]
     return arguments.get("dataset_name") or Path(str(arguments.get("data_dir"))).name
 
 
@@ -142,7 +142,7 @@ def render_page(run: RunResults, album: Album, without_pictures: str | None = No
     shown = choose_classes(found.confusions, order)
     matrix, reading = draw_matrix(found.confusions, found.names, shown)
     reliability = diagnosis.judge_confidence(found.probabilities, found.labels)
-    leaderboard = foresee_leaderboard(run)
+    leaderboard, arguments = foresee_leaderboard(run), run.record["arguments"]
     return (
         open_templates()
         .get_template("page.html")
@@ -153,9 +153,10 @@ def render_page(run: RunResults, album: Album, without_pictures: str | None = No
             script_hash=_hash_of(script),
             classes=len(found.names),
             base=name_base(run.record),
-            arguments=run.record.get("arguments", {}),
             data_name=_data_name(run),
-            metrics=run.metrics,
+            trained="train" in run.metrics,
+            smoothing=arguments.get("label_smoothing_factor"),
+            temperature=look_up(run.metrics, "calibration", "temperature"),
             validation=run.metrics["validation"],
             tiles=list_tiles(run, reliability.ece, leaderboard),
             leaderboard=leaderboard,
