@@ -197,7 +197,7 @@ def test_a_run_that_measured_little_is_drawn_all_the_same(pristine_data, tmp_pat
 
 
 def test_seeds_and_stages_stand_in_the_report_with_mean_and_spread(pristine_data, tmp_path):
-    seeds = [{"seed": s, "validation": {"accuracy": 0.7 + s / 100, "loss": 1.5}} for s in range(3)]
+    seeds = [{"validation": {"accuracy": 0.7 + s / 100, "loss": 1.5}} for s in range(3)]
     run = run_on(
         pristine_data,
         tmp_path / "run",
@@ -205,16 +205,29 @@ def test_seeds_and_stages_stand_in_the_report_with_mean_and_spread(pristine_data
         mean={"validation": {"accuracy": 0.71, "loss": 1.5}},
         std={"validation": {"accuracy": 0.01, "loss": 0.0}},
         probe={"accuracy": 0.4375},
-        soup={"validation": {"accuracy": 0.75}},
+        soup={"accuracy": 0.75, "members": [5, 7]},
         ensemble={"accuracy": 0.76},
+        submission={"from": "ensemble", "validation_accuracy": 0.76},
+        record={"arguments": ARGUMENTS | {"data_dir": str(pristine_data), "seeds": [5, 6, 7]}},
     )
     for seed in range(3):
-        write_history(run / f"seed-{seed}", offset=seed / 100)
+        write_history(run / f"seed-{seed + 5}", offset=seed / 100)
     words = draw(run).words
-    assert "2 72.00% 1.5000" in words and "mean 71.00% 1.5000 standard deviation 1.00% 0.0000" in words
+    assert "7 72.00% 1.5000" in words and "mean 71.00% 1.5000 standard deviation 1.00% 0.0000" in words
     assert "before any training 12.5%" in words and "linear probe 43.8% (+31.2)" in words
     assert "soup of the seeds 75.0% (+4.0)" in words and "ensemble of the seeds 76.0% (+1.0)" in words
-    assert "seed 0 seed 1 seed 2" in words
+    assert "seed 5 seed 6 seed 7" in words
+    assert "submission.csv comes from the ensemble, at 76.0% the best on the held-out images" in words
+
+
+def test_views_and_averaged_weights_stand_in_the_report(pristine_data, tmp_path):
+    views = {"kept": ["plain", "flip"], "accuracy": {"plain": 0.25, "flip": 0.125}}
+    run = run_on(pristine_data, tmp_path / "run", test_time_views=views)
+    logged = {"epoch": 1, "eval_accuracy": 0.5, "eval_ema_accuracy": 0.6}
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": [logged]}))
+    page = draw(run)
+    assert "one plain view 25.0%" in page.words and "kept, with views plain, flip" in page.words
+    assert "the weights their average" in page.words and "their average: 60.0% at 1 epoch" in page.text
 
 
 def test_a_doubtful_label_is_marked_and_its_file_listed(pristine_data, tmp_path):

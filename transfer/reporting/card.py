@@ -36,6 +36,18 @@ RECIPE_SETTINGS = [
     "split_seed",
     "validation_fraction",
 ]
+# What a recipe adds to plain fine-tuning; shown where it is on.
+INGREDIENTS = [
+    "probe",
+    "probe_only",
+    "ema_decay",
+    "mixup_alpha",
+    "cutmix_alpha",
+    "trivial_augment",
+    "erasing_probability",
+    "strong_until",
+    "test_time_views",
+]
 
 UNPUSHED = "path/to/model"  # how a card names a model that is not on the Hub
 WORST_CLASSES, CONFUSED_PAIRS = 5, 5
@@ -158,16 +170,23 @@ def _failures(predictions: Predictions, class_names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def _plain(value) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _training_table(metrics: Mapping, record: Mapping) -> str:
     arguments = record["arguments"]
     settings = [(name, arguments[name]) for name in RECIPE_SETTINGS if arguments.get(name) is not None]
+    settings += [(name, arguments[name]) for name in INGREDIENTS if arguments.get(name)]
     settings.insert(0, ("started from", name_base(record)))
     settings.append(("precision", record["precision"].removeprefix("precision: ")))
     settings.append(("hardware", record["device"]))
     seconds, rate = look_up(metrics, "train", "seconds"), look_up(metrics, "train", "samples_per_second")
     if seconds is not None and rate is not None:
         settings.append(("training time", f"{seconds / 60:.1f} min, {rate:.1f} images/s"))
-    return "\n".join(["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in settings)])
+    return "\n".join(
+        ["| setting | value |", "|---|---|", *(f"| {name} | {_plain(value)} |" for name, value in settings)]
+    )
 
 
 def _origin(record: Mapping) -> str:

@@ -10,8 +10,9 @@ from PIL import Image
 
 from transfer import UserError
 from transfer.archive import extract_zip
+from transfer.layouts import IMAGE_SUFFIXES
 from transfer.offline import sample_data
-from transfer.pixels import IMAGE_SUFFIXES, read_image
+from transfer.pixels import read_image
 
 SIDE = 96  # pixels of the longer side
 JPEG_QUALITY = 80

@@ -17,7 +17,6 @@ STAGES = {
     "mean": "mean of the seeds",
     "soup": "soup of the seeds",
     "ensemble": "ensemble of the seeds",
-    "views": "test-time views",
 }
 
 # Columns of the table of seeds: where the number stands, and how it is written.
@@ -46,26 +45,41 @@ class Step:
     kept: bool = False
 
 
-def list_steps(metrics: Mapping) -> list[Step]:
+def _name_kept(metrics: Mapping, arguments: Mapping) -> str:
+    """What the model that is kept was made by."""
+    views = (metrics.get("test_time_views") or {}).get("kept", ["plain"])
+    if len(views) > 1:
+        return f"kept, with views {', '.join(views)}"
+    later = {"fine_tuned", "ema", "mean", "test_time_views"} & metrics.keys() or arguments.get("probe_only")
+    return f"{STAGES['fine_tuned']}, kept" if "train" in metrics and not later else "kept"
+
+
+def list_steps(metrics: Mapping, arguments: Mapping) -> list[Step]:
     """The stages that metrics.json knows, and what was kept of them, last."""
     found = {STAGES[key]: accuracy for key in STAGES if (accuracy := read_accuracy(metrics.get(key))) is not None}
     if "fine_tuned" in metrics:
         found.pop(STAGES["mean"], None)  # the mean is that of the seeds' fine-tuning, not a stage after it
+    plain = look_up(metrics, "test_time_views", "accuracy", "plain")
+    if plain is not None:
+        found["one plain view"] = plain
     steps = []
     for name, accuracy in found.items():
         steps.append(Step(name, accuracy, accuracy - max(s.accuracy for s in steps) if steps else None))
     kept = metrics["validation"]["accuracy"]
-    trained = "train" in metrics and not {"fine_tuned", "ema", "mean"} & metrics.keys()
-    name = STAGES["fine_tuned"] + ", kept" if trained else "kept"
-    return [*steps, Step(name, kept, kept - max(s.accuracy for s in steps) if steps else None, kept=True)]
+    gain = kept - max(s.accuracy for s in steps) if steps else None
+    return [*steps, Step(_name_kept(metrics, arguments), kept, gain, kept=True)]
 
 
-def list_seeds(metrics: Mapping) -> dict | None:
-    """The table of repeated runs: its columns, and rows of texts with mean and standard deviation; or None."""
+def list_seeds(metrics: Mapping, names: Sequence[int] | None) -> dict | None:
+    """The table of repeated runs: its columns, and rows of texts with mean and standard deviation; or None.
+
+    `names` are the seeds, in the order of the runs.
+    """
     seeds = metrics.get("seeds")
     if not isinstance(seeds, Sequence) or not seeds:
         return None
-    entries = {str(s.get("seed", i) if isinstance(s, Mapping) else i): s for i, s in enumerate(seeds)}
+    names = names if names and len(names) == len(seeds) else range(len(seeds))
+    entries = {str(name): entry for name, entry in zip(names, seeds, strict=True)}
     tails = {"mean": metrics.get("mean"), "standard deviation": metrics.get("std")}
     entries |= {name: entry for name, entry in tails.items() if entry is not None}
     columns = {
@@ -127,8 +141,11 @@ def _curve(title: str, series: Sequence[Series], x_label: str, y_label: str, **o
 def draw_curves(histories: Mapping[str, Sequence[Mapping]]) -> list[Curve]:
     """Loss by epoch, validation accuracy by epoch and by minutes of training, as far as they were logged."""
     loss = _series(histories, "epoch", {"loss": "training", "eval_loss": "validation"})
-    accuracy = _series(histories, "epoch", {"eval_accuracy": "validation accuracy"})
-    timed = _series(histories, "seconds", {"eval_accuracy": "validation accuracy"}, 1 / 60)
+    measured = {"eval_accuracy": "the weights", "eval_ema_accuracy": "their average"}
+    if not any("eval_ema_accuracy" in entry for history in histories.values() for entry in history):
+        measured = {"eval_accuracy": "validation accuracy"}
+    accuracy = _series(histories, "epoch", measured)
+    timed = _series(histories, "seconds", measured, 1 / 60)
     rate = _series(histories, "epoch", {"learning_rate": "learning rate"})
     curves = []
     if loss:
