@@ -7,6 +7,8 @@ The first needs no data and no hub and ends in under five minutes on two CPU cor
 metrics.json, run.json and model/ in outputs/<recipe name>; `--help` lists what a recipe may say.
 """
 
+import dataclasses
+import functools
 import logging
 import sys
 import time
@@ -29,8 +31,10 @@ from data_loading import (
 )
 from transfer import UserError, exits_cleanly
 from transfer.arguments import FinetuningArguments, RunArguments, parse_command_line
-from transfer.augmentation import EvaluationView, TrainingView, check_view
+from transfer.augmentation import TEST_TIME_VIEWS, EvaluationView, TrainingView, check_view
 from transfer.averaging import Weights, greedy_soup
+from transfer.budget import Deadline, TimeBudget, process_start, share_of_time
+from transfer.checkpoints import Origin, find_checkpoint, last_checkpoint
 from transfer.estimate import describe_estimate, estimate, leave_no_traces
 from transfer.experiment import (
     average_probabilities,
@@ -55,6 +59,8 @@ from transfer.publishing import check_wishes, publish
 from transfer.record import (
     claim_output_dir,
     describe_arguments,
+    digest_of_folder,
+    fingerprint_of_weights,
     is_finished,
     make_record,
     save_whole_folder,
@@ -62,13 +68,12 @@ from transfer.record import (
     write_whole,
 )
 from transfer.reporting import draw_report, keep_card, measure, read_metrics, write_card, write_metrics
+from transfer.reproduction import compare_results, compare_surroundings
 from transfer.submission import digest_of, open_template, render_submission
 from transfer.training import (
     FinetuningTrainer,
     check_same_weights,
-    find_checkpoint,
     keep_freed_memory,
-    last_checkpoint,
     logits_to_accuracy,
     settle_precision,
     start_training,
@@ -85,6 +90,7 @@ class Task:
     precision: str
     folder: ImageFolder
     dataset: datasets.DatasetDict
+    ends_by: float | None = None  # `--max_minutes`, in seconds since the epoch
 
 
 def say(args: FinetuningArguments, *lines: str) -> None:
@@ -113,7 +119,7 @@ def prepare_model(task: Task, args: FinetuningArguments) -> Classifier:
     """The checkpoint with a head for our classes, or an already fine-tuned model where nothing is trained."""
     run, folder = task.run, task.folder
     if not args.do_train:
-        return load_trained(run.model_name_or_path, folder.wnids, run.model_revision)
+        return load_trained(run.model_name_or_path, folder.wnids, run.model_revision, run.trust_remote_code)
     set_seed(args.seed)  # before the head is drawn
     classifier = build_classifier(
         run.model_name_or_path,
@@ -123,6 +129,7 @@ def prepare_model(task: Task, args: FinetuningArguments) -> Classifier:
         run.image_size,
         run.model_revision,
         run.head_warm_start,
+        run.trust_remote_code,
     )
     kind, parameters = type(classifier.model).__name__, sum(p.numel() for p in classifier.model.parameters())
     if run.freeze_levels:
@@ -191,11 +198,24 @@ def sample_of_train(dataset: datasets.DatasetDict, store: PixelStore) -> PixelDa
     return PixelDataset(store, train.select(positions))
 
 
+def limit_time(task: Task, trainer: FinetuningTrainer, seconds: float) -> None:
+    """Let training end in time for the csv; evaluating the validation images once takes so many seconds."""
+    views = 1 + sum(len(TEST_TIME_VIEWS[name]) for name in task.run.test_time_views)
+    tested = len(task.dataset["test"]) if "test" in task.dataset else 0
+    held_out = len(task.dataset["validation"])
+    deadline = Deadline(task.ends_by, held_out + views * (held_out + tested))  # as many training images, once
+    left = functools.partial(deadline.seconds_to_train, seconds / held_out)
+    trainer.add_callback(TimeBudget(left, pause=seconds if trainer.average is None else 2 * seconds))
+
+
 def train_and_measure(task: Task, trainer: FinetuningTrainer, store: PixelStore, checkpoint: str | None) -> dict:
     """Train, keep the best epoch and measure it on unaugmented training images."""
     args, dataset = trainer.args, task.dataset
+    start = time.perf_counter()
     metrics = {"zero_epoch": {"accuracy": evaluate_split(trainer, trainer.eval_dataset)["accuracy"]}}
     say(args, f"zero epoch  validation accuracy {metrics['zero_epoch']['accuracy']:.4f} before any training")
+    if task.ends_by:
+        limit_time(task, trainer, time.perf_counter() - start)
     start = time.perf_counter()
     if task.run.probe or task.run.probe_only:
         penalty = fit_probe(trainer, store, dataset["train"], trainer.evaluation_view.geometry.rule)
@@ -255,15 +275,25 @@ def make_submission(folder: ImageFolder, ids: Sequence[str], scores: np.ndarray)
     return render_submission(open_template(folder.template_path, folder.test_ids), labels)
 
 
+def start_record(task: Task, trainer: FinetuningTrainer, store: PixelStore) -> dict:
+    """What run.json holds of what a run starts from."""
+    return make_record(
+        task.arguments | {"seed": trainer.args.seed},
+        task.precision,
+        store.data_fingerprint,
+        split_fingerprint(task.dataset),
+        fingerprint_of_weights(trainer.model),
+    )
+
+
 def write_results(
-    task: Task, trainer: FinetuningTrainer, store: PixelStore, metrics: dict, predictions: Predictions, scores=None
+    task: Task, trainer: FinetuningTrainer, record: dict, metrics: dict, predictions: Predictions, scores=None
 ) -> None:
     """Everything a run leaves, the submission last.
 
     The submission comes from `scores` (M, classes) of the test images, or from the model's own.
     """
-    out, arguments = Path(trainer.args.output_dir), task.arguments | {"seed": trainer.args.seed}
-    record = make_record(arguments, task.precision, store.data_fingerprint, split_fingerprint(task.dataset))
+    out, arguments = Path(trainer.args.output_dir), record["arguments"]
     save_model(trainer, out / "model")
     predictions.save(out)
     if "train" in metrics:
@@ -272,6 +302,11 @@ def write_results(
         keep_card(Path(task.run.model_name_or_path).expanduser(), out / "model", arguments["hub_model_id"])
     anonymise_file(out / "model" / "README.md")  # it is what gets pushed
     write_metrics(out, metrics)
+    record |= {
+        "metrics": metrics,
+        "optimizer_steps": trainer.state.global_step,
+        "weights_sha256": digest_of_folder(out / "model", "*.safetensors"),
+    }
     submission = None
     if len(predictions.test_ids):
         scores = predictions.test_logits if scores is None else scores
@@ -291,14 +326,27 @@ def estimate_run(task: Task, args: FinetuningArguments) -> None:
     say(args, *describe_estimate(found, args.per_device_train_batch_size, len(task.dataset["train"]), tested))
 
 
+def check_origin(task: Task, trainer: FinetuningTrainer, record: dict, checkpoint: str | None) -> None:
+    """Refuse other data than those of the run that is reproduced, or resumed; say what else differs."""
+    if task.run.reproduce:
+        changes = compare_surroundings(Path(task.run.reproduce), record)
+        say(trainer.args, *(f"changed     {line}" for line in changes or ["nothing: the same bits must come out"]))
+    origin = Origin(record["data_fingerprint"], record["split_fingerprint"], record["arguments"])
+    if checkpoint:
+        origin.check(Path(checkpoint))
+    trainer.add_callback(origin)
+
+
 def run_once(task: Task, args: FinetuningArguments, checkpoint: str | None) -> dict:
     """Train one model, or take a trained one, measure it and write its results; returns its metrics."""
     trainer, store = make_trainer(task, args, prepare_model(task, args))
+    record = start_record(task, trainer, store)
+    check_origin(task, trainer, record, checkpoint)
     training = train_and_measure(task, trainer, store, checkpoint) if args.do_train else {}
     predictions, metrics = predict_and_measure(task, trainer, store)
     metrics |= training
     if args.process_index == 0:
-        write_results(task, trainer, store, metrics, predictions)
+        write_results(task, trainer, record, metrics, predictions)
     return metrics
 
 
@@ -313,7 +361,8 @@ def run_seeds(task: Task, args: FinetuningArguments) -> dict:
             continue
         say(args, f"seed {seed}      training {number} of {len(task.run.seeds)}")
         checkpoint = last_checkpoint(folders[-1]) if resuming else None
-        run_once(task, one, str(checkpoint) if checkpoint else None)
+        share = dataclasses.replace(task, ends_by=share_of_time(task.ends_by, len(task.run.seeds) - number + 1))
+        run_once(share, one, str(checkpoint) if checkpoint else None)
     return combine_seeds(task, args, folders)
 
 
@@ -324,6 +373,7 @@ def combine_seeds(task: Task, args: FinetuningArguments, folders: Sequence[Path]
     best = int(np.argmax(singles))
     models = [load_trained(str(folder / "model"), task.folder.wnids).model.state_dict() for folder in folders]
     trainer, store = make_trainer(task, args, load_trained(str(folders[best] / "model"), task.folder.wnids))
+    record = start_record(task, trainer, store)
 
     def validate(weights: Weights) -> float:
         trainer.model.load_state_dict(weights)
@@ -348,7 +398,7 @@ def combine_seeds(task: Task, args: FinetuningArguments, folders: Sequence[Path]
     metrics["submission"] = {"from": source, "validation_accuracy": scores[source]}
     tested = average_probabilities([member.test_logits for member in members]) if source == "ensemble" else None
     if args.process_index == 0:
-        write_results(task, trainer, store, metrics, predictions, tested)
+        write_results(task, trainer, record, metrics, predictions, tested)
     return metrics
 
 
@@ -374,8 +424,9 @@ def describe_results(metrics: dict) -> list[str]:
 
 
 @exits_cleanly
-def main(argv: list[str] | None = None) -> None:
-    """Run one recipe from data to submission."""
+def main(argv: list[str] | None = None, started: float | None = None) -> None:
+    """Run one recipe from data to submission; `--max_minutes` counts from `started` [now]."""
+    started = time.time() if started is None else started
     precision = settle_precision()
     use_all_cores()
     keep_freed_memory()
@@ -397,7 +448,8 @@ def main(argv: list[str] | None = None) -> None:
     say(args, *describe_layout(folder))
     dataset = load_dataset(folder, run.validation_fraction, run.split_seed, run.max_train_samples)
     say(args, "splits      " + ", ".join(f"{name} {len(split)}" for name, split in dataset.items()))
-    task = Task(run, arguments, precision, folder, dataset)
+    ends_by = started + 60 * run.max_minutes if run.max_minutes else None
+    task = Task(run, arguments, precision, folder, dataset, ends_by)
 
     if run.estimate:
         estimate_run(task, args)
@@ -406,7 +458,11 @@ def main(argv: list[str] | None = None) -> None:
     say(args, *describe_results(metrics), f"results in {out}")
     if args.process_index == 0:
         publish(run, args, push, [folder.root / file for file in folder.test_files or folder.train_files])
+    if run.reproduce and args.process_index == 0:
+        lines, reproduced = compare_results(Path(run.reproduce), out / "run.json")
+        say(args, *lines)
+        sys.exit(0 if reproduced else 1)
 
 
 if __name__ == "__main__":
-    main()
+    main(started=process_start())

@@ -54,7 +54,7 @@ def test_computed_figures_are_those_of_the_recipes_headers_and_said_to_be_comput
 def test_flags_in_the_readme_are_arguments():
     from transfer.arguments import known_names
 
-    foreign = {"config_file", "quiet", "template", "cases", "logdir"}
+    foreign = {"config_file", "quiet", "template", "cases", "logdir", "kills", "fuzz"}
     assert set(re.findall(r"--([a-z_]+)", README)) - foreign <= set(known_names()) | {"help"}
 
 

@@ -267,6 +267,8 @@ def test_a_bad_image_stops_the_run_before_training_and_leaves_nothing(data, chec
         (["RECIPE", "--data_dir", "DATA", "--per_device_train_batch_size", "0"], "must be at least 1"),
         (["RECIPE", "--data_dir", "DATA", "--seed", "-1"], "must be at least 0"),
         (["RECIPE", "--data_dir", "DATA", "--learning_rate", "nan"], "must be above 0"),
+        (["RECIPE", "--data_dir", "DATA", "--max_minutes", "0"], "--max_minutes 0.0: must be above 0"),
+        (["RECIPE", "--data_dir", "DATA", "--max_minutes", "1", "--do_train", "false"], "does not go with --do_train"),
         (
             ["RECIPE", "--data_dir", "DATA", "--do_train", "false", "--resume_from_checkpoint", "true"],
             "goes on training",
@@ -392,7 +394,7 @@ def test_an_estimate_of_a_batch_that_does_not_fit_says_what_to_do(
     def run_out(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(FinetuningTrainer, "training_step", run_out)
+    monkeypatch.setattr(FinetuningTrainer, "compute_loss", run_out)
     with pytest.raises(SystemExit):
         finetune(pristine_data, checkpoints("vit"), estimate="true")
     message = capsys.readouterr().err

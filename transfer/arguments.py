@@ -14,6 +14,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from transfer import UserError
 from transfer.augmentation import TEST_TIME_VIEWS
+from transfer.record import describe_arguments
+from transfer.reproduction import read_record
 from transfer.tracking import check_trackers, default_trackers
 
 EVERYDAY_TRAINING_ARGUMENTS = [
@@ -54,6 +56,9 @@ REFUSED = {
     "batch_eval_metrics": "metrics are of all images at once",
     "auto_find_batch_size": "it changes the recipe unseen; --estimate says which batch fits",
 }
+
+# Of a recorded run, what its repetition does not do again.
+NOT_REPEATED = ("output_dir", "resume_from_checkpoint", "push_to_hub", "reproduce", "estimate")
 
 USAGE = "accelerate launch --config_file accelerate_config.yaml finetune_vit.py RECIPE.yaml [--key value ...]"
 
@@ -127,6 +132,15 @@ class RunArguments:
     )
     split_seed: int = option(0, "Decides which images are held out; independent of --seed.")
     estimate: bool = option(False, "Measure memory and time on a few steps of the run, then stop.")
+    max_minutes: float | None = option(
+        None, "End in so many minutes, csv included: training takes the steps that fit, at a schedule of their length."
+    )
+    reproduce: str | None = option(
+        None, "In place of a recipe: the run.json of a run to repeat and to compare with, number by number."
+    )
+    trust_remote_code: bool = option(
+        False, "Let a checkpoint run Python code that it brings along: anything that you could do, it can."
+    )
     max_train_samples: int | None = option(
         None, "Train on this many images at most, evenly over the classes: to try a recipe first."
     )
@@ -351,12 +365,43 @@ def check_values(run: RunArguments, args: FinetuningArguments) -> None:
     if run.hub_space_id and not args.push_to_hub:
         raise UserError("--hub_space_id shows a pushed model; it needs --push_to_hub true")
     check_trackers(args.report_to)
+    if run.max_minutes is not None and not run.max_minutes > 0:
+        raise UserError(f"--max_minutes {run.max_minutes}: must be above 0")
+    if run.max_minutes is not None and not args.do_train:
+        raise UserError("--max_minutes shortens training; it does not go with --do_train false")
     if args.push_to_hub and not args.hub_model_id:
         raise UserError("--push_to_hub needs --hub_model_id, for example me/tiny-imagenet-100")
 
 
+def recorded_words(path: Path) -> list[str]:
+    """The arguments in a run.json that are not defaults, as command-line words; its output goes beside the old one."""
+    recorded = read_record(path)["arguments"]
+    defaults = describe_arguments(RunArguments(), FinetuningArguments(output_dir="outputs"))
+    chosen = {
+        name: value
+        for name, value in recorded.items()
+        if name in known_names() and name not in NOT_REPEATED and value != defaults.get(name)
+    }
+    return to_flags(chosen | {"output_dir": f"{recorded['output_dir']}-reproduced"})
+
+
+def read_words(argv: list[str]) -> tuple[Path, list[str], list[str]]:
+    """The recipe, or the run.json to reproduce, then its words, then the flags after it."""
+    first, _, value = argv[0].partition("=") if argv else ("", "", "")
+    if first == "--reproduce":
+        if not value and len(argv) < 2:
+            raise UserError("--reproduce: which run? give outputs/<run>/run.json")
+        path = Path(value or argv[1])
+        words = recorded_words(path)
+        return path, words, ["--reproduce", str(path), *argv[1 if value else 2 :]]
+    if not argv or argv[0].startswith("-"):
+        raise UserError(f"the recipe comes first, or --reproduce RUN_JSON: {USAGE}")
+    path = Path(argv[0])
+    return path, ["--output_dir", str(Path("outputs") / path.stem), *to_flags(read_recipe(path))], argv[1:]
+
+
 def parse_command_line(argv: list[str]) -> tuple[RunArguments, FinetuningArguments, Path]:
-    """Read `RECIPE.yaml [--key value ...]`.
+    """Read `RECIPE.yaml [--key value ...]` or `--reproduce RUN_JSON [--key value ...]`.
 
     Returns the run's arguments, the Trainer's arguments and the recipe's path. Raises `UserError` for anything
     unknown or impossible.
@@ -364,21 +409,19 @@ def parse_command_line(argv: list[str]) -> tuple[RunArguments, FinetuningArgumen
     if any(word in ("-h", "--help") for word in argv):
         RecipeParser().print_help()
         raise SystemExit(0)
-    if not argv or argv[0].startswith("-"):
-        raise UserError(f"the recipe comes first: {USAGE}")
-    recipe_path = Path(argv[0])
-    defaults = ["--output_dir", str(Path("outputs") / recipe_path.stem)]
-    words = defaults + to_flags(read_recipe(recipe_path)) + argv[1:]
-    for word in argv[1:]:
+    recipe_path, words, flags = read_words(argv)
+    for word in flags:
         if word.startswith("--"):
             check_name(word[2:].split("=")[0], "command line")
     try:
         run, args, strays = RecipeParser().parse_args_into_dataclasses(
-            words, look_for_args_file=False, return_remaining_strings=True
+            words + flags, look_for_args_file=False, return_remaining_strings=True
         )
     except (ValueError, TypeError, ImportError, OSError) as fault:
         raise UserError(" ".join(str(fault).split())) from None
     if strays:
         raise UserError(f"command line: '{strays[0]}' belongs to no argument; --help lists the arguments")
+    if run.reproduce and Path(run.reproduce) != recipe_path:
+        raise UserError("--reproduce RUN_JSON stands in place of the recipe: it comes first, and flags after it")
     check_values(run, args)
     return run, args, recipe_path

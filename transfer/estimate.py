@@ -101,6 +101,7 @@ def estimate(trainer: FinetuningTrainer, epochs: float, test_images: int) -> Est
     The trainer's arguments went through `leave_no_traces`. Raises `UserError` where the batch does not fit.
     """
     args, device = trainer.args, trainer.args.device
+    trainer.adapts_to_memory = False
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     try:
         _time_steps(trainer, max(1, batch // 2), 3)

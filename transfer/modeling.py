@@ -98,13 +98,14 @@ def build_classifier(
     image_size: int | None = None,
     revision: str = "main",
     warm_start: bool = True,
+    trust_remote_code: bool = False,
 ) -> Classifier:
     """A classifier of our classes from any image-classification checkpoint; its head is new, its backbone is not.
 
     `wnids`, `class_names` (unique, shown to people) and `glosses` (to find classes that the checkpoint knows) are in
     label order. Head rows that are not copied are drawn from torch's global generator. Raises `UserError`.
     """
-    model, processor = load_checkpoint(name, revision)
+    model, processor = load_checkpoint(name, revision, trust_remote_code)
     matches = {}
     if warm_start:
         known = [str(model.config.id2label[label]) for label in sorted(model.config.id2label)]
@@ -119,9 +120,11 @@ def build_classifier(
     return Classifier(model, processor, len(matches))
 
 
-def load_trained(name: str, wnids: Sequence[str], revision: str = "main") -> Classifier:
+def load_trained(
+    name: str, wnids: Sequence[str], revision: str = "main", trust_remote_code: bool = False
+) -> Classifier:
     """A model that was fine-tuned on these classes before. Raises `UserError` if its labels are others."""
-    model, processor = load_checkpoint(name, revision)
+    model, processor = load_checkpoint(name, revision, trust_remote_code)
     known = getattr(model.config, "wnids", None)
     if known is None:
         raise UserError(f"--model_name_or_path {name}: was not saved by this project, so its label order is unknown")

@@ -1,5 +1,6 @@
 """Every image decoded once into a memory-mapped uint8 store, and batches gathered from it by index."""
 
+import errno
 import hashlib
 import io
 import json
@@ -41,7 +42,7 @@ class ImageRecord:
 
 
 def decode(content: bytes) -> Image.Image:
-    """Decode the bytes of one image file, whole, to its own mode. Raises OSError or ValueError for a bad one."""
+    """Decode the bytes of one image file, whole, to its own mode. A bad one raises whatever its decoder does."""
     with warnings.catch_warnings():
         # PIL only warns of images up to twice its limit; a training image of that size is a mistake.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -63,14 +64,9 @@ def read_image(root: Path, file: str) -> tuple[ImageRecord, Image.Image | None]:
     try:
         content = (root / file).read_bytes()
         image = decode(content)
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as fault:
-        return ImageRecord(file, fault=f"cannot be read as an image ({' '.join(str(fault).split())})"), None
+    except Exception as fault:  # damaged bytes make decoders raise anything: struct.error, IndexError, MemoryError
+        reason = " ".join(str(fault).split()) or type(fault).__name__
+        return ImageRecord(file, fault=f"cannot be read as an image ({reason})"), None
     # 128 bits: two images share a digest only if their bytes are the same.
     digest = hashlib.blake2b(content, digest_size=16).hexdigest()
     return ImageRecord(file, image.mode, image.size, digest), image
@@ -180,11 +176,23 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
+def _reserve(path: Path) -> None:
+    """Take a sparse file's blocks from the disk now: later, in mapped memory, a lack of them kills the process."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as fault:  # not every file system can
+                if fault.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+
+
 def _fill(folder: Path, root: Path, files: Sequence[str], size: tuple[int, int], resize: Callable | None) -> bool:
     """Decode all files into folder/pixels.npy; False if an image has another size and nothing resizes it."""
     path = folder / "pixels.npy"
     _check_space(folder, len(files) * size[0] * size[1] * 3)
     np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(files), *size, 3)).flush()
+    _reserve(path)
     records = []
     for record in _run(_ReadingTask(root, files, path, resize), True, "decoding images"):
         if resize is None and not record.fault and record.size != (size[1], size[0]):

@@ -46,16 +46,19 @@ def _load(loader, name: str, **options):
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as fault:
         reason = " ".join(str(fault).split())
         if "trust_remote_code" in reason:
-            reason = "it needs its own code to be run, which is off; choose a checkpoint that transformers knows"
+            reason = "it brings its own code, which is not run; read it, and --trust_remote_code true runs it"
         if "timm" in reason and isinstance(fault, ImportError):
             reason = "it is one of timm's: pip install timm torchvision"
         raise UserError(f"--model_name_or_path {name}: cannot be loaded: {reason}; {LOADING_ADVICE}") from None
 
 
-def load_checkpoint(name: str, revision: str = "main") -> tuple[PreTrainedModel, BaseImageProcessor]:
+def load_checkpoint(
+    name: str, revision: str = "main", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """A checkpoint as it was saved, in fp32. Raises `UserError` if anything but the head is missing from it."""
     source = locate_checkpoint(name)
-    config = _load(AutoConfig, source, revision=revision)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}  # None would ask at the terminal
+    config = _load(AutoConfig, source, **options)
     if config.num_labels == 0:
         config.num_labels = 2  # any head will do: it is replaced
     if config.model_type == "siglip":
@@ -65,11 +68,10 @@ def load_checkpoint(name: str, revision: str = "main") -> tuple[PreTrainedModel,
         loader,
         source,
         config=config,
-        revision=revision,
+        **options,
         # The checkpoint's own type would win: half precision trains badly and fp16 scaling refuses it.
         dtype=torch.float32,
         use_safetensors=True,
-        trust_remote_code=False,
         output_loading_info=True,
     )
     absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
@@ -77,14 +79,14 @@ def load_checkpoint(name: str, revision: str = "main") -> tuple[PreTrainedModel,
     if lost:
         shown = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
         raise UserError(f"--model_name_or_path {name}: only the head may be new, but these did not load: {shown}")
-    processor = load_processor(source, config, revision)
+    processor = load_processor(source, config, **options)
     return (convert(model) if convert else model), processor
 
 
-def load_processor(source: str, config: PreTrainedConfig, revision: str) -> BaseImageProcessor:
+def load_processor(source: str, config: PreTrainedConfig, **options) -> BaseImageProcessor:
     """The checkpoint's own processor, or a plain one that does the same."""
     if config.model_type == "siglip2":  # it cuts patches, a SigLIP does that itself
-        own = _load(AutoImageProcessor, source, revision=revision)
+        own = _load(AutoImageProcessor, source, **options)
         side = int(config.vision_config.num_patches**0.5) * config.vision_config.patch_size
         return SiglipImageProcessor(
             size={"height": side, "width": side},
@@ -93,7 +95,7 @@ def load_processor(source: str, config: PreTrainedConfig, revision: str) -> Base
             image_std=own.image_std,
         )
     if config.model_type.startswith("dinov3"):  # theirs needs torchvision, and resizes as ViT's does
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=options["revision"])
         kept = ("size", "resample", "image_mean", "image_std", "do_center_crop", "crop_size")
         return ViTImageProcessor(**{name: settings[name] for name in kept if name in settings})
-    return _load(AutoImageProcessor, source, revision=revision)
+    return _load(AutoImageProcessor, source, **options)

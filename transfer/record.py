@@ -1,6 +1,7 @@
 """What a run leaves behind: its folder, files that are written whole or not at all, and run.json."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -60,8 +61,13 @@ UNFINISHED = ["checkpoint-*/trainer_state.json", "seed-*/**/trainer_state.json"]
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run was written to its end here."""
-    return (folder / "metrics.json").is_file() and (folder / "run.json").is_file()
+    """Whether a run wrote all that it leaves into a folder; the submission, where there is one, comes last."""
+    try:
+        record = json.loads((folder / "run.json").read_text())
+        submission = (folder / "submission.csv").read_bytes() if "submission_sha256" in record else None
+    except (OSError, ValueError):
+        return False
+    return submission is None or hashlib.sha256(submission).hexdigest() == record["submission_sha256"]
 
 
 def claim_output_dir(folder: Path, resuming: bool) -> None:
@@ -84,6 +90,17 @@ def claim_output_dir(folder: Path, resuming: bool) -> None:
         raise UserError(f"--output_dir {folder}: cannot be written ({fault.strerror})") from None
 
 
+def digest_of_folder(folder: Path, pattern: str) -> str:
+    """sha256 over the files of a folder that fit a pattern, by name and content."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob(pattern)):
+        digest.update(f"{path.name}\n".encode())
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
 def _git(*words: str) -> str | None:
     root = Path(__file__).resolve().parent.parent
     try:
@@ -93,9 +110,15 @@ def _git(*words: str) -> str | None:
 
 
 def describe_code() -> dict:
-    """The commit that ran and whether anything had been changed since; None where there is no git."""
+    """Hash of the code that ran; its commit and whether that is all of it, None where there is no git."""
+    root = Path(__file__).resolve().parent.parent
+    digests = [digest_of_folder(root, "*.py"), digest_of_folder(root / "transfer", "*.*")]
     status = _git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": _git("rev-parse", "HEAD"), "clean": None if status is None else status == ""}
+    return {
+        "fingerprint": hashlib.sha256("".join(digests).encode()).hexdigest(),
+        "commit": _git("rev-parse", "HEAD"),
+        "clean": None if status is None else status == "",
+    }
 
 
 def describe_device() -> str:
@@ -141,8 +164,25 @@ def describe_versions() -> Mapping[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def make_record(arguments: Mapping, precision: str, data_fingerprint: str, split_fingerprint: str) -> dict:
-    """What run.json holds, but for the submission's hash."""
+def describe_packages() -> dict[str, str]:
+    """Every installed package with its version, as pip freeze lists them."""
+    found = {d.name: d.version for d in importlib.metadata.distributions() if d.name}
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+def fingerprint_of_weights(model: torch.nn.Module) -> str:
+    """Hash of every parameter and buffer, by name and bit for bit."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, values in sorted(model.state_dict().items()):
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def make_record(
+    arguments: Mapping, precision: str, data_fingerprint: str, split_fingerprint: str, start_fingerprint: str
+) -> dict:
+    """What run.json holds of what a run starts from; `start_fingerprint` is that of the weights."""
     return {
         "command": describe_command(),
         "arguments": dict(arguments),
@@ -151,8 +191,12 @@ def make_record(arguments: Mapping, precision: str, data_fingerprint: str, split
         "code": describe_code(),
         "versions": describe_versions(),
         "device": describe_device(),
+        "platform": platform.platform(),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "packages": describe_packages(),
         "data_fingerprint": data_fingerprint,
         "split_fingerprint": split_fingerprint,
+        "start_fingerprint": start_fingerprint,
     }
 
 

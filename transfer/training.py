@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import json
 import math
 import os
 import platform
@@ -16,12 +15,14 @@ from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
 from transfer import UserError
 from transfer.augmentation import TEST_TIME_VIEWS, EvaluationView, TrainingView, seeded_generator
 from transfer.averaging import average_weights, weights_of
+from transfer.checkpoints import describe_way_on
+from transfer.endurance import EnduringTrainer
 from transfer.layers import parameter_groups
 from transfer.lora import check_same_adapters, holds_adapters, is_adapted, load_adapters, merge_adapters
 from transfer.mixing import Mixing
@@ -92,36 +93,6 @@ def keep_freed_memory() -> None:
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end is kept
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: the Trainer writes its state last."""
-    try:
-        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-
-
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole; one that a kill cut short is passed over."""
-    whole = [path for path in output_dir.glob("checkpoint-*") if _is_whole(path)]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def find_checkpoint(output_dir: Path, resume: str | None) -> str | None:
-    """The checkpoint that `--resume_from_checkpoint` means: `true` for the last in output_dir, or a folder."""
-    if resume is None or resume.lower() == "false":
-        return None
-    if resume.lower() != "true":
-        if not _is_whole(Path(resume)):
-            raise UserError(
-                f"--resume_from_checkpoint {resume}: is no checkpoint; give `true` or a checkpoint-N folder"
-            )
-        return resume
-    last = last_checkpoint(output_dir)
-    if last is None:
-        raise UserError(f"--resume_from_checkpoint true: {output_dir} holds no checkpoint; start without it")
-    return str(last)
-
-
 class StopAtNonFiniteLoss(TrainerCallback):
     """Ends the run with the step's number once a loss that is logged is no number: of training, its mean, or of an
     evaluation, so that no checkpoint of such weights is ever chosen."""
@@ -150,7 +121,7 @@ class AverageEveryStep(TrainerCallback):
         self.average.update_parameters(model)
 
 
-class FinetuningTrainer(Trainer):
+class FinetuningTrainer(EnduringTrainer):
     """Trainer over `PixelDataset`s: batches travel as uint8 and become views on the device.
 
     Differs from its parent in five places: the views, the loss (label smoothing in training only), the learning rate
@@ -190,7 +161,6 @@ class FinetuningTrainer(Trainer):
         self.layer_decay, self.mixing = layer_decay, mixing
         self.chosen_weights: Path | None = None  # the folder whose weights the training ended with
         self.shown: Callable = _as_it_is  # what prediction shows of each image
-        self.last_step, self.micro_step = -1, 0
 
     def _prepare_inputs(self, inputs):
         """Move a batch to the device and show the model its view: a random one in training."""
@@ -204,7 +174,7 @@ class FinetuningTrainer(Trainer):
 
     def _training_views(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Random views with their labels: (B,) classes, or (B, classes) shares where views are mixed."""
-        generator, progress = self._view_randomness(), self.state.global_step / self.state.max_steps
+        generator, progress = self._view_randomness(), self.progress()
         views = self.training_view(images, generator, progress)
         if self.mixing is None or progress >= self.training_view.strong_until:
             return views, labels
@@ -212,8 +182,6 @@ class FinetuningTrainer(Trainer):
 
     def _view_randomness(self) -> torch.Generator:
         """Views depend on the seed, the step and the process: not on data workers, nor on where a run resumed."""
-        self.micro_step = 0 if self.last_step != self.state.global_step else self.micro_step + 1
-        self.last_step = self.state.global_step
         return seeded_generator(self.args.seed, self.state.global_step, self.micro_step, self.args.process_index)
 
     def classification_loss(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
@@ -349,8 +317,7 @@ def start_training(trainer: FinetuningTrainer, checkpoint: str | None) -> dict[s
     try:
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
-        kept = last_checkpoint(Path(trainer.args.output_dir))
-        advice = "go on with --resume_from_checkpoint true" if kept else "no epoch was finished: start again"
+        advice = describe_way_on(Path(trainer.args.output_dir))
         raise UserError(f"interrupted in epoch {trainer.state.epoch or 0:.2f}; {advice}") from None
     trainer.save_state()
     trainer.settle_adapters()

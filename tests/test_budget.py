@@ -1,0 +1,99 @@
+"""`--max_minutes`: training takes the steps that fit, and its schedule with it."""
+
+import itertools
+import json
+import time
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerControl, TrainerState, TrainingArguments, get_scheduler
+
+from transfer import budget
+from transfer.budget import Deadline, TimeBudget, steps_that_fit
+from transfer.submission import find_faults, read_template
+
+
+def test_steps_that_fit_leave_time_for_every_pause_on_the_way():
+    # 10 s: 6 steps of a second, a pause of a second after the fourth, and one in the end
+    assert steps_that_fit(10, 100, step=1, pause=1, until_pause=4, interval=4) == 8
+    assert steps_that_fit(10, 100, step=1, pause=2, until_pause=4, interval=4) == 6
+    assert steps_that_fit(10, 5, step=1, pause=1, until_pause=100, interval=100) == 5
+    assert steps_that_fit(0.5, 100, step=1, pause=1, until_pause=4, interval=4) == 0
+    assert steps_that_fit(-3, 100, step=1, pause=1, until_pause=4, interval=4) == 0
+
+
+class Machine:
+    """A loop like the Trainer's, over a clock that the test turns."""
+
+    def __init__(self, monkeypatch, tmp_path, seconds: float, steps: int = 100):
+        self.now, self.rates = 0.0, []
+        monkeypatch.setattr(budget.time, "perf_counter", lambda: self.now)
+        self.args = TrainingArguments(str(tmp_path), eval_strategy="epoch", save_strategy="epoch", use_cpu=True)
+        self.state, self.control = TrainerState(max_steps=steps), TrainerControl()
+        self.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        self.schedule = get_scheduler("cosine", self.optimizer, num_warmup_steps=10, num_training_steps=steps)
+        self.budget = TimeBudget(lambda: seconds - self.now, pause=1.0)
+
+    def train(self, step_seconds) -> list[float]:
+        while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+            self.rates.append(self.optimizer.param_groups[0]["lr"])
+            self.now += step_seconds(self.now)
+            self.optimizer.step()
+            self.schedule.step()
+            self.state.global_step += 1
+            self.budget.on_step_end(
+                self.args, self.state, self.control, lr_scheduler=self.schedule, train_dataloader=[0] * 1000
+            )
+        return [*self.rates, self.optimizer.param_groups[0]["lr"]]
+
+
+def test_a_run_that_fits_keeps_its_schedule_bit_for_bit(monkeypatch, tmp_path):
+    machine = Machine(monkeypatch, tmp_path, seconds=1000)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    plain = get_scheduler("cosine", optimizer, num_warmup_steps=10, num_training_steps=100)
+    expected = []
+    for _ in range(100):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        plain.step()
+    assert machine.train(lambda now: 1.0)[:-1] == expected
+
+
+@pytest.mark.parametrize("pace", [lambda now: 1.0, lambda now: 1.0 if now < 20 else 2.0, lambda now: 3.0 - now / 20])
+def test_a_run_that_does_not_fit_ends_in_time_with_the_rate_at_its_end(pace, monkeypatch, tmp_path):
+    machine = Machine(monkeypatch, tmp_path, seconds=40)
+    rates = machine.train(pace)
+    assert machine.control.should_training_stop and 33 <= machine.now <= 39.5
+    assert rates[-1] == pytest.approx(0, abs=1e-6)
+    peak = rates.index(max(rates))
+    assert max(rates) > 0.95 and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert max(abs(a - b) for a, b in itertools.pairwise(rates[peak:])) < 0.35  # no jumps
+
+
+def test_a_schedule_that_cannot_be_moved_is_left_alone_and_training_still_ends(monkeypatch, tmp_path):
+    machine = Machine(monkeypatch, tmp_path, seconds=40)
+    machine.schedule = torch.optim.lr_scheduler.StepLR(machine.optimizer, 10)
+    machine.train(lambda now: 1.0)
+    assert machine.now <= 39.5 and not isinstance(machine.schedule, LambdaLR)
+
+
+def test_time_for_the_final_figures_is_put_aside():
+    deadline = Deadline(time.time() + 100, images_afterwards=1000)
+    assert deadline.seconds_to_train(0.01) == pytest.approx(100 - budget.SLACK * 10 - budget.FIXED_SECONDS, abs=0.5)
+
+
+def test_the_process_started_before_now():
+    assert 0 < time.time() - budget.process_start() < 24 * 3600
+
+
+def test_a_run_ends_in_time_with_a_valid_csv(pristine_data, checkpoints, finetune, monkeypatch, caplog):
+    monkeypatch.setattr(budget, "FIXED_SECONDS", 1.0)
+    start = time.time()
+    out = finetune(pristine_data, checkpoints("vit"), num_train_epochs=100000, max_minutes=0.08, logging_steps=50)
+    assert time.time() - start < 60 * 0.08 + 2
+    assert any("steps fit; the learning rate is brought to its end" in r.getMessage() for r in caplog.records)
+    assert find_faults(out / "submission.csv", read_template(pristine_data / "submission_sample.csv"), 4) == []
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
+    assert not rates or rates[-1] < 5e-4

@@ -1,0 +1,358 @@
+"""A run that is killed, stopped, or out of memory or disk goes on, and ends where it would have ended."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, WNIDS, draw_picture
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from transfer import UserError, endurance, pixels
+from transfer import checkpoints as checkpoint_files
+from transfer.training import FinetuningTrainer
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL where what is on the disk at that moment is all that matters."""
+
+
+@pytest.fixture
+def when(monkeypatch):
+    """when(event, action): a callback of that event in every Trainer; action(args, state, **kwargs)."""
+
+    def add(event, action):
+        def handle(self, args, state, control, **kwargs):
+            action(args, state, **kwargs)
+
+        callback = type("Watcher", (TrainerCallback,), {event: handle})
+        original = FinetuningTrainer.__init__
+
+        def with_callback(self, *args, **kwargs):
+            original(self, *args, **kwargs)
+            self.add_callback(callback())
+
+        monkeypatch.setattr(FinetuningTrainer, "__init__", with_callback)
+
+    return add
+
+
+def kill_at(step):
+    def kill(args, state, **kwargs):
+        if state.global_step == step:
+            raise Killed
+
+    return kill
+
+
+def same_results(one: Path, other: Path) -> bool:
+    names = ("model/model.safetensors", "submission.csv")
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("kind", ["deit", "swin", "convnextv2"])
+def test_a_run_killed_within_an_epoch_resumes_to_the_same_weights(
+    kind, pristine_data, checkpoints, finetune, when, monkeypatch
+):
+    whole = finetune(pristine_data, checkpoints(kind), output_dir="whole", learning_rate="3e-3")
+    with monkeypatch.context():
+        when("on_step_end", kill_at(8))  # of 5 steps an epoch
+        with pytest.raises(Killed):
+            finetune(pristine_data, checkpoints(kind), output_dir="killed", learning_rate="3e-3")
+        monkeypatch.undo()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    resumed = finetune(
+        pristine_data, checkpoints(kind), output_dir="killed", learning_rate="3e-3", resume_from_checkpoint="true"
+    )
+    assert same_results(resumed, whole)
+
+
+def test_resuming_in_mid_epoch_is_exact_too_with_dropout(
+    pristine_data, checkpoints, finetune, when, monkeypatch, tmp_path
+):
+    model = shutil.copytree(checkpoints("vit"), tmp_path / "dropping")
+    config = json.loads((model / "config.json").read_text()) | {"hidden_dropout_prob": 0.3}
+    (model / "config.json").write_text(json.dumps(config))
+    steps = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 3, "eval_steps": 3}
+    whole = finetune(pristine_data, model, output_dir="whole", learning_rate="3e-3", **steps)
+    with monkeypatch.context():
+        when("on_step_end", kill_at(7))
+        with pytest.raises(Killed):
+            finetune(pristine_data, model, output_dir="killed", learning_rate="3e-3", **steps)
+        monkeypatch.undo()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    steps |= {"resume_from_checkpoint": "true", "dataloader_num_workers": 2}
+    assert same_results(finetune(pristine_data, model, output_dir="killed", learning_rate="3e-3", **steps), whole)
+
+
+KILLED_IN_A_CHECKPOINT = """
+import os, signal, sys, torch
+from finetune_vit import main
+
+saved = []
+save = torch.save
+
+def save_and_be_killed(content, path, *args, **kwargs):
+    save(content, path, *args, **kwargs)
+    saved.append(str(path))
+    if sum(name.endswith("optimizer.pt") for name in saved) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = save_and_be_killed
+main(sys.argv[1:])
+"""
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_one_usable(
+    pristine_data, checkpoints, finetune, tmp_path
+):
+    whole = finetune(pristine_data, checkpoints("convnext"), output_dir="whole")
+    words = [str(tmp_path / "tiny.yaml"), "--data_dir", str(pristine_data), "--output_dir", str(tmp_path / "killed")]
+    words += ["--model_name_or_path", str(checkpoints("convnext"))]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_IN_A_CHECKPOINT, *words], cwd=ROOT, env=environment, capture_output=True
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert {path.name for path in (tmp_path / "killed").glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-10"}
+    assert checkpoint_files.last_checkpoint(tmp_path / "killed").name == "checkpoint-5"
+    resumed = finetune(pristine_data, checkpoints("convnext"), output_dir="killed", resume_from_checkpoint="true")
+    assert same_results(resumed, whole)
+
+
+def make_checkpoint(folder: Path, step: int) -> Path:
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (checkpoint / name).write_bytes(b"x")
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    return checkpoint
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_half_deleted_checkpoint_is_passed_over(missing, tmp_path):
+    make_checkpoint(tmp_path, 9)
+    (make_checkpoint(tmp_path, 10) / missing).unlink()
+    assert checkpoint_files.last_checkpoint(tmp_path).name == "checkpoint-9"
+
+
+def test_a_finished_training_evaluates_again_from_its_last_checkpoint_in_a_moved_folder(
+    pristine_data, checkpoints, finetune, tmp_path
+):
+    out = finetune(pristine_data, checkpoints("vit"), learning_rate="5e-3", save_total_limit=3)
+    moved = tmp_path / "moved"
+    out.rename(moved)
+    before = (moved / "model" / "model.safetensors").read_bytes()
+    (moved / "submission.csv").unlink()  # as after a kill just before it
+    again = finetune(
+        pristine_data,
+        checkpoints("vit"),
+        output_dir="moved",
+        learning_rate="5e-3",
+        save_total_limit=3,
+        resume_from_checkpoint="true",
+    )
+    assert (again / "model" / "model.safetensors").read_bytes() == before and (again / "submission.csv").is_file()
+
+
+def test_a_run_without_its_csv_is_not_called_finished(pristine_data, checkpoints, finetune, capsys):
+    out = finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
+    (out / "submission.csv").unlink()
+    with pytest.raises(SystemExit):
+        finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
+    assert "holds an unfinished run; go on with --resume_from_checkpoint true" in capsys.readouterr().err
+
+
+def test_data_that_changed_since_a_checkpoint_are_noticed(data, checkpoints, finetune, capsys):
+    finetune(data, checkpoints("convnext"))
+    draw_picture(WNIDS[0], 77).save(data / "train" / WNIDS[0] / "images" / f"{WNIDS[0]}_5.JPEG")
+    with pytest.raises(SystemExit) as stop:
+        finetune(data, checkpoints("convnext"), resume_from_checkpoint="true")
+    assert stop.value.code == 2
+    assert "was made from other images: the data or the split have changed since" in capsys.readouterr().err
+
+
+def test_arguments_that_changed_since_a_checkpoint_are_said(pristine_data, checkpoints, finetune, caplog):
+    finetune(pristine_data, checkpoints("convnext"))
+    finetune(
+        pristine_data, checkpoints("convnext"), resume_from_checkpoint="true", num_train_epochs=3, logging_steps=2
+    )
+    [line] = [r.getMessage() for r in caplog.records if "other arguments" in r.getMessage()]
+    assert line.endswith("checkpoint-10 was made with: num_train_epochs 2.0 -> 3.0")
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
+    pristine_data, checkpoints, finetune, monkeypatch, tmp_path, capsys
+):
+    save = torch.save
+
+    def fill_up(content, path, *args, **kwargs):
+        if "checkpoint-10/scheduler" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", fill_up)
+    with pytest.raises(SystemExit) as stop:
+        finetune(pristine_data, checkpoints("convnext"))
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in message
+    assert "checkpoint-10: cannot be written" in message and "No space left on device" in message
+    assert "go on with --resume_from_checkpoint true, from checkpoint-5" in message
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-5"]
+
+
+def test_old_checkpoints_make_room_and_the_best_and_the_last_stay(tmp_path, monkeypatch):
+    made = [make_checkpoint(tmp_path, step) for step in (1, 2, 3)]
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(checkpoint_files.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"next checkpoint needs .* free some, then go on .* from checkpoint-3"):
+        checkpoint_files.make_room(tmp_path, needed=100, best=str(made[0]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_lost_permission_while_results_are_written_is_one_line(
+    pristine_data, checkpoints, finetune, monkeypatch, capsys
+):
+    import finetune_vit
+
+    def refuse(path, content):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(finetune_vit, "write_whole", refuse)
+    with pytest.raises(SystemExit) as stop:
+        finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in message
+    assert "submission.csv: cannot be written (Permission denied); mend that, then repeat" in message
+
+
+def test_ctrl_c_outside_of_training_is_one_line(pristine_data, checkpoints, finetune, monkeypatch, capsys):
+    import finetune_vit
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune_vit, "predict_and_measure", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: interrupted; the same command")
+
+
+def test_the_blocks_of_the_pixel_store_are_taken_before_it_is_filled(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda fd, start, size: asked.append(size), raising=False)
+    (tmp_path / "pixels.npy").write_bytes(b"x" * 100)
+    pixels._reserve(tmp_path / "pixels.npy")
+    assert asked == [100]
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    """small_memory(limit): batches of more images do not fit, in the forward or, by turns, the backward pass."""
+    forward, turns = FinetuningTrainer.compute_loss, [0]
+
+    def shrink(training=None, evaluation=None):
+        def compute(self, model, inputs, *args, **kwargs):
+            limit = training if model.training else evaluation
+            too_many = limit is not None and len(inputs["pixel_values"]) > limit
+            if too_many and turns[0] % 2 == 0:
+                turns[0] += 1
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            loss = forward(self, model, inputs, *args, **kwargs)
+            if too_many:
+                turns[0] += 1
+                if model.training:
+                    loss.backward()  # gradients of half a step are left behind
+                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+            return loss
+
+        monkeypatch.setattr(FinetuningTrainer, "compute_loss", compute)
+
+    return shrink
+
+
+def logged(out, name):
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry[name] for entry in history if name in entry}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_out_of_memory_in_training_goes_on_as_half_the_batch_twice_accumulated(
+    accumulation, pristine_data, checkpoints, finetune, small_memory, caplog
+):
+    model, settings = checkpoints("vit"), {"learning_rate": "3e-3", "logging_steps": 1}
+    by_hand = finetune(
+        pristine_data,
+        model,
+        output_dir="by_hand",
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4 * accumulation,
+        **settings,
+    )
+    small_memory(training=4)
+    adapted = finetune(
+        pristine_data,
+        model,
+        output_dir="adapted",
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=accumulation,
+        **settings,
+    )
+    assert logged(adapted, "learning_rate") == logged(by_hand, "learning_rate")
+    assert logged(adapted, "loss") == pytest.approx(logged(by_hand, "loss"))
+    ours, theirs = (load_file(out / "model" / "model.safetensors") for out in (adapted, by_hand))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
+    said = [r.getMessage() for r in caplog.records if "out of memory" in r.getMessage()]
+    assert [line.split("with ")[1].split(";")[0] for line in said] == [
+        "8 images at once instead of 16",
+        "4 images at once instead of 8",
+    ]
+
+
+def test_out_of_memory_in_evaluation_gives_the_same_figures(pristine_data, checkpoints, finetune, small_memory):
+    model = checkpoints("convnext")
+    roomy = finetune(pristine_data, model, output_dir="roomy", per_device_eval_batch_size=2)
+    small_memory(evaluation=2)
+    small = finetune(pristine_data, model, output_dir="small", per_device_eval_batch_size=8)
+    assert same_results(small, roomy)
+    first, second = (json.loads((out / "metrics.json").read_text())["validation"] for out in (roomy, small))
+    assert second["loss"] == pytest.approx(first["loss"]) and second["accuracy"] == first["accuracy"]
+
+
+def test_one_image_that_does_not_fit_is_an_error_that_says_what_to_do(
+    pristine_data, checkpoints, finetune, small_memory, capsys
+):
+    small_memory(training=0)
+    with pytest.raises(SystemExit) as stop:
+        finetune(pristine_data, checkpoints("vit"))
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "out of memory in a training step" in message
+    assert "1 images do not fit" in message and "--image_size" in message
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    assert not endurance.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert endurance.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+
+
+def test_memory_does_not_grow_with_epochs(pristine_data, checkpoints, finetune, when):
+    import gc
+
+    alive = []
+
+    def count(args, state, **kwargs):
+        gc.collect()
+        alive.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
+
+    when("on_epoch_end", count)
+    finetune(pristine_data, checkpoints("convnext"), num_train_epochs=6)
+    assert len(alive) == 6 and alive[1] == alive[-1]

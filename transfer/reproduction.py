@@ -1,0 +1,165 @@
+"""`--reproduce RUN_JSON`: what has changed since a run, and which of its numbers came out the same."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from transfer import UserError
+
+# What the same bits need: the same machine, the same software, the same weights to start from.
+SURROUNDINGS = ("precision", "device", "platform", "processes")
+DATA = {"data_fingerprint": "images", "split_fingerprint": "split into training, validation and test images"}
+TIMES = ("samples_per_second", "seconds")  # say how fast, not what
+NAMED_PACKAGES = 8
+
+
+def read_record(path: Path) -> dict:
+    """A run.json. Raises `UserError` if it is none."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as fault:
+        raise UserError(f"--reproduce {path}: cannot be read ({fault.strerror})") from None
+    except ValueError:
+        record = None
+    wanted = {"arguments", "versions", "metrics", *DATA}
+    if not isinstance(record, dict) or not wanted <= record.keys():
+        raise UserError(f"--reproduce {path}: is no run.json of this project; give outputs/<run>/run.json")
+    return record
+
+
+def _changed(then: Mapping, now: Mapping) -> list[str]:
+    names = sorted({*then, *now}, key=str.lower)
+    return [f"{n} {then.get(n, 'none')} -> {now.get(n, 'none')}" for n in names if then.get(n) != now.get(n)]
+
+
+def check_data(then: Mapping, now: Mapping) -> None:
+    """Refuse other data, on which no number could come out the same. Raises `UserError`."""
+    for name, what in DATA.items():
+        if then[name] != now[name]:
+            raise UserError(
+                f"--data_dir {now['arguments']['data_dir']}: the {what} are not those of the run "
+                f"({name} {now[name][:12]}, not {then[name][:12]}); nothing was trained"
+            )
+
+
+def _commit(code: Mapping) -> str:
+    return f"{code.get('commit')}{' with changes of its own' if code.get('clean') is False else ''}"
+
+
+def describe_differences(then: Mapping, now: Mapping) -> list[str]:
+    """What is not as it was in the recorded run, a line each; none where the same bits must come out."""
+    lines = [f"{name} {then.get(name)} -> {now.get(name)}" for name in SURROUNDINGS if then.get(name) != now.get(name)]
+    code, ours = then.get("code") or {}, now["code"]
+    if code.get("fingerprint") != ours["fingerprint"]:
+        lines.append(f"code: commit {_commit(code)} -> {_commit(ours)}")
+    if versions := _changed(then["versions"], now["versions"]):
+        lines.append(f"versions: {', '.join(versions)}")
+    others = _changed(then.get("packages", {}), now["packages"])
+    others = [change for change in others if change not in versions]
+    if others:
+        more = f" and {len(others) - NAMED_PACKAGES} more" * (len(others) > NAMED_PACKAGES)
+        lines.append(f"other packages: {', '.join(others[:NAMED_PACKAGES])}{more}")
+    seeded = "seeds" in then["metrics"]  # its record is that of the combined model
+    if not seeded and then.get("start_fingerprint") != now["start_fingerprint"]:
+        lines.append("the weights to start from (another checkpoint, or a head that was drawn otherwise)")
+    if then["arguments"].get("max_minutes"):
+        lines.append("--max_minutes ended the run by the clock: how many steps fit depends on the machine")
+    return lines
+
+
+def compare_surroundings(path: Path, now: Mapping) -> list[str]:
+    """What is not as it was in the run whose run.json lies at path, a line each. Raises `UserError` for other data."""
+    then = read_record(path)
+    check_data(then, now)
+    return describe_differences(then, now)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One number of a run, then and now."""
+
+    name: str
+    then: object
+    now: object
+    spread: tuple[float, float] | None = None  # what the run's record would still call the same
+
+    @property
+    def verdict(self) -> str:
+        if self.then == self.now:
+            return "same"
+        if self.spread and self.now is not None and self.spread[0] <= self.now <= self.spread[1]:
+            return "within"
+        return "differs"
+
+    def __str__(self) -> str:
+        if self.verdict == "same":
+            return f"same        {self.name} {_short(self.then)}"
+        where = f", recorded spread {self.spread[0]:.4f} to {self.spread[1]:.4f}" if self.spread else ""
+        return f"{self.verdict:<11} {self.name} {_short(self.then)} -> {_short(self.now)}{where}"
+
+
+def _short(value) -> str:
+    return f"{value:.6f}" if isinstance(value, float) else str(value)[:12]
+
+
+def _numbers(metrics: Mapping, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Dotted name and value of every number that is no time."""
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, (int, float)) and name not in TIMES:
+            yield f"{prefix}{name}", value
+
+
+def _spread_of(name: str, metrics: Mapping) -> tuple[float, float] | None:
+    """Two standard deviations over the recorded seeds, or the interval of the validation accuracy."""
+    part, _, number = name.rpartition(".")
+    deviation = metrics.get("std") or {}
+    for step in filter(None, part.split(".")):
+        deviation = deviation.get(step, {}) if isinstance(deviation, Mapping) else {}
+    if isinstance(deviation, Mapping) and isinstance(deviation.get(number), float):
+        value = dict(_numbers(metrics))[name]
+        return value - 2 * deviation[number], value + 2 * deviation[number]
+    if name == "validation.accuracy" and "accuracy_ci95" in metrics["validation"]:
+        return tuple(metrics["validation"]["accuracy_ci95"])
+    return None
+
+
+def compare(then: Mapping, now: Mapping) -> list[Comparison]:
+    """Every number of two run.json, and the hashes of the weights and of the csv."""
+    found = dict(_numbers(now["metrics"]))
+    numbers = [
+        Comparison(name, value, found.get(name), _spread_of(name, then["metrics"]))
+        for name, value in _numbers(then["metrics"])
+    ]
+    hashes = ("optimizer_steps", "weights_sha256", "submission_sha256")
+    return numbers + [Comparison(name, then[name], now.get(name)) for name in hashes if then.get(name) is not None]
+
+
+def is_reproduced(differences: list[str], comparisons: list[Comparison]) -> bool:
+    """Bit for bit where nothing differs; elsewhere the validation accuracy within its recorded spread."""
+    if not differences:
+        return all(c.verdict == "same" for c in comparisons)
+    return all(c.verdict != "differs" for c in comparisons if c.name == "validation.accuracy")
+
+
+def describe_outcome(differences: list[str], comparisons: list[Comparison]) -> list[str]:
+    """The comparison in words, a line for each number and one in the end."""
+    same = sum(c.verdict == "same" for c in comparisons)
+    if not differences and is_reproduced(differences, comparisons):
+        end = f"reproduced  bit for bit: {same} of {same} numbers and hashes are the same"
+    elif is_reproduced(differences, comparisons):
+        end = f"reproduced  within the recorded spread: {same} of {len(comparisons)} are the same"
+    else:
+        end = f"NOT reproduced: {len(comparisons) - same} of {len(comparisons)} numbers and hashes differ" + (
+            "" if differences else ", though nothing else does"
+        )
+    return [*map(str, comparisons), end]
+
+
+def compare_results(then: Path, now: Path) -> tuple[list[str], bool]:
+    """Two run.json compared in words, and whether the second reproduces the first."""
+    before, after = read_record(then), read_record(now)
+    differences, comparisons = describe_differences(before, after), compare(before, after)
+    return describe_outcome(differences, comparisons), is_reproduced(differences, comparisons)
