@@ -1,16 +1,18 @@
 """Every backbone: trained, its best epoch kept, reloaded, the same predictions from a plain pipeline."""
 
 import json
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import pytest
 import torch
-import transformers
 from backbones import FAMILIES, describe_families, find_pooling
 from conftest import GLOSSES, ROOT, WNIDS
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForImageClassification, Siglip2ImageProcessor, pipeline
+from transformers import AutoModel, Siglip2ImageProcessor, pipeline
 
 from transfer import UserError
 from transfer.augmentation import EvaluationView, check_view
@@ -156,16 +158,28 @@ def test_a_naflex_checkpoint_becomes_a_siglip_that_gives_the_same_logits_for_squ
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_dinov3_with_a_head_loads_elsewhere_with_the_code_that_is_saved_beside_it(checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_dinov3_with_a_head_loads_elsewhere_with_the_code_that_is_saved_beside_it(checkpoints, tmp_path):
     built = build(checkpoints("dinov3_vit")).model.eval()
     built.save_pretrained(tmp_path / "model")
     assert {p.name for p in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors", "dinov3.py"}
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "model", trust_remote_code=True).eval()
-    assert type(loaded).__module__.startswith("transformers_modules")
-    pixels = torch.rand(1, 3, 32, 32)
+    program = (
+        "import torch; from transformers import AutoModelForImageClassification\n"
+        "model = AutoModelForImageClassification.from_pretrained('model', trust_remote_code=True).eval()\n"
+        "print(type(model).__module__, model(torch.ones(1, 3, 32, 32)).logits.flatten().tolist(), sep='|')\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    module, logits = ran.stdout.strip().split("|")
+    assert module.startswith("transformers_modules")
     with torch.no_grad():
-        assert torch.equal(loaded(pixels).logits, built(pixels).logits)
+        expected = built(torch.ones(1, 3, 32, 32)).logits.flatten()
+    torch.testing.assert_close(torch.tensor(json.loads(logits)), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

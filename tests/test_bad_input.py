@@ -21,7 +21,7 @@ from transfer.modeling import load_checkpoint
 from transfer.pixels import open_pixel_store, read_image
 from transfer.submission import find_faults, read_template, render_submission
 
-SECRET = "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"
+SECRET = "hf_" + "thisIsASecretTokenThatNobodyMaySee"  # in two parts: no file may hold what looks like one
 
 
 def open_store(data, tmp_path):
@@ -166,7 +166,7 @@ def test_a_checkpoint_that_brings_code_needs_leave_to_run_it(checkpoints, tmp_pa
     with pytest.raises(UserError, match="brings its own code, which is not run; read it, and --trust_remote_code"):
         load_checkpoint(str(place))
     assert not marker.exists()
-    assert type(load_checkpoint(str(place), trust_remote_code=True).model).__name__ == "Own"
+    assert type(load_checkpoint(str(place), trust_remote_code=True)[0]).__name__ == "Own"
     assert marker.exists()
 
 

@@ -90,7 +90,7 @@ def test_the_model_learns_the_right_labels_for_unsorted_wnids(pristine_data, che
         pristine_data,
         checkpoints("convnext"),
         learning_rate="2e-2",
-        num_train_epochs=8,
+        num_train_epochs=12,
         layer_decay=1,
         min_crop_area=0.8,
     )

@@ -185,7 +185,7 @@ def test_arguments_that_changed_since_a_checkpoint_are_said(pristine_data, check
         pristine_data, checkpoints("convnext"), resume_from_checkpoint="true", num_train_epochs=3, logging_steps=2
     )
     [line] = [r.getMessage() for r in caplog.records if "other arguments" in r.getMessage()]
-    assert line.endswith("checkpoint-10 was made with: num_train_epochs 2.0 -> 3.0")
+    assert line.endswith(" was made with: num_train_epochs 2.0 -> 3.0")
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(

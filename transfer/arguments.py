@@ -173,6 +173,8 @@ class FinetuningArguments(TrainingArguments):
     logging_steps: float = option(0.02, "Steps between log lines; a share of all steps if below 1.")
     # The filter hides NaN losses behind an average; here they stop the run.
     logging_nan_inf_filter: bool = option(False, "Hide non-finite losses in the log.")
+    # The parent asks the model's forward, which for some models takes no labels: the loss is ours.
+    label_names: list[str] | None = option(["labels"], "Keys of a batch that are labels.")
     remove_unused_columns: bool = option(False, "Our batches hold just what the model needs.")
     resume_from_checkpoint: str | None = option(
         None, "Go on from a checkpoint: `true` for the last one in output_dir, or a checkpoint's folder."

@@ -253,6 +253,11 @@ class FinetuningTrainer(EnduringTrainer):
             self._load_from_checkpoint(str(Path(checkpoint) / AVERAGE_FOLDER), self.average.module)
             self.average.n_averaged.fill_(self.state.global_step)
 
+    def prediction_step(self, *args, **kwargs):
+        """The parent's (loss, logits, labels); of several outputs, such as a distilled DeiT's, the logits come first."""
+        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        return loss, logits[0] if isinstance(logits, tuple) else logits, labels
+
     def create_optimizer(self, model=None):
         """AdamW, or what `--optim` names, over the model's learning-rate groups."""
         if self.optimizer is None:
