@@ -8,11 +8,12 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import transformers
 from backbones import FAMILIES, describe_families, find_pooling
 from conftest import GLOSSES, ROOT, WNIDS
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModel, Siglip2ImageProcessor, pipeline
+from transformers import AutoModel, AutoModelForImageClassification, Siglip2ImageProcessor, pipeline
 
 from transfer import UserError
 from transfer.augmentation import EvaluationView, check_view

@@ -254,7 +254,7 @@ class FinetuningTrainer(EnduringTrainer):
             self.average.n_averaged.fill_(self.state.global_step)
 
     def prediction_step(self, *args, **kwargs):
-        """The parent's (loss, logits, labels); of several outputs, such as a distilled DeiT's, the logits come first."""
+        """The parent's (loss, logits, labels); of several outputs, such as DeiT's, the logits come first."""
         loss, logits, labels = super().prediction_step(*args, **kwargs)
         return loss, logits[0] if isinstance(logits, tuple) else logits, labels
 
