@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from transfer import UserError
 from transfer.classes import name_classes
-from transfer.layouts import ImageFolder, list_images
+from transfer.layouts import ImageFolder, image_id_of, list_images, natural_key
 
 # What the Hub's data sets call their splits, the usual name first.
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
@@ -99,7 +99,7 @@ def _write_image(folder: Path, row: int, content: dict, where: str) -> None:
         ending = Image.open(io.BytesIO(data)).format.lower()
     except (OSError, ValueError, Image.DecompressionBombError) as fault:
         raise UserError(f"{where}: row {row} cannot be read as an image ({fault})") from None
-    (folder / f"{row:08}.{ending}").write_bytes(data)
+    (folder / f"{row}.{ending}").write_bytes(data)
 
 
 def _write_splits(folder: Path, name: str, splits: dict[str, datasets.Dataset], column: str) -> None:
@@ -150,7 +150,7 @@ def open_hub_data(name: str, config_name: str | None = None, label_column: str |
     _check_columns(name, splits, image, label)
     labels = {split: _read_labels(name, split, rows, label) for split, rows in splits.items() if split != "test"}
     root, ignored = copy_images(name, splits, image), Counter()
-    files = {split: list_images(root, split, ignored) for split in splits}
+    files = {split: sorted(list_images(root, split, ignored), key=natural_key) for split in splits}
     wnids, tested = features[label].names, files.get("test", [])
     return ImageFolder(
         kind=f"Hub data set {name}, column {image}",
@@ -164,7 +164,7 @@ def open_hub_data(name: str, config_name: str | None = None, label_column: str |
         validation_files=files.get("validation", []),
         validation_labels=labels.get("validation", []),
         test_files=tested,
-        test_ids=[str(row) for row in range(len(tested))],
+        test_ids=[image_id_of(file) for file in tested],
         template_path=None,
         left_out=0,
         ignored=ignored,
