@@ -42,6 +42,14 @@ from transfer.submission import find_faults, open_template, render_submission
 SIZE = 32
 WNIDS = ["n00000007", "n00000003", "n00000009", "n00000001"]
 PATIENCE = 120  # seconds to wait for the moment of a kill; then it comes anyway
+RECIPE = """
+num_train_epochs: 4
+per_device_train_batch_size: 8
+learning_rate: 3.0e-3
+ema_decay: 0.9
+mixup_alpha: 0.2
+report_to: none
+"""
 RESUME = ["--resume_from_checkpoint", "true"]
 
 
@@ -331,7 +339,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.kills:
             data = write_data_set(place / "data" / "set", 60, 40, np.random.default_rng(0))
             recipe = place / "chaos.yaml"
-            recipe.write_text("num_train_epochs: 4\nper_device_train_batch_size: 8\nlearning_rate: 3.0e-3\n")
+            recipe.write_text(RECIPE)
             # In a process of its own: forked ones would hang on the threads that torch starts to compute.
             maker = multiprocessing.get_context("fork").Process(target=write_models, args=(place / "models",))
             maker.start()

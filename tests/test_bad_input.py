@@ -17,8 +17,8 @@ from transformers.models.convnext import ConvNextConfig
 
 from data_loading import load_dataset, main, open_data
 from transfer import UserError
-from transfer.modeling import load_checkpoint
 from transfer.pixels import open_pixel_store, read_image
+from transfer.pretrained import load_checkpoint
 from transfer.submission import find_faults, read_template, render_submission
 
 SECRET = "hf_" + "thisIsASecretTokenThatNobodyMaySee"  # in two parts: no file may hold what looks like one
@@ -166,7 +166,8 @@ def test_a_checkpoint_that_brings_code_needs_leave_to_run_it(checkpoints, tmp_pa
     with pytest.raises(UserError, match="brings its own code, which is not run; read it, and --trust_remote_code"):
         load_checkpoint(str(place))
     assert not marker.exists()
-    assert type(load_checkpoint(str(place), trust_remote_code=True)[0]).__name__ == "Own"
+    model, _ = load_checkpoint(str(place), trust_remote_code=True)
+    assert type(model).__name__ == "Own"
     assert marker.exists()
 
 

@@ -79,12 +79,12 @@ def load_checkpoint(
     if lost:
         shown = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
         raise UserError(f"--model_name_or_path {name}: only the head may be new, but these did not load: {shown}")
-    processor = load_processor(source, config, **options)
+    processor = load_processor(source, config, options)
     return (convert(model) if convert else model), processor
 
 
-def load_processor(source: str, config: PreTrainedConfig, **options) -> BaseImageProcessor:
-    """The checkpoint's own processor, or a plain one that does the same."""
+def load_processor(source: str, config: PreTrainedConfig, options: dict) -> BaseImageProcessor:
+    """The checkpoint's own processor, or a plain one that does the same; `options` are those of from_pretrained."""
     if config.model_type == "siglip2":  # it cuts patches, a SigLIP does that itself
         own = _load(AutoImageProcessor, source, **options)
         side = int(config.vision_config.num_patches**0.5) * config.vision_config.patch_size
