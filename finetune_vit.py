@@ -27,7 +27,6 @@ from data_loading import (
     load_dataset,
     open_data,
     split_fingerprint,
-    take_evenly,
 )
 from transfer import UserError, exits_cleanly
 from transfer.arguments import FinetuningArguments, RunArguments, parse_command_line
@@ -36,11 +35,10 @@ from transfer.averaging import Weights, greedy_soup
 from transfer.budget import Deadline, TimeBudget, process_start, share_of_time
 from transfer.checkpoints import Origin, find_checkpoint, last_checkpoint
 from transfer.estimate import describe_estimate, estimate, leave_no_traces
+from transfer.evaluation import evaluate_split, predict_and_measure, sample_of_train
 from transfer.experiment import (
     average_probabilities,
-    average_views,
     choose_submission,
-    choose_views,
     plain_accuracy,
     seed_arguments,
     summarise,
@@ -48,31 +46,25 @@ from transfer.experiment import (
 from transfer.geometry import ViewGeometry, read_geometry
 from transfer.hub_data import open_hub_data
 from transfer.layers import freeze_levels, trained_share
-from transfer.lora import add_adapters, holds_adapters
+from transfer.lora import add_adapters
 from transfer.mixing import Mixing
 from transfer.modeling import Classifier, build_classifier, load_trained
 from transfer.pixels import PixelDataset, PixelStore, open_pixel_store
 from transfer.predictions import Predictions
-from transfer.privacy import anonymise_file
 from transfer.probe import fit_probe
 from transfer.publishing import check_wishes, publish
 from transfer.record import (
     claim_output_dir,
     describe_arguments,
-    digest_of_folder,
     fingerprint_of_weights,
     is_finished,
     make_record,
-    save_whole_folder,
-    write_record,
-    write_whole,
 )
-from transfer.reporting import draw_report, keep_card, measure, read_metrics, write_card, write_metrics
+from transfer.reporting import measure, read_metrics
 from transfer.reproduction import compare_results, compare_surroundings
-from transfer.submission import digest_of, open_template, render_submission
+from transfer.results import describe_results, write_results
 from transfer.training import (
     FinetuningTrainer,
-    check_same_weights,
     keep_freed_memory,
     logits_to_accuracy,
     settle_precision,
@@ -185,19 +177,6 @@ def make_trainer(
     return trainer, store
 
 
-def evaluate_split(trainer: FinetuningTrainer, split: PixelDataset) -> dict:
-    """Metrics of the evaluation view of a labelled split."""
-    outcome = trainer.predict(split)
-    return measure(outcome.predictions, outcome.label_ids)
-
-
-def sample_of_train(dataset: datasets.DatasetDict, store: PixelStore) -> PixelDataset:
-    """As many training images as there are validation images, evenly over the classes."""
-    train = dataset["train"]
-    positions = take_evenly(range(len(train)), train["file"][:], train["label"][:], len(dataset["validation"]))
-    return PixelDataset(store, train.select(positions))
-
-
 def limit_time(task: Task, trainer: FinetuningTrainer, seconds: float) -> None:
     """Let training end in time for the csv; evaluating the validation images once takes so many seconds."""
     views = 1 + sum(len(TEST_TIME_VIEWS[name]) for name in task.run.test_time_views)
@@ -233,48 +212,6 @@ def train_and_measure(task: Task, trainer: FinetuningTrainer, store: PixelStore,
     return metrics | {"train": evaluate_split(trainer, sample_of_train(dataset, store)) | speed}
 
 
-def predict_and_measure(task: Task, trainer: FinetuningTrainer, store: PixelStore) -> tuple[Predictions, dict]:
-    """Logits of the validation and test images; the accuracy on the first and how fast the second were predicted.
-
-    Test-time views are averaged in where they raise the accuracy on the validation images.
-    """
-    dataset, labels = task.dataset, trainer.eval_dataset.labels
-    tried = {name: trainer.predict_view(trainer.eval_dataset, name) for name in ["plain", *task.run.test_time_views]}
-    kept = choose_views(tried, labels)
-    held_out = average_views([tried[name] for name in kept])
-    metrics = {"validation": measure(held_out, labels)}
-    if task.run.test_time_views:
-        accuracies = {name: measure(logits, labels)["accuracy"] for name, logits in tried.items()}
-        metrics["test_time_views"] = {"kept": kept, "accuracy": accuracies}
-    ids, tested = [], np.empty((0, held_out.shape[-1]))
-    if "test" in dataset:
-        start = time.perf_counter()
-        unlabelled = PixelDataset(store, dataset["test"])
-        tested = average_views([trainer.predict_view(unlabelled, name) for name in kept])
-        seconds = time.perf_counter() - start
-        ids = dataset["test"]["image_id"][:]
-        metrics["prediction"] = {"samples_per_second": len(ids) / seconds, "seconds": seconds}
-    return Predictions(dataset["validation"]["file"][:], labels, held_out, ids, tested), metrics
-
-
-def save_model(trainer: FinetuningTrainer, place: Path) -> None:
-    """model/: what from_pretrained and pipeline need, and nothing else, checked against the chosen checkpoint."""
-
-    def write(folder: Path) -> None:
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)
-        if trainer.chosen_weights and not holds_adapters(trainer.chosen_weights):  # checked when they were merged
-            check_same_weights(folder, trainer.chosen_weights)
-
-    save_whole_folder(place, write)
-
-
-def make_submission(folder: ImageFolder, ids: Sequence[str], scores: np.ndarray) -> bytes:
-    """The csv of the test images' scores (M, classes)."""
-    labels = dict(zip(ids, scores.argmax(-1).tolist(), strict=True))
-    return render_submission(open_template(folder.template_path, folder.test_ids), labels)
-
-
 def start_record(task: Task, trainer: FinetuningTrainer, store: PixelStore) -> dict:
     """What run.json holds of what a run starts from."""
     return make_record(
@@ -284,38 +221,6 @@ def start_record(task: Task, trainer: FinetuningTrainer, store: PixelStore) -> d
         split_fingerprint(task.dataset),
         fingerprint_of_weights(trainer.model),
     )
-
-
-def write_results(
-    task: Task, trainer: FinetuningTrainer, record: dict, metrics: dict, predictions: Predictions, scores=None
-) -> None:
-    """Everything a run leaves, the submission last.
-
-    The submission comes from `scores` (M, classes) of the test images, or from the model's own.
-    """
-    out, arguments = Path(trainer.args.output_dir), record["arguments"]
-    save_model(trainer, out / "model")
-    predictions.save(out)
-    if "train" in metrics:
-        write_card(out / "model", metrics, record, task.folder.class_names, task.folder.wnids, predictions)
-    else:
-        keep_card(Path(task.run.model_name_or_path).expanduser(), out / "model", arguments["hub_model_id"])
-    anonymise_file(out / "model" / "README.md")  # it is what gets pushed
-    write_metrics(out, metrics)
-    record |= {
-        "metrics": metrics,
-        "optimizer_steps": trainer.state.global_step,
-        "weights_sha256": digest_of_folder(out / "model", "*.safetensors"),
-    }
-    submission = None
-    if len(predictions.test_ids):
-        scores = predictions.test_logits if scores is None else scores
-        submission = make_submission(task.folder, predictions.test_ids.tolist(), scores)
-        record |= {"submission_sha256": digest_of(submission)}
-    draw_report(out, record, task.folder.root)
-    write_record(out, record)
-    if submission is not None:
-        write_whole(out / "submission.csv", submission)
 
 
 def estimate_run(task: Task, args: FinetuningArguments) -> None:
@@ -343,10 +248,10 @@ def run_once(task: Task, args: FinetuningArguments, checkpoint: str | None) -> d
     record = start_record(task, trainer, store)
     check_origin(task, trainer, record, checkpoint)
     training = train_and_measure(task, trainer, store, checkpoint) if args.do_train else {}
-    predictions, metrics = predict_and_measure(task, trainer, store)
+    predictions, metrics = predict_and_measure(trainer, task.dataset, store, task.run.test_time_views)
     metrics |= training
     if args.process_index == 0:
-        write_results(task, trainer, record, metrics, predictions)
+        write_results(trainer, task.folder, record, metrics, predictions)
     return metrics
 
 
@@ -381,7 +286,7 @@ def combine_seeds(task: Task, args: FinetuningArguments, folders: Sequence[Path]
 
     weights, chosen, _ = greedy_soup(models, singles, validate)
     trainer.model.load_state_dict(weights)
-    predictions, metrics = predict_and_measure(task, trainer, store)
+    predictions, metrics = predict_and_measure(trainer, task.dataset, store, task.run.test_time_views)
     seconds = sum(run["train"]["seconds"] for run in runs)
     metrics["train"] = evaluate_split(trainer, sample_of_train(task.dataset, store)) | {"seconds": seconds}
     metrics["train"]["samples_per_second"] = float(np.mean([run["train"]["samples_per_second"] for run in runs]))
@@ -398,29 +303,8 @@ def combine_seeds(task: Task, args: FinetuningArguments, folders: Sequence[Path]
     metrics["submission"] = {"from": source, "validation_accuracy": scores[source]}
     tested = average_probabilities([member.test_logits for member in members]) if source == "ensemble" else None
     if args.process_index == 0:
-        write_results(task, trainer, record, metrics, predictions, tested)
+        write_results(trainer, task.folder, record, metrics, predictions, tested)
     return metrics
-
-
-def describe_results(metrics: dict) -> list[str]:
-    """The figures that everybody asks for first, a line each."""
-    validation = metrics["validation"]
-    low, high = validation["accuracy_ci95"]
-    lines = []
-    if "seeds" in metrics:
-        mean, std = (metrics[name]["validation"]["accuracy"] for name in ("mean", "std"))
-        lines = [
-            f"{len(metrics['seeds'])} seeds     validation accuracy {mean:.4f}, standard deviation {std:.4f}",
-            f"soup        validation accuracy {metrics['soup']['accuracy']:.4f} "
-            f"of seeds {', '.join(map(str, metrics['soup']['members']))}",
-            f"ensemble    validation accuracy {metrics['ensemble']['accuracy']:.4f}",
-            f"submission  from {metrics['submission']['from']}, the best on validation",
-        ]
-    return [
-        *lines,
-        f"validation accuracy {validation['accuracy']:.4f} (95% interval {low:.4f} to {high:.4f}, "
-        f"n={validation['n']})",
-    ]
 
 
 @exits_cleanly

@@ -15,7 +15,7 @@ from conftest import ROOT, WNIDS, draw_picture
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from transfer import UserError, endurance, pixels
+from transfer import UserError, endurance, pixels, results
 from transfer import checkpoints as checkpoint_files
 from transfer.training import FinetuningTrainer
 
@@ -220,12 +220,10 @@ def test_old_checkpoints_make_room_and_the_best_and_the_last_stay(tmp_path, monk
 def test_lost_permission_while_results_are_written_is_one_line(
     pristine_data, checkpoints, finetune, monkeypatch, capsys
 ):
-    import finetune_vit
-
     def refuse(path, content):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(finetune_vit, "write_whole", refuse)
+    monkeypatch.setattr(results, "write_whole", refuse)
     with pytest.raises(SystemExit) as stop:
         finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
     message = capsys.readouterr().err
