@@ -279,3 +279,28 @@ def test_the_command_that_is_shown_names_no_folder_of_this_machine():
     assert leave_out_places(command_line + " --seed 1 --init ~/m/ck ../../home/me/y") == (
         "python finetune_vit.py recipes/a.yaml --data_dir tiny.zip --output_dir=x --seed 1 --init ck y"
     )
+
+
+def test_a_run_with_seeds_and_every_ingredient_is_drawn_and_carded(
+    pristine_data, checkpoints, tmp_path, monkeypatch, capsys
+):
+    from finetune_vit import main
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    recipe, out = tmp_path / "all.yaml", tmp_path / "out"
+    recipe.write_text(
+        "num_train_epochs: 1\nvalidation_fraction: 0.25\nper_device_train_batch_size: 8\nseeds: [3, 5]\nprobe: true\n"
+        "ema_decay: 0.5\ntest_time_views: [flip]\n"
+    )
+    places = ["--data_dir", pristine_data, "--model_name_or_path", checkpoints("convnext"), "--output_dir", out]
+    main([str(recipe), *map(str, places)])
+    assert "could not be drawn" not in capsys.readouterr().err
+    page, metrics = Page(out / "report.html"), json.loads((out / "metrics.json").read_text())
+    for seed, run in zip((3, 5), metrics["seeds"], strict=True):
+        assert f"{seed} {100 * run['validation']['accuracy']:.2f}% {run['validation']['loss']:.4f}" in page.words
+    assert f"submission.csv comes from the {metrics['submission']['from']}" in page.words
+    assert "linear probe" in Page(out / "seed-3" / "report.html").words and "their average" in page.words
+    card = (out / "model" / "README.md").read_text()
+    mean, std = (metrics[name]["validation"]["accuracy"] for name in ("mean", "std"))
+    assert f"over 2 seeds, validation: accuracy {mean:.4f} ± {std:.4f}" in card and "| ema_decay | 0.5 |" in card
+    assert "| seeds | 3, 5 |" in card
