@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def _write(model: nn.Module, processor: BaseImageProcessor, target: Path) -> Non
     import onnx
 
     height, width = read_geometry(processor).crop
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of operators that no such model has
     # Two images: torch.export takes a batch of one for a constant.
     torch.onnx.export(
         _Logits(model),
