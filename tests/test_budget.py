@@ -71,6 +71,12 @@ def test_a_run_that_does_not_fit_ends_in_time_with_the_rate_at_its_end(pace, mon
     assert max(abs(a - b) for a, b in itertools.pairwise(rates[peak:])) < 0.35  # no jumps
 
 
+def test_it_is_said_once_how_many_steps_fit(monkeypatch, tmp_path, caplog):
+    Machine(monkeypatch, tmp_path, seconds=40).train(lambda now: 1.0)
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith("--max_minutes: about 3") and "of 100 steps fit; the learning rate is brought" in line
+
+
 def test_a_schedule_that_cannot_be_moved_is_left_alone_and_training_still_ends(monkeypatch, tmp_path):
     machine = Machine(monkeypatch, tmp_path, seconds=40)
     machine.schedule = torch.optim.lr_scheduler.StepLR(machine.optimizer, 10)
@@ -87,13 +93,13 @@ def test_the_process_started_before_now():
     assert 0 < time.time() - budget.process_start() < 24 * 3600
 
 
-def test_a_run_ends_in_time_with_a_valid_csv(pristine_data, checkpoints, finetune, monkeypatch, caplog):
+def test_a_run_ends_in_time_with_a_valid_csv(pristine_data, checkpoints, finetune, monkeypatch):
     monkeypatch.setattr(budget, "FIXED_SECONDS", 1.0)
     start = time.time()
     out = finetune(pristine_data, checkpoints("vit"), num_train_epochs=100000, max_minutes=0.08, logging_steps=50)
-    assert time.time() - start < 60 * 0.08 + 2
-    assert any("steps fit; the learning rate is brought to its end" in r.getMessage() for r in caplog.records)
+    assert time.time() - start < 30  # 5 on a machine that does nothing else
     assert find_faults(out / "submission.csv", read_template(pristine_data / "submission_sample.csv"), 4) == []
-    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
-    assert not rates or rates[-1] < 5e-4
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert 0 < state["global_step"] < state["max_steps"]
+    [schedule] = sorted(out.glob(f"checkpoint-{state['global_step']}/scheduler.pt"))
+    assert torch.load(schedule, weights_only=True)["_last_lr"][0] == pytest.approx(0, abs=1e-9)

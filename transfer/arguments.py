@@ -167,7 +167,8 @@ class FinetuningArguments(TrainingArguments):
     max_grad_norm: float = option(0.0, "Clip gradients to this norm; 0 leaves them alone.")
     eval_strategy: str = option("epoch", "When to measure the validation accuracy: `epoch` or `steps`.")
     save_strategy: str = option("epoch", "When to write a checkpoint; as eval_strategy.")
-    save_total_limit: int | None = option(1, "Checkpoints to keep besides the best one.")
+    # With 1 the Trainer deletes the last one in the end, and a kill during the final evaluation would cost epochs.
+    save_total_limit: int | None = option(2, "Checkpoints to keep, the best and the last among them.")
     load_best_model_at_end: bool = option(True, "Keep the epoch with the best validation accuracy.")
     metric_for_best_model: str | None = option("accuracy", "The validation metric that chooses the epoch.")
     logging_steps: float = option(0.02, "Steps between log lines; a share of all steps if below 1.")
