@@ -75,7 +75,7 @@ def test_the_run_leaves_what_the_readme_names_and_nothing_half_written(pristine_
     model = {path.name for path in (out / "model").iterdir()}
     assert model == {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
     metrics = json.loads((out / "metrics.json").read_text())
-    assert set(metrics) == {"validation", "zero_epoch", "train", "prediction"}
+    assert set(metrics) == {"validation", "calibration", "zero_epoch", "train", "prediction"}
     wanted = {"accuracy", "accuracy_ci95", "top5_accuracy", "macro_f1", "loss", "n"}
     assert set(metrics["validation"]) == wanted
     assert set(metrics["train"]) == wanted | {"samples_per_second", "seconds"}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import datasets
 import numpy as np
 
+from transfer.calibration import measure_calibration
 from transfer.experiment import average_views, choose_views
 from transfer.pixels import PixelDataset, PixelStore
 from transfer.predictions import Predictions
@@ -38,7 +39,7 @@ def predict_and_measure(
     tried = {name: trainer.predict_view(trainer.eval_dataset, name) for name in ["plain", *test_time_views]}
     kept = choose_views(tried, labels)
     held_out = average_views([tried[name] for name in kept])
-    metrics = {"validation": measure(held_out, labels)}
+    metrics = {"validation": measure(held_out, labels), "calibration": measure_calibration(held_out, labels)}
     if test_time_views:
         accuracies = {name: measure(logits, labels)["accuracy"] for name, logits in tried.items()}
         metrics["test_time_views"] = {"kept": kept, "accuracy": accuracies}
