@@ -25,11 +25,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from PIL import Image
 from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
@@ -38,12 +36,12 @@ from transformers import (
     ConvNextV2ForImageClassification,
     EfficientNetForImageClassification,
     Trainer,
-    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
 )
 
+from benchmarks.stock import stock_trainer
 from data_loading import load_dataset, open_data
 from transfer.arguments import FinetuningArguments
 from transfer.augmentation import EvaluationView, TrainingView
@@ -176,39 +174,6 @@ def project_trainer(model, processor, store, dataset, arguments: dict) -> Finetu
     args = FinetuningArguments(**arguments, load_best_model_at_end=False)
     train, test = PixelDataset(store, dataset["train"]), PixelDataset(store, dataset["test"])
     return FinetuningTrainer(Classifier(model, processor), args, view, training, 0.9, train, test)
-
-
-def stock_transform(processor, size: int):
-    """Random resized crop, flip, tensor, normalise: the docs' torchvision pipeline, with PIL and numpy."""
-    mean, std = np.array(processor.image_mean, np.float32), np.array(processor.image_std, np.float32)
-    random = np.random.default_rng(0)
-
-    def transform_one(image: Image.Image) -> torch.Tensor:
-        width, height = image.size
-        area, aspect = random.uniform(0.35, 1) * width * height, np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = min(width, (area * aspect) ** 0.5), min(height, (area / aspect) ** 0.5)
-        left, top = random.uniform(0, width - w), random.uniform(0, height - h)
-        image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, (left, top, left + w, top + h))
-        if random.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = (np.asarray(image, np.float32) / 255 - mean) / std
-        return torch.from_numpy(pixels).permute(2, 0, 1)
-
-    def transform(examples: dict) -> dict:
-        examples["pixel_values"] = [transform_one(image) for image in examples.pop("image")]
-        return examples
-
-    return transform
-
-
-def stock_trainer(model, processor, size: int, dataset, arguments: dict) -> Trainer:
-    def collate(examples: list[dict]) -> dict:
-        pixels = torch.stack([example["pixel_values"] for example in examples])
-        return {"pixel_values": pixels, "labels": torch.tensor([example["label"] for example in examples])}
-
-    train = dataset["train"].with_transform(stock_transform(processor, size))
-    args = TrainingArguments(**arguments, remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available())
-    return Trainer(model=model, args=args, train_dataset=train, data_collator=collate)
 
 
 def serve_stock(pipe, name: str, data_dir: str, steps: int) -> None:

@@ -1,0 +1,206 @@
+"""Validation accuracy against training time: the stock recipe at its best learning rate, and a recipe of this project.
+
+    accelerate launch --config_file accelerate_config.yaml benchmarks/time_to_accuracy.py recipes/offline.yaml \\
+        --data_dir DATA.zip [--minutes 10 30] [--json PATH] [--plot PATH]
+
+Same checkpoint, machine, split and precision. For every budget each contender's learning-rate schedule ends with the
+budget: a few steps are timed, and the number of steps follows. The clock stands still during evaluations, for both.
+The stock recipe's learning rate is the best of `--learning_rates` on validation at the shortest budget. On two CPU
+cores the default budgets take a little under two hours.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import transformers
+from accelerate.utils import set_seed
+from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainerCallback
+
+from benchmarks.stock import stock_trainer
+from data_loading import load_dataset
+from finetune_vit import Task, find_data, make_trainer, prepare_model
+from transfer.arguments import parse_command_line
+from transfer.estimate import StepTimer
+from transfer.pretrained import locate_checkpoint
+from transfer.record import describe_device, describe_versions
+from transfer.training import keep_freed_memory, settle_precision, use_all_cores
+
+POINTS = 8  # of a curve
+TIMED_STEPS, WARM_UP_STEPS = 12, 4
+QUIET = {
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "load_best_model_at_end": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+class Curve(TrainerCallback):
+    """Seconds of training and validation accuracy, at equal distances."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.points, self.seconds = trainer, [], 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.perf_counter() - self.start
+        if (state.global_step * POINTS) % state.max_steps < POINTS:
+            measured = self.trainer.evaluate()
+            best = max(measured["eval_accuracy"], measured.get("eval_ema_accuracy", 0))
+            self.points.append([self.seconds, best])
+
+
+def seconds_a_step(make, steps: int = TIMED_STEPS) -> float:
+    """Median time of a contender's step, on a trainer that is thrown away."""
+    trainer, timer = make(steps), StepTimer()
+    trainer.add_callback(timer)
+    trainer.train()
+    return statistics.median(timer.seconds(WARM_UP_STEPS))
+
+
+def train_for(make, minutes: float) -> list[list[float]]:
+    """The curve of a training whose schedule ends after so many minutes."""
+    steps = max(POINTS, int(60 * minutes / seconds_a_step(make)))
+    trainer = make(steps)
+    curve = Curve(trainer)
+    trainer.add_callback(curve)
+    trainer.train()
+    print(f"  {steps} steps, {curve.seconds / 60:.1f} min: accuracy {curve.points[-1][1]:.4f}", flush=True)
+    return curve.points
+
+
+def stock_maker(task: Task, args, scratch: str, learning_rate: float):
+    """make(steps) is the stock recipe's trainer for so many steps."""
+    source = locate_checkpoint(task.run.model_name_or_path)
+    size = (task.run.train_image_size or [task.run.image_size])[0]
+    batches = {
+        name: getattr(args, name) for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "seed")
+    }
+
+    def make(steps: int) -> Trainer:
+        set_seed(args.seed)
+        model = AutoModelForImageClassification.from_pretrained(
+            source, num_labels=len(task.folder.wnids), ignore_mismatched_sizes=True, dtype="float32"
+        )
+        settings = QUIET | batches | {"output_dir": scratch, "max_steps": steps, "learning_rate": learning_rate}
+        processor = AutoImageProcessor.from_pretrained(source)
+        return stock_trainer(model, processor, size or processor.size["height"], task.dataset, settings)
+
+    return make
+
+
+def project_maker(task: Task, args, scratch: str):
+    """make(steps) is this project's trainer for so many steps."""
+
+    def make(steps: int) -> Trainer:
+        own = copy.copy(args)
+        for name, value in QUIET.items():
+            setattr(own, name, {"report_to": []}.get(name, value))
+        own.output_dir, own.max_steps = scratch, steps
+        return make_trainer(task, own, prepare_model(task, own))[0]
+
+    return make
+
+
+def first_time(points: list[list[float]], accuracy: float) -> float | None:
+    """Seconds after which a curve has reached an accuracy, between its points linearly; None if it never has."""
+    before = (0.0, 0.0)
+    for seconds, reached in points:
+        if reached >= accuracy:
+            share = (accuracy - before[1]) / (reached - before[1])
+            return before[0] + share * (seconds - before[0])
+        before = (seconds, reached)
+    return None
+
+
+def compare(stock: list[list[float]], project: list[list[float]]) -> dict:
+    """The ratios that the two curves of one budget come to."""
+    seconds, accuracy = stock[-1]
+    reached = first_time(project, accuracy)
+    return {
+        "stock": stock,
+        "project": project,
+        "error_ratio": (1 - project[-1][1]) / (1 - accuracy),
+        "time_ratio": None if reached is None else reached / seconds,
+    }
+
+
+def draw(results: dict, path: Path) -> None:
+    """The curves as a picture; needs matplotlib."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for minutes, outcome in results["budgets"].items():
+        for who, style in (("stock", "--"), ("project", "-")):
+            times, accuracies = zip(*outcome[who], strict=True)
+            axes.plot([t / 60 for t in times], accuracies, style, marker="o", label=f"{who}, {minutes} min")
+    axes.set(xlabel="minutes of training", ylabel="validation accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, bbox_inches="tight", dpi=150)
+
+
+def measure(task: Task, args, minutes: list[float], learning_rates: list[float]) -> dict:
+    """Both contenders at every budget."""
+    results = {"learning_rates": {}, "budgets": {}}
+    with tempfile.TemporaryDirectory() as scratch:
+        shortest, curves = min(minutes), {}
+        for rate in learning_rates:
+            print(f"stock, {shortest:g} min, learning rate {rate:g}", flush=True)
+            curves[rate] = train_for(stock_maker(task, args, scratch, rate), shortest)
+            results["learning_rates"][f"{rate:g}"] = curves[rate][-1][1]
+        best = max(curves, key=lambda rate: curves[rate][-1][1])
+        for budget in sorted(minutes):
+            print(f"project and stock at {best:g}, {budget:g} min", flush=True)
+            ours = train_for(project_maker(task, args, scratch), budget)
+            stock = curves[best] if budget == shortest else train_for(stock_maker(task, args, scratch, best), budget)
+            results["budgets"][f"{budget:g}"] = compare(stock, ours)
+    return results
+
+
+def main() -> None:
+    """Measure, print the ratios, write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="this project's contender, and where both find the checkpoint")
+    parser.add_argument("--minutes", nargs="+", type=float, default=[10, 30], help="budgets of training time")
+    parser.add_argument("--learning_rates", nargs="+", type=float, default=[2e-4, 5e-4, 2e-3], help="the stock's")
+    parser.add_argument("--json", type=Path, help="where to write the curves")
+    parser.add_argument("--plot", type=Path, help="where to draw them, such as curves.png")
+    options, flags = parser.parse_known_args()
+    print(settle_precision())
+    use_all_cores()
+    keep_freed_memory()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    run, args, _ = parse_command_line([options.recipe, *flags])
+    folder = find_data(run)
+    dataset = load_dataset(folder, run.validation_fraction, run.split_seed, run.max_train_samples)
+    task = Task(run, {}, "", folder, dataset)
+    results = {"device": describe_device(), "versions": dict(describe_versions())}
+    results |= measure(task, args, options.minutes, options.learning_rates)
+    for budget, outcome in results["budgets"].items():
+        reached = "never" if outcome["time_ratio"] is None else f"in {outcome['time_ratio']:.2f} of its time"
+        print(
+            f"{budget} min: stock {outcome['stock'][-1][1]:.4f}, project {outcome['project'][-1][1]:.4f}; "
+            f"error ratio {outcome['error_ratio']:.2f}; the stock's accuracy {reached}"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    if options.plot:
+        draw(results, options.plot)
+
+
+if __name__ == "__main__":
+    main()
