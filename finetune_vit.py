@@ -45,7 +45,7 @@ from transfer.experiment import (
 )
 from transfer.geometry import ViewGeometry, read_geometry
 from transfer.hub_data import open_hub_data
-from transfer.layers import freeze_levels, trained_share
+from transfer.layers import freeze_levels, hold_batch_norms, trained_share
 from transfer.lora import add_adapters
 from transfer.mixing import Mixing
 from transfer.modeling import Classifier, build_classifier, load_trained
@@ -122,8 +122,11 @@ def prepare_model(task: Task, args: FinetuningArguments) -> Classifier:
         run.model_revision,
         run.head_warm_start,
         run.trust_remote_code,
+        run.drop_path_rate,
     )
     kind, parameters = type(classifier.model).__name__, sum(p.numel() for p in classifier.model.parameters())
+    if run.hold_batch_norms:
+        hold_batch_norms(classifier.model)
     if run.freeze_levels:
         freeze_levels(classifier.model, run.freeze_levels)
     if run.lora_r:

@@ -137,3 +137,27 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 def test_a_foreign_model_is_not_taken_for_a_trained_one(checkpoints):
     with pytest.raises(UserError, match="was not saved by this project"):
         load_trained(str(checkpoints("vit")), WNIDS)
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_batch_norms_keep_their_statistics_unless_told_to_learn_them(hold, pristine_data, checkpoints, finetune):
+    out = finetune(pristine_data, checkpoints("resnet"), num_train_epochs=1, hold_batch_norms=str(hold).lower())
+    before, after = (load_file(place / "model.safetensors") for place in (checkpoints("resnet"), out / "model"))
+    statistics = [name for name in before if name.endswith(("running_mean", "running_var"))]
+    assert statistics and all(torch.equal(before[name], after[name]) == hold for name in statistics)
+    affine = [name for name in before if "normalization.weight" in name]
+    assert any(not torch.equal(before[name], after[name]) for name in affine)  # what is learnt still is
+
+
+def test_stochastic_depth_changes_training_and_is_refused_where_there_is_none(
+    pristine_data, checkpoints, finetune, capsys
+):
+    runs = {
+        rate: finetune(pristine_data, checkpoints("convnext"), output_dir=f"rate{rate}", drop_path_rate=rate)
+        for rate in (0.0, 0.5)
+    }
+    weights = {rate: (out / "model" / "model.safetensors").read_bytes() for rate, out in runs.items()}
+    assert weights[0.0] != weights[0.5]
+    with pytest.raises(SystemExit):
+        finetune(pristine_data, checkpoints("vit"), output_dir="vit", drop_path_rate=0.1)
+    assert "vit has no stochastic depth" in capsys.readouterr().err

@@ -118,6 +118,12 @@ class RunArguments:
         "Further views to average predictions over, each kept only if it raises the validation accuracy: "
         f"{', '.join(TEST_TIME_VIEWS)}.",
     )
+    hold_batch_norms: bool = option(
+        True, "Keep the pretrained statistics of batch norms; a short training on crops would make them worse."
+    )
+    drop_path_rate: float | None = option(
+        None, "Share of training steps in which the backbone's last block is skipped [the checkpoint's]."
+    )
     freeze_levels: int = option(
         0, "Leave the lowest levels of the backbone as they are: 1 is its stem, one more for each block."
     )
@@ -297,6 +303,7 @@ SHARES = {
     "erasing_probability": (True, True),
     "strong_until": (True, True),
     "ema_decay": (True, False),
+    "drop_path_rate": (True, False),
 }
 
 
@@ -334,7 +341,8 @@ def check_values(run: RunArguments, args: FinetuningArguments) -> None:
         raise UserError("--data_dir is missing: give the data set's folder or zip, or `sample`")
     check_data_arguments(run)
     for name in SHARES:
-        check_share(name, getattr(run, name))
+        if getattr(run, name) is not None:
+            check_share(name, getattr(run, name))
     for name in ("mixup_alpha", "cutmix_alpha"):
         if not 0 <= getattr(run, name) < math.inf:
             raise UserError(f"--{name} {getattr(run, name)}: must be 0 or above")

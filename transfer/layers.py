@@ -117,12 +117,12 @@ def _stay_in_evaluation(module: nn.Module, inputs: tuple) -> None:
     module.eval()
 
 
-def hold_batch_norms(model: nn.Module) -> None:
-    """Keep the statistics of batch norms whose parameters are all frozen, whatever mode the Trainer sets."""
+def hold_batch_norms(model: nn.Module, frozen_only: bool = False) -> None:
+    """Keep the statistics of batch norms, or of those whose parameters are frozen, whatever mode the Trainer sets."""
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
-            p.requires_grad for p in module.parameters()
-        ):
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        if not frozen_only or not any(p.requires_grad for p in module.parameters()):
             module.register_forward_pre_hook(_stay_in_evaluation)
 
 
@@ -134,7 +134,7 @@ def freeze_levels(model: PreTrainedModel, count: int) -> None:
         raise UserError(f"--freeze_levels {count}: {type(model).__name__} has {below_head} levels below its head")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and levels[name] >= count)
-    hold_batch_norms(model)
+    hold_batch_norms(model, frozen_only=True)
 
 
 def trained_share(model: nn.Module) -> float:

@@ -50,7 +50,7 @@ def add_adapters(model: PreTrainedModel, rank: int) -> "PeftModel":
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=list(find_heads(model)))
     adapted = get_peft_model(model, settings)
     adapted.peft_config["default"].base_model_name_or_path = None  # a checkpoint holds adapters of this run alone
-    hold_batch_norms(adapted)
+    hold_batch_norms(adapted, frozen_only=True)
     return adapted
 
 

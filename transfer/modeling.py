@@ -99,13 +99,14 @@ def build_classifier(
     revision: str = "main",
     warm_start: bool = True,
     trust_remote_code: bool = False,
+    drop_path_rate: float | None = None,
 ) -> Classifier:
     """A classifier of our classes from any image-classification checkpoint; its head is new, its backbone is not.
 
     `wnids`, `class_names` (unique, shown to people) and `glosses` (to find classes that the checkpoint knows) are in
     label order. Head rows that are not copied are drawn from torch's global generator. Raises `UserError`.
     """
-    model, processor = load_checkpoint(name, revision, trust_remote_code)
+    model, processor = load_checkpoint(name, revision, trust_remote_code, drop_path_rate)
     matches = {}
     if warm_start:
         known = [str(model.config.id2label[label]) for label in sorted(model.config.id2label)]

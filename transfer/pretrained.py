@@ -52,13 +52,23 @@ def _load(loader, name: str, **options):
         raise UserError(f"--model_name_or_path {name}: cannot be loaded: {reason}; {LOADING_ADVICE}") from None
 
 
+def set_drop_path(config: PreTrainedConfig, rate: float) -> None:
+    """Set the stochastic depth of a backbone (Huang et al. 2016). Raises `UserError` for one without it."""
+    known = [name for name in ("drop_path_rate", "drop_connect_rate") if hasattr(config, name)]
+    if not known:
+        raise UserError(f"--drop_path_rate {rate}: {config.model_type} has no stochastic depth in transformers")
+    setattr(config, known[0], rate)
+
+
 def load_checkpoint(
-    name: str, revision: str = "main", trust_remote_code: bool = False
+    name: str, revision: str = "main", trust_remote_code: bool = False, drop_path_rate: float | None = None
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """A checkpoint as it was saved, in fp32. Raises `UserError` if anything but the head is missing from it."""
     source = locate_checkpoint(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}  # None would ask at the terminal
     config = _load(AutoConfig, source, **options)
+    if drop_path_rate is not None:
+        set_drop_path(config, drop_path_rate)
     if config.num_labels == 0:
         config.num_labels = 2  # any head will do: it is replaced
     if config.model_type == "siglip":
