@@ -8,6 +8,8 @@ from markupsafe import Markup
 
 MOST_CLASSES = 120  # whose names can still be read; of more, those with the most mistakes are shown
 CELL, MARGIN = 10, 118
+# CSS pixels of a unit: few classes are not blown up to the page's width, and many do not shrink on a phone.
+LARGEST_SCALE, SMALLEST_SCALE = 1.5, 0.68
 LONGEST_NAME = 22
 
 # Shares of a class's images at which the colour of a cell darkens.
@@ -62,8 +64,12 @@ def draw_matrix(confusions: np.ndarray, names: Sequence[str], order: Sequence[in
         for (kind, level), parts in sorted(paths.items())
     ]
     shown, size = [names[label] for label in order], MARGIN + CELL * len(order) + 2
-    head = '<svg class="matrix" id="matrix" viewBox="0 0 {0} {0}" role="img" aria-label="confusion matrix">'
-    picture = Markup(head).format(size) + _guides(len(order)) + Markup("").join(cells) + _names(shown)
+    head = (
+        '<svg class="matrix" id="matrix" style="max-width:{1:.0f}px;min-width:{2:.0f}px" viewBox="0 0 {0} {0}" '
+        'role="img" aria-label="confusion matrix">'
+    )
+    frame = Markup(head).format(size, LARGEST_SCALE * size, SMALLEST_SCALE * size)
+    picture = frame + _guides(len(order)) + Markup("").join(cells) + _names(shown)
     reading = {
         "names": shown,
         "images": confusions.sum(1)[list(order)].tolist(),

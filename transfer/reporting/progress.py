@@ -60,7 +60,7 @@ def list_steps(metrics: Mapping, arguments: Mapping) -> list[Step]:
     if "fine_tuned" in metrics:
         found.pop(STAGES["mean"], None)  # the mean is that of the seeds' fine-tuning, not a stage after it
     plain = look_up(metrics, "test_time_views", "accuracy", "plain")
-    if plain is not None:
+    if plain is not None and len(metrics["test_time_views"].get("kept", ())) > 1:
         found["one plain view"] = plain
     steps = []
     for name, accuracy in found.items():
