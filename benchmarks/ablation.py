@@ -1,0 +1,105 @@
+"""What each ingredient of a recipe is worth: one thing changed at a time, several seeds of each.
+
+    accelerate launch --config_file accelerate_config.yaml benchmarks/ablation.py recipes/offline.yaml \\
+        --data_dir DATA.zip --max_train_samples 10000 --num_train_epochs 1 [--json PATH]
+
+Prints validation accuracy as a table, mean and standard deviation over the seeds, and the difference from the recipe
+as it is. Flags after the recipe set the budget. Trainings with few images tell little of long ones.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import transformers
+from tqdm import tqdm
+
+from benchmarks.time_to_accuracy import QUIET
+from data_loading import load_dataset
+from finetune_vit import Task, find_data, make_trainer, prepare_model
+from transfer.arguments import parse_command_line
+from transfer.probe import fit_probe
+from transfer.record import describe_device
+from transfer.training import keep_freed_memory, settle_precision, use_all_cores
+
+VARIANTS = {
+    "the recipe": [],
+    "a new head": ["--head_warm_start", "false"],
+    "the probe's head": ["--probe", "true"],
+    "one learning rate for all levels": ["--layer_decay", "1"],
+    "batch norms follow the crops": ["--hold_batch_norms", "false"],
+    "nothing frozen": ["--freeze_levels", "0"],
+    "no moving average": ["--ema_decay", "0"],
+    "no label smoothing": ["--label_smoothing_factor", "0"],
+    "no weight decay": ["--weight_decay", "0"],
+    "smaller crops of the image": ["--min_crop_area", "0.08"],
+    "mixup": ["--mixup_alpha", "0.2"],
+    "cutmix": ["--cutmix_alpha", "1"],
+    "TrivialAugment": ["--trivial_augment", "true"],
+    "erasing": ["--erasing_probability", "0.25"],
+    "stochastic depth": ["--drop_path_rate", "0.1"],
+}
+
+
+def train_once(words: list[str], folder_cache: dict) -> float:
+    """Validation accuracy after a training, of the model or its average, whichever is better."""
+    run, args, _ = parse_command_line(words)
+    if run.data_dir not in folder_cache:
+        folder_cache[run.data_dir] = find_data(run)
+    folder = folder_cache[run.data_dir]
+    dataset = load_dataset(folder, run.validation_fraction, run.split_seed, run.max_train_samples)
+    task = Task(run, {}, "", folder, dataset)
+    for name, value in QUIET.items():
+        setattr(args, name, {"report_to": []}.get(name, value))
+    trainer, store = make_trainer(task, args, prepare_model(task, args))
+    if run.probe:
+        fit_probe(trainer, store, dataset["train"], trainer.evaluation_view.geometry.rule)
+    trainer.train()
+    measured = trainer.evaluate()
+    return max(measured["eval_accuracy"], measured.get("eval_ema_accuracy", 0.0))
+
+
+def table(results: dict[str, list[float]]) -> str:
+    """Mean, spread and the difference from the recipe, a row each."""
+    recipe = statistics.mean(results["the recipe"])
+    lines = ["| changed | validation accuracy | standard deviation | difference |", "|---|---|---|---|"]
+    for name, scores in results.items():
+        spread = f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else "one seed"
+        lines.append(
+            f"| {name} | {statistics.mean(scores):.4f} | {spread} | {statistics.mean(scores) - recipe:+.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Train every variant with every seed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--json", type=Path, help="where to write the scores")
+    options, flags = parser.parse_known_args()
+    print(settle_precision(), describe_device(), sep="\n")
+    use_all_cores()
+    keep_freed_memory()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    names = list(dict.fromkeys(["the recipe", *options.variants]))
+    results, folders = {name: [] for name in names}, {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in options.seeds:  # seed by seed: a stop in between leaves whole columns
+            for name in tqdm(names, desc=f"seed {seed}"):
+                words = [options.recipe, *flags, *VARIANTS[name], "--seed", str(seed), "--output_dir", scratch]
+                results[name].append(train_once(words, folders))
+                if options.json:
+                    options.json.write_text(json.dumps(results, indent=2) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
