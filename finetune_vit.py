@@ -29,11 +29,12 @@ from data_loading import (
     split_fingerprint,
 )
 from transfer import UserError, exits_cleanly
-from transfer.arguments import FinetuningArguments, RunArguments, parse_command_line
+from transfer.arguments import FinetuningArguments, RunArguments
 from transfer.augmentation import TEST_TIME_VIEWS, EvaluationView, TrainingView, check_view
 from transfer.averaging import Weights, greedy_soup
 from transfer.budget import Deadline, TimeBudget, process_start, share_of_time
 from transfer.checkpoints import Origin, find_checkpoint, last_checkpoint
+from transfer.command_line import parse_command_line
 from transfer.estimate import describe_estimate, estimate, leave_no_traces
 from transfer.evaluation import evaluate_split, predict_and_measure, sample_of_train
 from transfer.experiment import (

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from benchmarks.time_to_accuracy import QUIET
 from data_loading import load_dataset
 from finetune_vit import Task, find_data, make_trainer, prepare_model
-from transfer.arguments import parse_command_line
+from transfer.command_line import parse_command_line
 from transfer.probe import fit_probe
 from transfer.record import describe_device
 from transfer.training import keep_freed_memory, settle_precision, use_all_cores

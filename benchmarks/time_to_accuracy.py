@@ -27,7 +27,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 from benchmarks.stock import stock_trainer
 from data_loading import load_dataset
 from finetune_vit import Task, find_data, make_trainer, prepare_model
-from transfer.arguments import parse_command_line
+from transfer.command_line import parse_command_line
 from transfer.estimate import StepTimer
 from transfer.pretrained import locate_checkpoint
 from transfer.record import describe_device, describe_versions

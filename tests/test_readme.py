@@ -6,7 +6,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from transfer.arguments import parse_command_line
+from transfer.command_line import parse_command_line
 
 README = (ROOT / "README.md").read_text()
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -52,7 +52,7 @@ def test_computed_figures_are_those_of_the_recipes_headers_and_said_to_be_comput
 
 
 def test_flags_in_the_readme_are_arguments():
-    from transfer.arguments import known_names
+    from transfer.command_line import known_names
 
     foreign = {"config_file", "quiet", "template", "cases", "logdir", "kills", "fuzz"}
     assert set(re.findall(r"--([a-z_]+)", README)) - foreign <= set(known_names()) | {"help"}

@@ -306,7 +306,7 @@ def test_a_faulty_recipe_is_refused_by_name(text, message, tmp_path, capsys):
 
 
 def test_flags_override_the_recipe(tmp_path):
-    from transfer.arguments import parse_command_line
+    from transfer.command_line import parse_command_line
 
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("data_dir: sample\nlearning_rate: 1.0e-3\nseed: 1\n")
