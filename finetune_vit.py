@@ -181,12 +181,18 @@ def make_trainer(
     return trainer, store
 
 
+def count_views(task: Task) -> int:
+    """How often the final prediction shows each image to the model, at most."""
+    return 1 + sum(len(TEST_TIME_VIEWS[name]) for name in task.run.test_time_views)
+
+
 def limit_time(task: Task, trainer: FinetuningTrainer, seconds: float) -> None:
     """Let training end in time for the csv; evaluating the validation images once takes so many seconds."""
-    views = 1 + sum(len(TEST_TIME_VIEWS[name]) for name in task.run.test_time_views)
     tested = len(task.dataset["test"]) if "test" in task.dataset else 0
     held_out = len(task.dataset["validation"])
-    deadline = Deadline(task.ends_by, held_out + views * (held_out + tested))  # as many training images, once
+    deadline = Deadline(
+        task.ends_by, held_out + count_views(task) * (held_out + tested)
+    )  # as many training images, once
     left = functools.partial(deadline.seconds_to_train, seconds / held_out)
     trainer.add_callback(TimeBudget(left, pause=seconds if trainer.average is None else 2 * seconds))
 
@@ -231,7 +237,7 @@ def estimate_run(task: Task, args: FinetuningArguments) -> None:
     """Say what the run would take."""
     trainer, _ = make_trainer(task, args, prepare_model(task, args))
     tested = len(task.dataset["test"]) if "test" in task.dataset else 0
-    found = estimate(trainer, args.num_train_epochs, tested)
+    found = estimate(trainer, args.num_train_epochs, tested, count_views(task))
     say(args, *describe_estimate(found, args.per_device_train_batch_size, len(task.dataset["train"]), tested))
 
 

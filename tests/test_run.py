@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -119,6 +120,15 @@ def test_the_submission_keeps_the_templates_ids_and_order(pristine_data, checkpo
     template = (pristine_data / "submission_sample.csv").read_text().splitlines()
     written = (out / "submission.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in written] == [line.split(",")[0] for line in template]
+
+
+def test_one_seed_gives_one_result_with_a_cold_cache_and_a_warm_one(
+    pristine_data, checkpoints, finetune, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    cold, warm = (finetune(pristine_data, checkpoints("convnext"), output_dir=name) for name in ("cold", "warm"))
+    for file in ("model/model.safetensors", "submission.csv"):
+        assert (cold / file).read_bytes() == (warm / file).read_bytes()
 
 
 def test_one_seed_gives_one_result_whatever_the_number_of_workers(pristine_data, checkpoints, finetune):

@@ -95,10 +95,11 @@ def _time_evaluation(trainer: FinetuningTrainer, split: PixelDataset) -> float:
     return (time.perf_counter() - start) / len(few)
 
 
-def estimate(trainer: FinetuningTrainer, epochs: float, test_images: int) -> Estimate:
+def estimate(trainer: FinetuningTrainer, epochs: float, test_images: int, views: int = 1) -> Estimate:
     """Run a few real steps and a few evaluation batches, and say what the whole run would take.
 
-    The trainer's arguments went through `leave_no_traces`. Raises `UserError` where the batch does not fit.
+    In the end every validation and test image is seen in so many `views`. The trainer's arguments went through
+    `leave_no_traces`. Raises `UserError` where the batch does not fit.
     """
     args, device = trainer.args, trainer.args.device
     trainer.adapts_to_memory = False
@@ -122,13 +123,14 @@ def estimate(trainer: FinetuningTrainer, epochs: float, test_images: int) -> Est
     images, validated = len(trainer.train_dataset), len(trainer.eval_dataset)
     epoch = math.ceil(images / (batch * accumulation * args.world_size)) * step
     # Before training, after each epoch, at the end, and as many training images.
-    evaluated = validated * (math.ceil(epochs) + 2) + min(validated, images)
+    each_epoch = 1 if trainer.average is None else 2
+    evaluated = validated * (1 + each_epoch * math.ceil(epochs) + views) + min(validated, images)
     return Estimate(
         images_per_second=batch * accumulation * args.world_size / step,
         evaluation_images_per_second=1 / per_image,
         epoch=epoch,
-        run=epochs * epoch + (evaluated + test_images) * per_image,
-        prediction=test_images * per_image,
+        run=epochs * epoch + (evaluated + views * test_images) * per_image,
+        prediction=views * test_images * per_image,
         peak_memory=peak,
         memory=_memory(device),
         largest_batch=max(1, batch + int(room / growth)) if growth > 2**16 else None,
