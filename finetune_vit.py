@@ -7,7 +7,6 @@ The first needs no data and no hub and ends in under five minutes on two CPU cor
 metrics.json, run.json and model/ in outputs/<recipe name>; `--help` lists what a recipe may say.
 """
 
-import dataclasses
 import functools
 import logging
 import sys
@@ -276,7 +275,9 @@ def run_seeds(task: Task, args: FinetuningArguments) -> dict:
             continue
         say(args, f"seed {seed}      training {number} of {len(task.run.seeds)}")
         checkpoint = last_checkpoint(folders[-1]) if resuming else None
-        share = dataclasses.replace(task, ends_by=share_of_time(task.ends_by, len(task.run.seeds) - number + 1))
+        alone = task.arguments | {"seeds": None, "output_dir": one.output_dir}
+        ends_by = share_of_time(task.ends_by, len(task.run.seeds) - number + 1)
+        share = replace(task, arguments=alone, ends_by=ends_by)
         run_once(share, one, str(checkpoint) if checkpoint else None)
     return combine_seeds(task, args, folders)
 
