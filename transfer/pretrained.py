@@ -11,8 +11,6 @@ from transformers import (
     BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
-    SiglipImageProcessor,
-    ViTImageProcessor,
 )
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -95,7 +93,10 @@ def load_checkpoint(
 
 def load_processor(source: str, config: PreTrainedConfig, options: dict) -> BaseImageProcessor:
     """The checkpoint's own processor, or a plain one that does the same; `options` are those of from_pretrained."""
+    # Processors are imported where they are used: without torchvision that prints a warning which means nothing here.
     if config.model_type == "siglip2":  # it cuts patches, a SigLIP does that itself
+        from transformers import SiglipImageProcessor
+
         own = _load(AutoImageProcessor, source, **options)
         side = int(config.vision_config.num_patches**0.5) * config.vision_config.patch_size
         return SiglipImageProcessor(
@@ -105,6 +106,8 @@ def load_processor(source: str, config: PreTrainedConfig, options: dict) -> Base
             image_std=own.image_std,
         )
     if config.model_type.startswith("dinov3"):  # theirs needs torchvision, and resizes as ViT's does
+        from transformers import ViTImageProcessor
+
         settings, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=options["revision"])
         kept = ("size", "resample", "image_mean", "image_std", "do_center_crop", "crop_size")
         return ViTImageProcessor(**{name: settings[name] for name in kept if name in settings})
