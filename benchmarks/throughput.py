@@ -173,7 +173,9 @@ def project_trainer(model, processor, store, dataset, arguments: dict) -> Finetu
     training = TrainingView(view, [view.geometry.crop[0]], 0.35)
     args = FinetuningArguments(**arguments, load_best_model_at_end=False)
     train, test = PixelDataset(store, dataset["train"]), PixelDataset(store, dataset["test"])
-    return FinetuningTrainer(Classifier(model, processor), args, view, training, 0.9, train, test)
+    return FinetuningTrainer(
+        Classifier(model, processor), args, view, training, layer_decay=0.9, train_dataset=train, eval_dataset=test
+    )
 
 
 def serve_stock(pipe, name: str, data_dir: str, steps: int) -> None:
