@@ -48,7 +48,7 @@ from transfer.augmentation import EvaluationView, TrainingView
 from transfer.estimate import StepTimer
 from transfer.gates import skip_open_gates
 from transfer.geometry import read_geometry
-from transfer.modeling import Classifier, mend_batch_norms, replace_heads
+from transfer.modeling import Classifier
 from transfer.offline import offline_backbone
 from transfer.pixels import PixelDataset, open_pixel_store
 from transfer.record import describe_device, describe_versions
@@ -67,10 +67,9 @@ def convnext_atto():
 
 
 def efficientnet_lite0():
-    model = EfficientNetForImageClassification.from_pretrained(offline_backbone())
-    model.num_labels = model.config.num_labels
-    replace_heads(model, CLASSES, {})
-    mend_batch_norms(model)
+    model = EfficientNetForImageClassification.from_pretrained(
+        offline_backbone(), num_labels=CLASSES, ignore_mismatched_sizes=True
+    )
     return model, square(160)
 
 
