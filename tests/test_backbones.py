@@ -113,7 +113,9 @@ def test_deep_backbones_share_levels_so_that_their_stems_learn():
 @pytest.mark.parametrize("kind", ["vit", "resnet", "convnext"])
 def test_frozen_levels_and_their_batch_norms_stay_as_they_are(kind, pristine_data, checkpoints, finetune, capsys):
     frozen = 2
-    out = finetune(pristine_data, checkpoints(kind), learning_rate="1e-2", freeze_levels=frozen)
+    out = finetune(
+        pristine_data, checkpoints(kind), learning_rate="1e-2", freeze_levels=frozen, hold_batch_norms="false"
+    )
     start, trained = build(checkpoints(kind)).model, load_trained(str(out / "model"), WNIDS).model
     levels, before, after = parameter_levels(start), start.state_dict(), trained.state_dict()
     for name, level in levels.items():
