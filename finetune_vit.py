@@ -189,9 +189,8 @@ def limit_time(task: Task, trainer: FinetuningTrainer, seconds: float) -> None:
     """Let training end in time for the csv; evaluating the validation images once takes so many seconds."""
     tested = len(task.dataset["test"]) if "test" in task.dataset else 0
     held_out = len(task.dataset["validation"])
-    deadline = Deadline(
-        task.ends_by, held_out + count_views(task) * (held_out + tested)
-    )  # as many training images, once
+    afterwards = held_out + count_views(task) * (held_out + tested)  # as many training images, once
+    deadline = Deadline(task.ends_by, afterwards)
     left = functools.partial(deadline.seconds_to_train, seconds / held_out)
     trainer.add_callback(TimeBudget(left, pause=seconds if trainer.average is None else 2 * seconds))
 
@@ -305,14 +304,18 @@ def combine_seeds(task: Task, args: FinetuningArguments, folders: Sequence[Path]
     metrics["soup"] = metrics["validation"] | {"members": [task.run.seeds[i] for i in chosen]}
     ensemble = average_probabilities([member.validation_logits for member in members])
     metrics["ensemble"] = measure(ensemble, predictions.validation_labels)
-    scores = {
-        f"seed {task.run.seeds[best]}": singles[best],
-        "soup": metrics["soup"]["accuracy"],
-        "ensemble": metrics["ensemble"]["accuracy"],
+    first = int(np.argmax([run["validation"]["accuracy"] for run in runs]))  # with its test-time views
+    candidates = {  # name -> validation accuracy, scores of the test images
+        f"seed {task.run.seeds[first]}": (runs[first]["validation"]["accuracy"], members[first].test_logits),
+        "soup": (metrics["soup"]["accuracy"], predictions.test_logits),
+        "ensemble": (
+            metrics["ensemble"]["accuracy"],
+            average_probabilities([member.test_logits for member in members]),
+        ),
     }
-    source = choose_submission(scores)
-    metrics["submission"] = {"from": source, "validation_accuracy": scores[source]}
-    tested = average_probabilities([member.test_logits for member in members]) if source == "ensemble" else None
+    source = choose_submission({name: accuracy for name, (accuracy, _) in candidates.items()})
+    accuracy, tested = candidates[source]
+    metrics["submission"] = {"from": source, "validation_accuracy": accuracy}
     if args.process_index == 0:
         write_results(trainer, task.folder, record, metrics, predictions, tested)
     return metrics

@@ -5,6 +5,7 @@ import os
 # Caches of the tests stay apart from the user's, and nothing asks a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import contextlib
 import random
 import shutil
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 from PIL import Image
+from transformers import TrainerCallback
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -118,3 +120,27 @@ def finetune(tmp_path, monkeypatch):
         return out
 
     return run
+
+
+@pytest.fixture
+def stops_at_a_checkpoint(monkeypatch):
+    """`with stops_at_a_checkpoint():` every training is interrupted after its first checkpoint."""
+    from transfer.training import FinetuningTrainer
+
+    class Stop(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    original = FinetuningTrainer.__init__
+
+    def with_stop(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.add_callback(Stop())
+
+    @contextlib.contextmanager
+    def stopping():
+        with monkeypatch.context() as patch:
+            patch.setattr(FinetuningTrainer, "__init__", with_stop)
+            yield
+
+    return stopping

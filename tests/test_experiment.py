@@ -75,6 +75,17 @@ def test_repeated_seeds_report_mean_spread_ensemble_and_soup(seeds_run):
     assert metrics["submission"]["validation_accuracy"] == max(scores)
 
 
+def test_the_submission_is_what_its_named_source_says(seeds_run):
+    _, out = seeds_run
+    members = {f"seed {seed}": Predictions.load(out / f"seed-{seed}") for seed in (3, 5)}
+    scores = {name: member.test_logits for name, member in members.items()}
+    scores |= {"soup": Predictions.load(out).test_logits, "ensemble": average_probabilities(list(scores.values()))}
+    named = scores[metrics_of(out)["submission"]["from"]].argmax(-1)
+    handed_in = dict(row.split(",") for row in (out / "submission.csv").read_text().splitlines()[1:])
+    ids = members["seed 3"].test_ids.tolist()
+    assert [int(handed_in[image_id]) for image_id in ids] == named.tolist()
+
+
 def test_each_seed_leaves_a_whole_run_of_its_own(seeds_run):
     _, out = seeds_run
     for seed in (3, 5):

@@ -7,7 +7,7 @@ import torch
 from conftest import WNIDS
 from safetensors.torch import load_file
 from test_backbones import build, check_pipeline
-from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification
 
 from transfer import UserError
 from transfer.layers import parameter_groups, trained_share
@@ -87,27 +87,13 @@ def test_a_run_with_adapters_keeps_its_best_epoch_and_leaves_a_plain_model(
 
 
 def test_a_run_with_adapters_that_was_stopped_resumes_to_the_same_weights(
-    pristine_data, checkpoints, finetune, monkeypatch, tmp_path, capsys
+    pristine_data, checkpoints, finetune, stops_at_a_checkpoint, tmp_path, capsys
 ):
-    from transfer import training
-
     options = {"lora_r": 4, "learning_rate": "2e-2"}
     whole = finetune(pristine_data, checkpoints("vit"), output_dir="whole", **options)
 
-    class Stop(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            raise KeyboardInterrupt
-
-    original = training.FinetuningTrainer.__init__
-
-    def with_stop(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        self.add_callback(Stop())
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training.FinetuningTrainer, "__init__", with_stop)
-        with pytest.raises(SystemExit):
-            finetune(pristine_data, checkpoints("vit"), output_dir="stopped", **options)
+    with stops_at_a_checkpoint(), pytest.raises(SystemExit):
+        finetune(pristine_data, checkpoints("vit"), output_dir="stopped", **options)
     for wrong, message in ({"lora_r": 2}, "holds other adapters"), ({}, "holds adapters; go on with the --lora_r"):
         with pytest.raises(SystemExit):
             finetune(pristine_data, checkpoints("vit"), output_dir="stopped", resume_from_checkpoint="true", **wrong)

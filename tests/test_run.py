@@ -144,26 +144,12 @@ def test_one_seed_gives_one_result_whatever_the_number_of_workers(pristine_data,
 
 @pytest.mark.parametrize("kind", ["vit", "convnext"])
 def test_a_run_stopped_after_an_epoch_resumes_to_the_same_weights(
-    kind, pristine_data, checkpoints, finetune, monkeypatch, capsys, tmp_path
+    kind, pristine_data, checkpoints, finetune, stops_at_a_checkpoint, capsys, tmp_path
 ):
-    from transfer import training
-
     whole = finetune(pristine_data, checkpoints(kind), output_dir="whole")
 
-    class Stop(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            raise KeyboardInterrupt
-
-    original = training.FinetuningTrainer.__init__
-
-    def with_stop(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        self.add_callback(Stop())
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training.FinetuningTrainer, "__init__", with_stop)
-        with pytest.raises(SystemExit):
-            finetune(pristine_data, checkpoints(kind), output_dir="stopped")
+    with stops_at_a_checkpoint(), pytest.raises(SystemExit):
+        finetune(pristine_data, checkpoints(kind), output_dir="stopped")
     message = capsys.readouterr().err
     assert "error: interrupted in epoch 1.00; go on with --resume_from_checkpoint true" in message
     (tmp_path / "stopped" / "checkpoint-99").mkdir()  # what a kill leaves of a checkpoint that was being written

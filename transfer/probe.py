@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer
 
 from transfer.layers import find_heads
 from transfer.pixels import PixelDataset, PixelStore
+from transfer.record import fingerprint_of_weights
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the squared distance from the head that the fit starts from
 HELD_OUT = 10  # every tenth image chooses the penalty
@@ -39,12 +40,9 @@ def _without_heads(model: PreTrainedModel) -> Iterator[None]:
 
 def _features_key(model: PreTrainedModel, store: PixelStore, rule: str, files: Sequence[str]) -> str:
     """Hash of everything that the features depend on."""
-    digest = hashlib.blake2b("\n".join([store.data_fingerprint, rule, *files]).encode(), digest_size=16)
-    heads = tuple(find_heads(model))
-    for name, values in sorted(model.state_dict().items()):
-        if not name.startswith(heads):
-            digest.update(values.detach().cpu().contiguous().view(-1).numpy().tobytes())
-    return digest.hexdigest()
+    with _without_heads(model):
+        parts = [fingerprint_of_weights(model), store.data_fingerprint, rule, *files]
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
 
 def extract_features(trainer: Trainer, store: PixelStore, split: datasets.Dataset, rule: str) -> torch.Tensor:
