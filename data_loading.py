@@ -17,10 +17,10 @@ from pathlib import Path
 import datasets
 
 from transfer import UserError, exits_cleanly
-from transfer.archive import extract_zip
-from transfer.classes import name_classes, read_class_order, read_glosses
-from transfer.description import describe_images, describe_layout
-from transfer.layouts import (
+from transfer.data.archive import extract_zip
+from transfer.data.classes import name_classes, read_class_order, read_glosses
+from transfer.data.description import describe_images, describe_layout
+from transfer.data.layouts import (
     EXPECTED,
     ImageFolder,
     check_class_folders,
@@ -33,10 +33,10 @@ from transfer.layouts import (
     name_layout,
     name_test_images,
 )
+from transfer.data.splits import split_validation, take_evenly
+from transfer.data.tiny_imagenet import make_100
 from transfer.offline import sample_data
-from transfer.splits import split_validation, take_evenly
 from transfer.submission import check_template, read_template
-from transfer.tiny_imagenet import make_100
 
 
 def open_test(root: Path, template_path: Path | None, ignored: Counter) -> tuple[list[str], list[str]]:

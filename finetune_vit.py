@@ -30,10 +30,12 @@ from data_loading import (
 from transfer import UserError, exits_cleanly
 from transfer.arguments import FinetuningArguments, RunArguments
 from transfer.augmentation import TEST_TIME_VIEWS, EvaluationView, TrainingView, check_view
-from transfer.averaging import Weights, greedy_soup
-from transfer.budget import Deadline, TimeBudget, process_start, share_of_time
-from transfer.checkpoints import Origin, find_checkpoint, last_checkpoint
+from transfer.backbones.geometry import ViewGeometry, read_geometry
+from transfer.backbones.layers import freeze_levels, hold_batch_norms, trained_share
+from transfer.backbones.lora import add_adapters
 from transfer.command_line import parse_command_line
+from transfer.data.hub_data import open_hub_data
+from transfer.data.pixels import PixelDataset, PixelStore, open_pixel_store
 from transfer.estimate import describe_estimate, estimate, leave_no_traces
 from transfer.evaluation import evaluate_split, predict_and_measure, sample_of_train
 from transfer.experiment import (
@@ -43,13 +45,8 @@ from transfer.experiment import (
     seed_arguments,
     summarise,
 )
-from transfer.geometry import ViewGeometry, read_geometry
-from transfer.hub_data import open_hub_data
-from transfer.layers import freeze_levels, hold_batch_norms, trained_share
-from transfer.lora import add_adapters
 from transfer.mixing import Mixing
 from transfer.modeling import Classifier, build_classifier, load_trained
-from transfer.pixels import PixelDataset, PixelStore, open_pixel_store
 from transfer.predictions import Predictions
 from transfer.probe import fit_probe
 from transfer.publishing import check_wishes, publish
@@ -63,7 +60,10 @@ from transfer.record import (
 from transfer.reporting import measure, read_metrics
 from transfer.reproduction import compare_results, compare_surroundings
 from transfer.results import describe_results, write_results
-from transfer.training import (
+from transfer.training.averaging import Weights, greedy_soup
+from transfer.training.budget import Deadline, TimeBudget, process_start, share_of_time
+from transfer.training.checkpoints import Origin, find_checkpoint, last_checkpoint
+from transfer.training.trainer import (
     FinetuningTrainer,
     keep_freed_memory,
     logits_to_accuracy,

@@ -25,7 +25,7 @@ from finetune_vit import Task, find_data, make_trainer, prepare_model
 from transfer.command_line import parse_command_line
 from transfer.probe import fit_probe
 from transfer.record import describe_device
-from transfer.training import keep_freed_memory, settle_precision, use_all_cores
+from transfer.training.trainer import keep_freed_memory, settle_precision, use_all_cores
 
 VARIANTS = {
     "the recipe": [],

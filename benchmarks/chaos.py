@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune_vit
 from data_loading import load_dataset, open_data
 from transfer import UserError
-from transfer.pixels import open_pixel_store
+from transfer.data.pixels import open_pixel_store
 from transfer.record import digest_of_folder
 from transfer.submission import find_faults, open_template, render_submission
 

@@ -45,14 +45,14 @@ from benchmarks.stock import stock_trainer
 from data_loading import load_dataset, open_data
 from transfer.arguments import FinetuningArguments
 from transfer.augmentation import EvaluationView, TrainingView
+from transfer.backbones.gates import skip_open_gates
+from transfer.backbones.geometry import read_geometry
+from transfer.data.pixels import PixelDataset, open_pixel_store
 from transfer.estimate import StepTimer
-from transfer.gates import skip_open_gates
-from transfer.geometry import read_geometry
 from transfer.modeling import Classifier
 from transfer.offline import offline_backbone
-from transfer.pixels import PixelDataset, open_pixel_store
 from transfer.record import describe_device, describe_versions
-from transfer.training import FinetuningTrainer, keep_freed_memory, settle_precision, use_all_cores
+from transfer.training.trainer import FinetuningTrainer, keep_freed_memory, settle_precision, use_all_cores
 
 CLASSES = 100
 

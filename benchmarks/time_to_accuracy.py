@@ -27,11 +27,11 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 from benchmarks.stock import stock_trainer
 from data_loading import load_dataset
 from finetune_vit import Task, find_data, make_trainer, prepare_model
+from transfer.backbones.pretrained import locate_checkpoint
 from transfer.command_line import parse_command_line
 from transfer.estimate import StepTimer
-from transfer.pretrained import locate_checkpoint
 from transfer.record import describe_device, describe_versions
-from transfer.training import keep_freed_memory, settle_precision, use_all_cores
+from transfer.training.trainer import keep_freed_memory, settle_precision, use_all_cores
 
 POINTS = 8  # of a curve
 TIMED_STEPS, WARM_UP_STEPS = 12, 4

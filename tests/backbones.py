@@ -21,9 +21,9 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from transfer.dinov3 import DINOv3ViTForImageClassification
-from transfer.geometry import ViewGeometry, read_geometry
-from transfer.layers import find_blocks, find_heads, parameter_levels
+from transfer.backbones.dinov3 import DINOv3ViTForImageClassification
+from transfer.backbones.geometry import ViewGeometry, read_geometry
+from transfer.backbones.layers import find_blocks, find_heads, parameter_levels
 
 SIZE = 32
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

@@ -125,7 +125,7 @@ def finetune(tmp_path, monkeypatch):
 @pytest.fixture
 def stops_at_a_checkpoint(monkeypatch):
     """`with stops_at_a_checkpoint():` every training is interrupted after its first checkpoint."""
-    from transfer.training import FinetuningTrainer
+    from transfer.training.trainer import FinetuningTrainer
 
     class Stop(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock, Timeout
 
-from transfer import UserError, archive
-from transfer.archive import extract_zip
+from transfer import UserError
+from transfer.data import archive
+from transfer.data.archive import extract_zip
 
 ROOT = Path(__file__).parent.parent
 FILES = {"set/wnids.txt": b"n00000001\n", "set/train/a.JPEG": bytes(range(256)), "set/empty.txt": b""}
@@ -280,7 +281,7 @@ def test_an_extraction_that_breaks_off_leaves_no_folder(tmp_path, cache, monkeyp
 KILLED_HALFWAY = """
 import os, signal, sys
 from pathlib import Path
-from transfer import archive
+from transfer.data import archive
 
 def write_and_be_killed(path, members, target):
     (target / "set").mkdir(parents=True)
@@ -331,7 +332,7 @@ def test_while_another_process_unpacks_this_one_waits(tmp_path, cache, monkeypat
 def test_processes_that_start_together_all_get_the_whole_folder(tmp_path, cache):
     packed = write_zip(tmp_path / "a.zip", {f"set/{i}.txt": str(i).encode() for i in range(2000)})
     code = (
-        "import sys; from pathlib import Path; from transfer.archive import extract_zip;"
+        "import sys; from pathlib import Path; from transfer.data.archive import extract_zip;"
         "print(len(list(extract_zip(Path(sys.argv[1]), Path(sys.argv[2])).rglob('*.txt'))))"
     )
     command = [sys.executable, "-c", code, packed, cache]

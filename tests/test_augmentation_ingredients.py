@@ -8,7 +8,7 @@ from conftest import WNIDS, draw_picture
 from test_views import PROCESSORS, batch_of
 
 from transfer.augmentation import EvaluationView, TrainingView, seeded_generator
-from transfer.geometry import read_geometry
+from transfer.backbones.geometry import read_geometry
 from transfer.mixing import Mixing
 from transfer.policies import OPERATIONS, erase, trivial_augment
 

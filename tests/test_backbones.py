@@ -17,8 +17,8 @@ from transformers import AutoModel, AutoModelForImageClassification, Siglip2Imag
 
 from transfer import UserError
 from transfer.augmentation import EvaluationView, check_view
-from transfer.geometry import read_geometry
-from transfer.layers import find_blocks, freeze_levels, head_names, parameter_groups, parameter_levels
+from transfer.backbones.geometry import read_geometry
+from transfer.backbones.layers import find_blocks, freeze_levels, head_names, parameter_groups, parameter_levels
 from transfer.modeling import build_classifier, load_trained
 
 NAMES = [GLOSSES[wnid].split(",")[0] for wnid in WNIDS]

@@ -17,8 +17,8 @@ from transformers.models.convnext import ConvNextConfig
 
 from data_loading import load_dataset, main, open_data
 from transfer import UserError
-from transfer.pixels import open_pixel_store, read_image
-from transfer.pretrained import load_checkpoint
+from transfer.backbones.pretrained import load_checkpoint
+from transfer.data.pixels import open_pixel_store, read_image
 from transfer.submission import find_faults, read_template, render_submission
 
 SECRET = "hf_" + "thisIsASecretTokenThatNobodyMaySee"  # in two parts: no file may hold what looks like one

@@ -9,9 +9,9 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
-from transfer import budget
-from transfer.budget import Deadline, TimeBudget, steps_that_fit
 from transfer.submission import find_faults, read_template
+from transfer.training import budget
+from transfer.training.budget import Deadline, TimeBudget, steps_that_fit
 
 
 def test_steps_that_fit_leave_time_for_every_pause_on_the_way():

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_loading import load_dataset, main, open_data, split_fingerprint
 from transfer import UserError
-from transfer.layouts import image_id_of
+from transfer.data.layouts import image_id_of
 
 
 def zip_folder(folder, path):

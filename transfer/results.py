@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from transfer.layouts import ImageFolder
-from transfer.lora import holds_adapters
+from transfer.backbones.lora import holds_adapters
+from transfer.data.layouts import ImageFolder
 from transfer.predictions import Predictions
 from transfer.privacy import anonymise_file
 from transfer.record import digest_of_folder, save_whole_folder, write_record, write_whole
 from transfer.reporting import draw_report, keep_card, write_card, write_metrics
 from transfer.submission import digest_of, open_template, render_submission
-from transfer.training import FinetuningTrainer, check_same_weights
+from transfer.training.trainer import FinetuningTrainer, check_same_weights
 
 
 def save_model(trainer: FinetuningTrainer, place: Path) -> None:

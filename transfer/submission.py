@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from transfer import UserError, exits_cleanly
-from transfer.layouts import list_test, name_test_images
+from transfer.data.layouts import list_test, name_test_images
 
 HEADER = ["image_id", "label"]
 

@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from transfer import UserError
-from transfer.archive import extract_zip
-from transfer.layouts import IMAGE_SUFFIXES
+from transfer.data.archive import extract_zip
+from transfer.data.layouts import IMAGE_SUFFIXES
+from transfer.data.pixels import read_image
 from transfer.offline import sample_data
-from transfer.pixels import read_image
 
 SIDE = 96  # pixels of the longer side
 JPEG_QUALITY = 80

@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import nested_concat
 
 from transfer import UserError
-from transfer.checkpoints import describe_way_on, discard_checkpoint, make_room
+from transfer.training.checkpoints import describe_way_on, discard_checkpoint, make_room
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from transfer.layers import head_names
+from transfer.backbones.layers import head_names
 
 
 def _shared_settings(config: PreTrainedConfig, target: type[PreTrainedConfig]) -> dict:

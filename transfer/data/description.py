@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from transfer import UserError
-from transfer.layouts import TEMPLATE_NAME, ImageFolder
-from transfer.pixels import scan_images
+from transfer.data.layouts import TEMPLATE_NAME, ImageFolder
+from transfer.data.pixels import scan_images
 from transfer.submission import read_template
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from transfer import UserError
-from transfer.layers import find_blocks, find_heads, hold_batch_norms
+from transfer.backbones.layers import find_blocks, find_heads, hold_batch_norms
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from transfer import UserError
-from transfer.layouts import TEMPLATE_NAME, ImageFolder, image_id_of, name_of
+from transfer.data.layouts import TEMPLATE_NAME, ImageFolder, image_id_of, name_of
 from transfer.submission import make_template, render_submission
 
 CLASSES = 100

@@ -14,10 +14,10 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 
-import transfer.dinov3  # noqa: F401  registers its class
+import transfer.backbones.dinov3  # noqa: F401  registers its class
 from transfer import UserError
-from transfer.conversions import CONVERSIONS
-from transfer.layers import head_names
+from transfer.backbones.conversions import CONVERSIONS
+from transfer.backbones.layers import head_names
 from transfer.offline import offline_backbone
 
 LOADING_ADVICE = "give a Hub id, a folder made by save_pretrained, or `offline`"

@@ -20,15 +20,15 @@ from transformers.trainer_utils import EvalPrediction
 
 from transfer import UserError
 from transfer.augmentation import TEST_TIME_VIEWS, EvaluationView, TrainingView, seeded_generator
-from transfer.averaging import average_weights, weights_of
-from transfer.checkpoints import describe_way_on
-from transfer.endurance import EnduringTrainer
-from transfer.layers import parameter_groups
-from transfer.lora import check_same_adapters, holds_adapters, is_adapted, load_adapters, merge_adapters
+from transfer.backbones.layers import parameter_groups
+from transfer.backbones.lora import check_same_adapters, holds_adapters, is_adapted, load_adapters, merge_adapters
+from transfer.data.pixels import PixelDataset, take_batch
 from transfer.mixing import Mixing
 from transfer.modeling import Classifier
-from transfer.pixels import PixelDataset, take_batch
-from transfer.tracking import StampSeconds
+from transfer.training.averaging import average_weights, weights_of
+from transfer.training.checkpoints import describe_way_on
+from transfer.training.endurance import EnduringTrainer
+from transfer.training.tracking import StampSeconds
 
 AVERAGE_FOLDER = "average"  # in a checkpoint: the moving average of the weights
 PRECISION_VARIABLE = "ACCELERATE_MIXED_PRECISION"  # how accelerate launch tells the script

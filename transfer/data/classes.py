@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transfer import UserError
-from transfer.layouts import EXPECTED, NATURAL_ORDER, list_class_folders, natural_key, read_lines
+from transfer.data.layouts import EXPECTED, NATURAL_ORDER, list_class_folders, natural_key, read_lines
 
 
 def read_class_list(path: Path) -> list[str]:

@@ -13,8 +13,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from transfer import UserError
-from transfer.classes import name_classes
-from transfer.layouts import ImageFolder, image_id_of, list_images, natural_key
+from transfer.data.classes import name_classes
+from transfer.data.layouts import ImageFolder, image_id_of, list_images, natural_key
 
 # What the Hub's data sets call their splits, the usual name first.
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}

@@ -1,0 +1,1 @@
+"""Files on a disk or a Hub -> what they are, which label each has, and their pixels."""
