@@ -45,11 +45,10 @@ from benchmarks.stock import stock_trainer
 from data_loading import load_dataset, open_data
 from transfer.arguments import FinetuningArguments
 from transfer.augmentation import EvaluationView, TrainingView
-from transfer.backbones.gates import skip_open_gates
 from transfer.backbones.geometry import read_geometry
 from transfer.data.pixels import PixelDataset, open_pixel_store
 from transfer.estimate import StepTimer
-from transfer.modeling import Classifier
+from transfer.modeling import Classifier, quicken
 from transfer.offline import offline_backbone
 from transfer.record import describe_device, describe_versions
 from transfer.training.trainer import FinetuningTrainer, keep_freed_memory, settle_precision, use_all_cores
@@ -216,7 +215,7 @@ def measure_case(name: str, repeats: int, dataset, folder, data_dir: str) -> dic
     """One model: training against both, prediction against the ceiling."""
     title, build, batch, steps = (CASES | GPU_CASES)[name]
     model, processor = build()
-    skip_open_gates(model)
+    quicken(model)
     geometry = read_geometry(processor)
     size = geometry.crop[0]
     store = open_pixel_store(folder.root, folder.files, geometry.apply, geometry.crop, geometry.rule)
