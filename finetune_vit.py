@@ -63,6 +63,7 @@ from transfer.results import describe_results, write_results
 from transfer.training.averaging import Weights, greedy_soup
 from transfer.training.budget import Deadline, TimeBudget, process_start, share_of_time
 from transfer.training.checkpoints import Origin, find_checkpoint, last_checkpoint
+from transfer.training.processes import describe_share, share_batch
 from transfer.training.trainer import (
     FinetuningTrainer,
     keep_freed_memory,
@@ -98,6 +99,16 @@ def set_up_logging(args: FinetuningArguments) -> None:
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()  # the one for loading weights; the Trainer keeps its own
+
+
+def share_steps(args: FinetuningArguments) -> None:
+    """Let several processes do together what the recipe asks of one."""
+    if args.world_size == 1:
+        return
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = share_batch(
+        args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    )
+    say(args, describe_share(args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size))
 
 
 def find_data(run: RunArguments) -> ImageFolder:
@@ -260,6 +271,7 @@ def run_once(task: Task, args: FinetuningArguments, checkpoint: str | None) -> d
     metrics |= training
     if args.process_index == 0:
         write_results(trainer, task.folder, record, metrics, predictions)
+    trainer.accelerator.wait_for_everyone()  # what follows may read them
     return metrics
 
 
@@ -341,6 +353,7 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
     arguments = describe_arguments(run, args)
     push, args.push_to_hub = args.push_to_hub, False  # the Trainer would upload the whole output folder
     say(args, precision)
+    share_steps(args)
 
     folder = find_data(run)
     say(args, *describe_layout(folder))

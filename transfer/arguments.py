@@ -6,6 +6,7 @@ import torch
 from transformers import TrainingArguments
 
 from transfer.augmentation import TEST_TIME_VIEWS
+from transfer.training.processes import must_use_cpu
 from transfer.training.tracking import default_trackers
 
 EVERYDAY_TRAINING_ARGUMENTS = [
@@ -148,7 +149,7 @@ class FinetuningArguments(TrainingArguments):
     do_train: bool = option(True, "`false` skips training: an existing model is evaluated and predicts.")
     num_train_epochs: float = option(3.0, "Passes over the training images.")
     learning_rate: float = option(5e-4, "Peak learning rate.")
-    per_device_train_batch_size: int = option(64, "Images a device sees in one step.")
+    per_device_train_batch_size: int = option(64, "Images in one step; several processes share them.")
     per_device_eval_batch_size: int = option(256, "Images a device sees in one evaluation step.")
     weight_decay: float = option(0.05, "AdamW's decoupled weight decay; biases and norms are exempt.")
     warmup_steps: float = option(0.1, "Steps of linear warm-up; a share of all steps if below 1.")
@@ -182,6 +183,7 @@ class FinetuningArguments(TrainingArguments):
     def __post_init__(self):
         if self.report_to == ["auto"]:
             self.report_to = default_trackers()
+        self.use_cpu = self.use_cpu or must_use_cpu()
         # Pinned memory only serves copies to an accelerator; on a CPU torch warns about it.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()

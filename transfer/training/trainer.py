@@ -258,6 +258,14 @@ class FinetuningTrainer(EnduringTrainer):
         loss, logits, labels = super().prediction_step(*args, **kwargs)
         return loss, logits[0] if isinstance(logits, tuple) else logits, labels
 
+    def _prepare_for_training(self, *args, **kwargs):
+        """A model that was evaluated before counts as prepared: several processes would each train their own."""
+        if self.args.world_size > 1 and getattr(self.model, "_is_accelerate_prepared", False):
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.accelerator.free_memory()
+            self.model._is_accelerate_prepared = False
+        return super()._prepare_for_training(*args, **kwargs)
+
     def create_optimizer(self, model=None):
         """AdamW, or what `--optim` names, over the model's learning-rate groups."""
         if self.optimizer is None:

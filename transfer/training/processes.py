@@ -1,0 +1,40 @@
+"""What changes where several processes train together: nothing that a recipe says."""
+
+import os
+
+import torch
+
+from transfer import UserError
+
+
+def launched_processes() -> int:
+    """How many processes the launcher started, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def must_use_cpu() -> bool:
+    """Whether several processes were started where there is no accelerator: accelerate then wants to be told."""
+    return launched_processes() > 1 and not torch.accelerator.is_available()
+
+
+def share_batch(images: int, accumulation: int, processes: int) -> tuple[int, int]:
+    """What each of several processes does of an optimizer step: (images at once, accumulation).
+
+    `images` and `accumulation` are those of one process. No process gets more at once than that, so that what fits one
+    device fits each. Raises `UserError` where the step cannot be shared equally.
+    """
+    step = images * accumulation
+    if step % processes:
+        raise UserError(
+            f"--per_device_train_batch_size {images}: {step} images a step cannot be shared equally by {processes} "
+            f"processes; take {max(1, round(images / processes)) * processes}"
+        )
+    share = step // processes
+    at_once = max(size for size in range(1, min(images, share) + 1) if share % size == 0)
+    return at_once, share // at_once
+
+
+def describe_share(images: int, accumulation: int, processes: int) -> str:
+    """One line that says how a step is shared."""
+    times = f" x {accumulation} accumulated" if accumulation > 1 else ""
+    return f"processes   {processes}: a step of {processes * images * accumulation} images is {images} of each{times}"
