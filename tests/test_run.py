@@ -352,6 +352,24 @@ def test_accelerate_launch_sets_the_precision_and_the_figures_are_those_of_fp32(
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_training_is_in_mixed_precision_after_figures_in_fp32(pristine_data, checkpoints, finetune, monkeypatch):
+    from transfer.training import trainer as training_module
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setattr(training_module, "_has_bf16_units", lambda: True)
+    seen, step = set(), training_module.FinetuningTrainer.training_step
+
+    def watched(self, model, *args, **kwargs):
+        hook = model.classifier.register_forward_hook(lambda head, inputs, logits: seen.add(logits.dtype))
+        result = step(self, model, *args, **kwargs)
+        hook.remove()
+        return result
+
+    monkeypatch.setattr(training_module.FinetuningTrainer, "training_step", watched)
+    finetune(pristine_data, checkpoints("convnext"))
+    assert seen == {torch.bfloat16}
+
+
 def test_a_mistake_under_quiet_accelerate_launch_shows_no_traceback(pristine_data, checkpoints, tmp_path):
     done = launch(tmp_path, tmp_path / "absent", checkpoints("convnext"), launcher=["--quiet"])
     assert "error: " in done.stderr and "no such folder or zip" in done.stderr

@@ -190,6 +190,18 @@ class FinetuningTrainer(EnduringTrainer):
         total = F.cross_entropy(outputs["logits"].float(), labels, label_smoothing=smoothing, reduction="sum")
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
+    def train(self, *args, **kwargs):
+        """The parent's, after forgetting that an evaluation has prepared the model already.
+
+        accelerate would leave it as it is: without the mixed precision, which final figures do without, and without
+        what makes several processes train one model.
+        """
+        if self.model_wrapped is self.model:
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.accelerator.free_memory()
+            self.model._is_accelerate_prepared = False
+        return super().train(*args, **kwargs)
+
     @contextlib.contextmanager
     def full_precision(self):
         """Without the mixed precision that accelerate wraps around the model's forward."""
@@ -257,14 +269,6 @@ class FinetuningTrainer(EnduringTrainer):
         """The parent's (loss, logits, labels); of several outputs, such as DeiT's, the logits come first."""
         loss, logits, labels = super().prediction_step(*args, **kwargs)
         return loss, logits[0] if isinstance(logits, tuple) else logits, labels
-
-    def _prepare_for_training(self, *args, **kwargs):
-        """A model that was evaluated before counts as prepared: several processes would each train their own."""
-        if self.args.world_size > 1 and getattr(self.model, "_is_accelerate_prepared", False):
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            self.accelerator.free_memory()
-            self.model._is_accelerate_prepared = False
-        return super()._prepare_for_training(*args, **kwargs)
 
     def create_optimizer(self, model=None):
         """AdamW, or what `--optim` names, over the model's learning-rate groups."""
