@@ -33,7 +33,7 @@ from transfer.data.layouts import (
     name_layout,
     name_test_images,
 )
-from transfer.data.splits import split_validation, take_evenly
+from transfer.data.splits import split_fold, split_validation, take_evenly
 from transfer.data.tiny_imagenet import make_100
 from transfer.offline import sample_data
 from transfer.submission import check_template, read_template
@@ -98,13 +98,21 @@ def open_data(data_dir: str, classes_file: str | None = None) -> ImageFolder:
 
 
 def draw_splits(
-    folder: ImageFolder, validation_fraction: float, split_seed: int, max_train_samples: int | None
+    folder: ImageFolder,
+    validation_fraction: float,
+    split_seed: int,
+    max_train_samples: int | None,
+    fold: tuple[int, int] | None,
 ) -> dict[str, tuple[list[str], list[int]]]:
     """(files, labels) of train and validation: validation as published, or held out of train."""
     files, labels = folder.train_files, folder.train_labels
     published = folder.validation_files, folder.validation_labels
     train, held_out = range(len(files)), []
-    if not folder.validation_files:
+    if fold and folder.validation_files:
+        raise UserError("--kfold: these data have validation images of their own, which all runs are measured on")
+    if fold:
+        train, held_out = split_fold(files, labels, *fold, split_seed)
+    elif not folder.validation_files:
         train, held_out = split_validation(files, labels, validation_fraction, split_seed)
     if max_train_samples is not None:
         train = take_evenly(train, files, labels, max_train_samples)
@@ -120,8 +128,9 @@ def load_dataset(
     validation_fraction: float = 0.1,
     split_seed: int = 0,
     max_train_samples: int | None = None,
+    fold: tuple[int, int] | None = None,
 ) -> datasets.DatasetDict:
-    """The data set as a DatasetDict.
+    """The data set as a DatasetDict; `fold`, such as (1, 5), takes a share of cross-validation instead of a fraction.
 
     `train` and `validation` hold image, label (ClassLabel in label order) and file; `test`, where there are test
     images, holds image, image_id and file. Images decode to RGB.
@@ -134,7 +143,7 @@ def load_dataset(
         return [f"{folder.root}/{file}" for file in files]
 
     splits = {}
-    for name, (files, labels) in draw_splits(folder, validation_fraction, split_seed, max_train_samples).items():
+    for name, (files, labels) in draw_splits(folder, validation_fraction, split_seed, max_train_samples, fold).items():
         rows = {"image": paths(files), "label": labels, "file": files}
         splits[name] = datasets.Dataset.from_dict(rows, labelled)
     if folder.test_files:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
-import numpy as np
 import transformers
 from accelerate.utils import set_seed
 
@@ -33,21 +32,14 @@ from transfer.augmentation import TEST_TIME_VIEWS, EvaluationView, TrainingView,
 from transfer.backbones.geometry import ViewGeometry, read_geometry
 from transfer.backbones.layers import freeze_levels, hold_batch_norms, trained_share
 from transfer.backbones.lora import add_adapters
-from transfer.command_line import parse_command_line
+from transfer.command_line import chosen_arguments, known_names, parse_command_line
 from transfer.data.hub_data import open_hub_data
 from transfer.data.pixels import PixelDataset, PixelStore, open_pixel_store
 from transfer.estimate import describe_estimate, estimate, leave_no_traces
 from transfer.evaluation import evaluate_split, predict_and_measure, sample_of_train
-from transfer.experiment import (
-    average_probabilities,
-    choose_submission,
-    plain_accuracy,
-    seed_arguments,
-    summarise,
-)
+from transfer.experiment import fold_arguments, seed_arguments, trial_arguments
 from transfer.mixing import Mixing
 from transfer.modeling import Classifier, build_classifier, load_trained
-from transfer.predictions import Predictions
 from transfer.probe import fit_probe
 from transfer.publishing import check_wishes, publish
 from transfer.record import (
@@ -57,10 +49,10 @@ from transfer.record import (
     is_finished,
     make_record,
 )
-from transfer.reporting import measure, read_metrics
+from transfer.repeats import best_of, combine_folds, combine_seeds
 from transfer.reproduction import compare_results, compare_surroundings
 from transfer.results import describe_results, write_results
-from transfer.training.averaging import Weights, greedy_soup
+from transfer.search import BEST_FILE, SearchSpace, hold_out_of_train, open_study, search, write_best
 from transfer.training.budget import Deadline, TimeBudget, process_start, share_of_time
 from transfer.training.checkpoints import Origin, find_checkpoint, last_checkpoint
 from transfer.training.processes import describe_share, share_batch
@@ -116,6 +108,12 @@ def find_data(run: RunArguments) -> ImageFolder:
     if run.dataset_name:
         return open_hub_data(run.dataset_name, run.dataset_config_name, run.label_column_name)
     return open_data(run.data_dir, run.classes_file)
+
+
+def split_data(run: RunArguments, folder: ImageFolder) -> datasets.DatasetDict:
+    """Train, validation and test images of a run, or of one fold of it."""
+    fold = (run.fold, run.kfold) if run.fold else None
+    return load_dataset(folder, run.validation_fraction, run.split_seed, run.max_train_samples, fold)
 
 
 def prepare_model(task: Task, args: FinetuningArguments) -> Classifier:
@@ -275,62 +273,70 @@ def run_once(task: Task, args: FinetuningArguments, checkpoint: str | None) -> d
     return metrics
 
 
-def run_seeds(task: Task, args: FinetuningArguments) -> dict:
-    """Train with every seed, each in its own folder, and put them together; returns the metrics of the whole."""
+def run_repeats(task: Task, args: FinetuningArguments) -> dict:
+    """Train with every seed, or on every fold, each in its own folder, and put them together; returns the metrics."""
     resuming = args.resume_from_checkpoint is not None
-    folders = []
-    for number, seed in enumerate(task.run.seeds, 1):
-        one = seed_arguments(args, seed)
-        folders.append(Path(one.output_dir))
-        if resuming and is_finished(folders[-1]):
+    repeats = list_folds(task, args) if task.run.kfold else list_seeds(task, args)
+    folders = [Path(one.output_dir) for _, one in repeats]
+    for number, (folder, (share, one)) in enumerate(zip(folders, repeats, strict=True), 1):
+        if resuming and is_finished(folder):
             continue
-        say(args, f"seed {seed}      training {number} of {len(task.run.seeds)}")
-        checkpoint = last_checkpoint(folders[-1]) if resuming else None
-        alone = task.arguments | {"seeds": None, "output_dir": one.output_dir}
-        ends_by = share_of_time(task.ends_by, len(task.run.seeds) - number + 1)
-        share = replace(task, arguments=alone, ends_by=ends_by)
+        say(args, f"{folder.name:<11} training {number} of {len(repeats)}")
+        checkpoint = last_checkpoint(folder) if resuming else None
+        share = replace(share, ends_by=share_of_time(task.ends_by, len(repeats) - number + 1))
         run_once(share, one, str(checkpoint) if checkpoint else None)
-    return combine_seeds(task, args, folders)
+    return combine(task, args, folders)
 
 
-def combine_seeds(task: Task, args: FinetuningArguments, folders: Sequence[Path]) -> dict:
-    """Soup and ensemble of finished trainings; the model is the soup where it is better than the best single one."""
-    runs, members = [read_metrics(folder) for folder in folders], [Predictions.load(folder) for folder in folders]
-    singles = [plain_accuracy(run) for run in runs]
-    best = int(np.argmax(singles))
-    models = [load_trained(str(folder / "model"), task.folder.wnids).model.state_dict() for folder in folders]
-    trainer, store = make_trainer(task, args, load_trained(str(folders[best] / "model"), task.folder.wnids))
+def list_seeds(task: Task, args: FinetuningArguments) -> list[tuple[Task, FinetuningArguments]]:
+    """A training for every seed."""
+    repeats = [seed_arguments(args, seed) for seed in task.run.seeds]
+    return [
+        (replace(task, arguments=task.arguments | {"seeds": None, "output_dir": one.output_dir}), one)
+        for one in repeats
+    ]
+
+
+def list_folds(task: Task, args: FinetuningArguments) -> list[tuple[Task, FinetuningArguments]]:
+    """A training for every fold, on its own split."""
+    repeats = []
+    for fold in range(1, task.run.kfold + 1):
+        one, run = fold_arguments(args, fold), replace(task.run, fold=fold)
+        arguments = task.arguments | {"fold": fold, "output_dir": one.output_dir}
+        repeats.append((replace(task, run=run, arguments=arguments, dataset=split_data(run, task.folder)), one))
+    return repeats
+
+
+def combine(task: Task, args: FinetuningArguments, folders: Sequence[Path]) -> dict:
+    """Write what the finished trainings come to; the model is the soup of the seeds, or the best fold's."""
+    trainer, store = make_trainer(task, args, load_trained(str(best_of(folders) / "model"), task.folder.wnids))
     record = start_record(task, trainer, store)
-
-    def validate(weights: Weights) -> float:
-        trainer.model.load_state_dict(weights)
-        return evaluate_split(trainer, trainer.eval_dataset)["accuracy"]
-
-    weights, chosen, _ = greedy_soup(models, singles, validate)
-    trainer.model.load_state_dict(weights)
-    predictions, metrics = predict_and_measure(trainer, task.dataset, store, task.run.test_time_views)
-    seconds = sum(run["train"]["seconds"] for run in runs)
-    metrics["train"] = evaluate_split(trainer, sample_of_train(task.dataset, store)) | {"seconds": seconds}
-    metrics["train"]["samples_per_second"] = float(np.mean([run["train"]["samples_per_second"] for run in runs]))
-    metrics |= {"zero_epoch": runs[best]["zero_epoch"], "seeds": runs} | summarise(runs)
-    metrics["soup"] = metrics["validation"] | {"members": [task.run.seeds[i] for i in chosen]}
-    ensemble = average_probabilities([member.validation_logits for member in members])
-    metrics["ensemble"] = measure(ensemble, predictions.validation_labels)
-    first = int(np.argmax([run["validation"]["accuracy"] for run in runs]))  # with its test-time views
-    candidates = {  # name -> validation accuracy, scores of the test images
-        f"seed {task.run.seeds[first]}": (runs[first]["validation"]["accuracy"], members[first].test_logits),
-        "soup": (metrics["soup"]["accuracy"], predictions.test_logits),
-        "ensemble": (
-            metrics["ensemble"]["accuracy"],
-            average_probabilities([member.test_logits for member in members]),
-        ),
-    }
-    source = choose_submission({name: accuracy for name, (accuracy, _) in candidates.items()})
-    accuracy, tested = candidates[source]
-    metrics["submission"] = {"from": source, "validation_accuracy": accuracy}
+    if task.run.kfold:
+        whole = combine_folds(folders)
+    else:
+        views = task.run.test_time_views
+        whole = combine_seeds(folders, task.run.seeds, trainer, task.dataset, store, views)
     if args.process_index == 0:
-        write_results(trainer, task.folder, record, metrics, predictions, tested)
-    return metrics
+        write_results(trainer, task.folder, record, whole.metrics, whole.predictions, whole.test_scores)
+    return whole.metrics
+
+
+def search_settings(task: Task, args: FinetuningArguments) -> None:
+    """Try settings on a slice of the training images and write the best ones as a recipe."""
+    run, out = task.run, Path(args.output_dir)
+    space = SearchSpace.read(run.search_space, known_names())
+    dataset = hold_out_of_train(task.dataset, run.validation_fraction, run.split_seed)
+    identity = chosen_arguments(task.arguments) | {"ranges": space.ranges, "split": split_fingerprint(dataset)}
+    study = open_study(out, identity, args.resume_from_checkpoint is not None, args.seed)
+
+    def build(settings: dict) -> FinetuningTrainer:
+        tried, once = trial_arguments(run, args, settings)
+        trial = replace(task, run=tried, dataset=dataset)
+        return make_trainer(trial, once, prepare_model(trial, once))[0]
+
+    best, accuracy = search(build({}), build, space, run.search, study, functools.partial(say, args))
+    recipe = chosen_arguments(task.arguments) | best
+    say(args, write_best(out, recipe, accuracy), f"best settings in {out / BEST_FILE}")
 
 
 @exits_cleanly
@@ -342,10 +348,11 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
     keep_freed_memory()
     run, args, _ = parse_command_line(sys.argv[1:] if argv is None else argv)
     out = Path(args.output_dir)
-    checkpoint = None if run.seeds else find_checkpoint(out, args.resume_from_checkpoint)
+    repeated = run.search or run.seeds or (run.kfold and not run.fold)
+    checkpoint = None if repeated else find_checkpoint(out, args.resume_from_checkpoint)
     if run.estimate:
         leave_no_traces(args)
-    elif args.process_index == 0:
+    elif args.process_index == 0 and not run.search:
         claim_output_dir(out, resuming=args.resume_from_checkpoint is not None)
     set_up_logging(args)
     if args.process_index == 0 and not run.estimate:
@@ -357,15 +364,15 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
 
     folder = find_data(run)
     say(args, *describe_layout(folder))
-    dataset = load_dataset(folder, run.validation_fraction, run.split_seed, run.max_train_samples)
+    dataset = split_data(run, folder)
     say(args, "splits      " + ", ".join(f"{name} {len(split)}" for name, split in dataset.items()))
     ends_by = started + 60 * run.max_minutes if run.max_minutes else None
     task = Task(run, arguments, precision, folder, dataset, ends_by)
 
-    if run.estimate:
-        estimate_run(task, args)
+    if run.estimate or run.search:
+        (estimate_run if run.estimate else search_settings)(task, args)
         return
-    metrics = run_seeds(task, args) if run.seeds else run_once(task, args, checkpoint)
+    metrics = run_repeats(task, args) if repeated else run_once(task, args, checkpoint)
     say(args, *describe_results(metrics), f"results in {out}")
     if args.process_index == 0:
         publish(run, args, push, [folder.root / file for file in folder.test_files or folder.train_files])

@@ -1,12 +1,16 @@
 """Several seeds, their mean and spread, ensemble and soup; views averaged in prediction; the probe."""
 
+import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.special import softmax
 
+from transfer import UserError
 from transfer.experiment import average_probabilities, choose_submission, choose_views, summarise
 from transfer.predictions import Predictions
 from transfer.probe import fit_head
@@ -165,3 +169,85 @@ def test_fine_tuning_starts_from_the_probe(pristine_data, checkpoints, finetune)
     out = finetune(pristine_data, checkpoints("convnext"), probe="true", **arguments)
     metrics = metrics_of(out)
     assert metrics["validation"]["accuracy"] == metrics["probe"]["accuracy"]
+
+
+@pytest.fixture(scope="module")
+def folds_run(tmp_path_factory, pristine_data, checkpoints):
+    from finetune_vit import main
+
+    place = tmp_path_factory.mktemp("folds")
+    recipe = place / "tiny.yaml"
+    recipe.write_text("per_device_train_batch_size: 8\nnum_train_epochs: 2\nkfold: 3\n")
+    arguments = {"data_dir": pristine_data, "model_name_or_path": checkpoints("convnext"), "output_dir": place / "out"}
+    words = [w for name, value in (arguments | LEARNING).items() for w in (f"--{name}", str(value))]
+    main([str(recipe), *words])
+    return [str(recipe), *words], place / "out"
+
+
+def test_every_image_is_judged_by_the_fold_that_had_not_seen_it(folds_run):
+    _, out = folds_run
+    whole, members = Predictions.load(out), [Predictions.load(out / f"fold-{fold}") for fold in (1, 2, 3)]
+    assert len(set(whole.validation_files)) == len(whole.validation_files) == 48
+    assert all((np.bincount(member.validation_labels) == 4).all() for member in members)  # stratified
+    hits = [(m.validation_logits.argmax(-1) == m.validation_labels).mean() for m in members]
+    metrics = metrics_of(out)
+    assert metrics["validation"]["n"] == 48 and metrics["validation"]["accuracy"] == pytest.approx(np.mean(hits))
+    assert metrics["mean"]["validation"]["accuracy"] == pytest.approx(np.mean(hits))
+    assert metrics["std"]["validation"]["accuracy"] == pytest.approx(np.std(hits, ddof=1))
+    assert metrics["folds"] == [metrics_of(out / f"fold-{fold}") for fold in (1, 2, 3)]
+
+
+def test_the_submission_of_a_cross_validation_is_its_ensembles(folds_run):
+    _, out = folds_run
+    members = [Predictions.load(out / f"fold-{fold}") for fold in (1, 2, 3)]
+    expected = np.mean([softmax(member.test_logits.astype(np.float64), axis=-1) for member in members], 0).argmax(-1)
+    handed_in = dict(row.split(",") for row in (out / "submission.csv").read_text().splitlines()[1:])
+    assert [int(handed_in[image_id]) for image_id in members[0].test_ids] == expected.tolist()
+    page, card = (out / "report.html").read_text(), (out / "model" / "README.md").read_text()
+    assert "ensemble of 3 folds" in page and "<h3>Folds</h3>" in page and "mean of the seeds" not in page
+    assert "over 3 folds, validation" in card and "by the fold that had not seen it" in card
+
+
+def test_a_fold_can_be_trained_alone_and_is_not_trained_again(folds_run, tmp_path):
+    from finetune_vit import main
+
+    command, out = folds_run
+    main([*command, "--fold", "2", "--output_dir", str(tmp_path / "alone")])
+    weights = "model/model.safetensors"
+    assert (tmp_path / "alone" / weights).read_bytes() == (out / "fold-2" / weights).read_bytes()
+    before = (out / "fold-1" / weights).stat().st_mtime_ns
+    main([*command, "--resume_from_checkpoint", "true"])
+    assert (out / "fold-1" / weights).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--kfold", "1"], "--kfold 1: must be at least 2"),
+        (["--kfold", "2", "--seeds", "1", "2"], "--kfold and --seeds do not go together"),
+        (["--kfold", "2", "--do_train", "false"], "--kfold repeats the training"),
+        (["--kfold", "13"], "--kfold 13: the class of .* has only 12 images"),
+        (["--fold", "1"], "--fold 1: must be 1 to --kfold, which is missing"),
+        (["--kfold", "2", "--fold", "3"], "--fold 3: must be 1 to --kfold, which is 2"),
+    ],
+)
+def test_a_cross_validation_that_cannot_be_is_refused(
+    flags, message, pristine_data, checkpoints, finetune, capsys, tmp_path
+):
+    from finetune_vit import main
+
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("per_device_train_batch_size: 8\n")
+    with pytest.raises(SystemExit) as stopped:
+        main([str(recipe), "--data_dir", str(pristine_data), "--model_name_or_path", str(checkpoints("vit")), *flags])
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_data_with_validation_images_of_their_own_are_not_folded(pristine_data):
+    from data_loading import load_dataset, open_data
+
+    folder = open_data(str(pristine_data))
+    published = dataclasses.replace(folder, validation_files=folder.train_files[:4], validation_labels=[0, 1, 2, 3])
+    with pytest.raises(UserError, match="--kfold: these data have validation images of their own"):
+        load_dataset(published, fold=(1, 3))

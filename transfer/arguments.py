@@ -122,7 +122,21 @@ class RunArguments:
         "Repeat the training with each of these seeds, report mean and spread, and hand in their ensemble or soup "
         "where it is better on validation.",
     )
+    kfold: int | None = option(
+        None,
+        "Cross-validation: train this many times, each time holding out another share of the images, report the "
+        "accuracy on all of them and hand in the ensemble.",
+    )
+    fold: int | None = option(None, "Of --kfold, train this fold alone, from 1: folds may go to several machines.")
     split_seed: int = option(0, "Decides which images are held out; independent of --seed.")
+    search: int | None = option(
+        None,
+        "Try so many settings from search_space, judged on a slice of the training images, and write the best as "
+        "best.yaml into output_dir; needs Optuna.",
+    )
+    search_space: str | None = option(
+        None, "For --search, in a recipe: arguments, each with a list of choices or with low, high and perhaps log."
+    )
     estimate: bool = option(False, "Measure memory and time on a few steps of the run, then stop.")
     max_minutes: float | None = option(
         None, "End in so many minutes, csv included: training takes the steps that fit, at a schedule of their length."

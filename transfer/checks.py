@@ -29,6 +29,8 @@ LEAST = {
     "gradient_accumulation_steps": 1,
     "freeze_levels": 0,
     "lora_r": 0,
+    "kfold": 2,
+    "search": 1,
     "seed": 0,
     "seeds": 0,
     "split_seed": 0,
@@ -51,6 +53,18 @@ def check_seeds(run: RunArguments, args: FinetuningArguments) -> None:
         raise UserError(f"--seeds {' '.join(map(str, run.seeds))}: give two or more different seeds; --seed takes one")
     if not args.do_train:
         raise UserError("--seeds repeats the training; it does not go with --do_train false")
+
+
+def check_folds(run: RunArguments, args: FinetuningArguments) -> None:
+    """Refuse cross-validation beside what it replaces."""
+    if run.fold is not None and not 1 <= run.fold <= (run.kfold or 0):
+        raise UserError(f"--fold {run.fold}: must be 1 to --kfold, which is {run.kfold or 'missing'}")
+    if run.kfold is None:
+        return
+    if run.seeds:
+        raise UserError("--kfold and --seeds do not go together: the folds are the repeats; leave one of them out")
+    if not args.do_train:
+        raise UserError("--kfold repeats the training; it does not go with --do_train false")
 
 
 def check_data_arguments(run: RunArguments) -> None:
@@ -106,6 +120,17 @@ def check_training(run: RunArguments, args: FinetuningArguments) -> None:
         raise UserError("--max_minutes shortens training; it does not go with --do_train false")
 
 
+def check_search(run: RunArguments, args: FinetuningArguments) -> None:
+    """Refuse a search beside what is not one training."""
+    if run.search is None:
+        return
+    for name in ("seeds", "kfold", "probe_only", "estimate", "max_minutes", "reproduce"):
+        if getattr(run, name):
+            raise UserError(f"--search and --{name} do not go together; search first, then run best.yaml")
+    if not args.do_train or args.world_size > 1:
+        raise UserError("--search trains, in one process: leave out --do_train false, and launch one process")
+
+
 def check_sharing(run: RunArguments, args: FinetuningArguments) -> None:
     """Refuse to report or push to nowhere."""
     check_trackers(args.report_to)
@@ -121,4 +146,6 @@ def check_values(run: RunArguments, args: FinetuningArguments) -> None:
     check_numbers(run, args)
     check_training(run, args)
     check_seeds(run, args)
+    check_folds(run, args)
+    check_search(run, args)
     check_sharing(run, args)

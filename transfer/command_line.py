@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -16,7 +17,15 @@ from transfer.record import describe_arguments
 from transfer.reproduction import read_record
 
 # Of a recorded run, what its repetition does not do again.
-NOT_REPEATED = ("output_dir", "resume_from_checkpoint", "push_to_hub", "reproduce", "estimate")
+NOT_REPEATED = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "push_to_hub",
+    "reproduce",
+    "estimate",
+    "search",
+    "search_space",
+)
 
 USAGE = "accelerate launch --config_file accelerate_config.yaml finetune_vit.py RECIPE.yaml [--key value ...]"
 
@@ -114,16 +123,20 @@ def to_flags(recipe: dict) -> list[str]:
     return words
 
 
-def recorded_words(path: Path) -> list[str]:
-    """The arguments in a run.json that are not defaults, as command-line words; its output goes beside the old one."""
-    recorded = read_record(path)["arguments"]
+def chosen_arguments(recorded: Mapping) -> dict:
+    """Of a run's arguments those that are not defaults and that its repetition needs."""
     defaults = describe_arguments(RunArguments(), FinetuningArguments(output_dir="outputs"))
-    chosen = {
+    return {
         name: value
         for name, value in recorded.items()
         if name in known_names() and name not in NOT_REPEATED and value != defaults.get(name)
     }
-    return to_flags(chosen | {"output_dir": f"{recorded['output_dir']}-reproduced"})
+
+
+def recorded_words(path: Path) -> list[str]:
+    """The arguments in a run.json that are not defaults, as command-line words; its output goes beside the old one."""
+    recorded = read_record(path)["arguments"]
+    return to_flags(chosen_arguments(recorded) | {"output_dir": f"{recorded['output_dir']}-reproduced"})
 
 
 def read_words(argv: list[str]) -> tuple[Path, list[str], list[str]]:

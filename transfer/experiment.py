@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,24 @@ def seed_arguments(args: TrainingArguments, seed: int) -> TrainingArguments:
     args.seed = seed
     args.output_dir = str(Path(args.output_dir) / f"seed-{seed}")
     return args
+
+
+def fold_arguments(args: TrainingArguments, fold: int) -> TrainingArguments:
+    """The arguments of one fold of a cross-validation: its folder."""
+    args = copy.copy(args)
+    args.output_dir = str(Path(args.output_dir) / f"fold-{fold}")
+    return args
+
+
+def trial_arguments(run, args: TrainingArguments, settings: Mapping):
+    """The run's and the Trainer's arguments of one trial of a search, which leaves nothing on the disk."""
+    own = {name: value for name, value in settings.items() if hasattr(run, name)}
+    args = copy.copy(args)
+    quiet = {"save_strategy": "no", "load_best_model_at_end": False, "report_to": [], "resume_from_checkpoint": None}
+    for name, value in (settings | quiet).items():
+        if name not in own:
+            setattr(args, name, value)
+    return replace(run, **own), args
 
 
 def summarise(runs: Sequence[Mapping]) -> dict[str, dict]:

@@ -84,6 +84,13 @@ def describe_results(metrics: dict) -> list[str]:
             f"ensemble    validation accuracy {metrics['ensemble']['accuracy']:.4f}",
             f"submission  from {metrics['submission']['from']}, the best on validation",
         ]
+    if "folds" in metrics:
+        mean, std = (metrics[name]["validation"]["accuracy"] for name in ("mean", "std"))
+        lines = [
+            f"{len(metrics['folds'])} folds     validation accuracy {mean:.4f}, standard deviation {std:.4f}",
+            "all images  each by the fold that had not seen it: the last line",
+            f"submission  from the {metrics['submission']['from']}",
+        ]
     return [
         *lines,
         f"validation accuracy {validation['accuracy']:.4f} (95% interval {low:.4f} to {high:.4f}, "

@@ -44,6 +44,26 @@ def split_validation(
     return sorted(train), sorted(validation)
 
 
+def split_fold(
+    files: Sequence[str], labels: Sequence[int], fold: int, folds: int, split_seed: int
+) -> tuple[list[int], list[int]]:
+    """Positions (train, validation) of one fold, 1 to `folds`, stratified, by the file names and split_seed alone.
+
+    Every image is in the validation part of exactly one fold.
+    """
+    train, validation = [], []
+    for positions in positions_by_class(labels):
+        if len(positions) < folds:
+            raise UserError(
+                f"--kfold {folds}: the class of {files[positions[0]]} has only {len(positions)} images; every fold "
+                "needs one of each class"
+            )
+        drawn = [positions[i] for i in draw_order([files[p] for p in positions], split_seed)]
+        validation += drawn[fold - 1 :: folds]
+        train += [p for turn, p in enumerate(drawn) if turn % folds != fold - 1]
+    return sorted(train), sorted(validation)
+
+
 def take_evenly(positions: Sequence[int], files: Sequence[str], labels: Sequence[int], count: int) -> list[int]:
     """At most `count` of the positions, as evenly over the classes as their sizes allow; depends on names alone."""
     rounds = []

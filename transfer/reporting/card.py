@@ -33,6 +33,7 @@ RECIPE_SETTINGS = [
     "gradient_accumulation_steps",
     "seed",
     "seeds",
+    "kfold",
     "split_seed",
     "validation_fraction",
 ]
@@ -121,9 +122,10 @@ def _row(name: str, m: Mapping) -> str:
     )
 
 
-def _say_seeds(metrics: Mapping) -> list[str]:
+def _say_repeats(metrics: Mapping) -> list[str]:
     """Mean and standard deviation over repeated runs, a line for each split that has them."""
-    seeds, lines = metrics.get("seeds") or [], []
+    kind = "folds" if "folds" in metrics else "seeds"
+    repeats, lines = metrics.get(kind) or [], []
     for split, name in (("validation", "validation"), ("train", "training images")):
         figures = []
         for figure in ("accuracy", "loss"):
@@ -131,7 +133,7 @@ def _say_seeds(metrics: Mapping) -> list[str]:
             if mean is not None and spread is not None:
                 figures.append(f"{figure} {mean:.4f} ± {spread:.4f}")
         if figures:
-            lines.append(f"- Mean and standard deviation over {len(seeds)} seeds, {name}: {', '.join(figures)}.")
+            lines.append(f"- Mean and standard deviation over {len(repeats)} {kind}, {name}: {', '.join(figures)}.")
     if not lines:
         lines.append("- One seed: the spread over seeds is not known.")
     return lines
@@ -149,7 +151,9 @@ def _say_calibration(metrics: Mapping, predictions: Predictions) -> str:
 
 def _remarks(metrics: Mapping, predictions: Predictions) -> str:
     stages = [f"{STAGES[key]} {read_accuracy(metrics[key]):.4f}" for key in STAGES if read_accuracy(metrics.get(key))]
-    lines = _say_seeds(metrics)
+    lines = _say_repeats(metrics)
+    if "folds" in metrics:
+        lines.append("- The validation figures are of all labelled images, each by the fold that had not seen it.")
     if stages:
         lines.append(f"- On the way, validation accuracy: {', '.join(stages)}.")
     lines.append(_say_calibration(metrics, predictions))

@@ -14,7 +14,7 @@ from transfer.reporting.findings import Findings, list_classes, show_mistakes, s
 from transfer.reporting.matrix import choose_classes, draw_matrix
 from transfer.reporting.metrics import score_interval
 from transfer.reporting.pictures import Album
-from transfer.reporting.progress import draw_curves, list_seeds, list_steps
+from transfer.reporting.progress import draw_curves, list_repeats, list_steps
 from transfer.reporting.results import RunResults, leave_out_places, look_up, name_base
 
 HERE = Path(__file__).parent
@@ -162,7 +162,7 @@ def render_page(run: RunResults, album: Album, without_pictures: str | None = No
             tiles=list_tiles(run, reliability.ece, leaderboard),
             leaderboard=leaderboard,
             steps=list_steps(run.metrics, arguments),
-            seeds=list_seeds(run.metrics, arguments.get("seeds")),
+            repeats=list_repeats(run.metrics, arguments.get("seeds")),
             curves=draw_curves(run.histories),
             class_tables=list_classes(found),
             matrix=matrix,

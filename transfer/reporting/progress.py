@@ -1,4 +1,4 @@
-"""How a run came to its accuracy: curves from the Trainer's logs, stages, seeds."""
+"""How a run came to its accuracy: curves from the Trainer's logs, stages, repeats."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ STAGES = {
     "ensemble": "ensemble of the seeds",
 }
 
-# Columns of the table of seeds: where the number stands, and how it is written.
-SEED_COLUMNS = {
+# Columns of the table of repeated runs: where the number stands, and how it is written.
+REPEAT_COLUMNS = {
     "validation accuracy": (("validation", "accuracy"), 100, "{:.2f}%"),
     "validation loss": (("validation", "loss"), 1, "{:.4f}"),
     "train accuracy": (("train", "accuracy"), 100, "{:.2f}%"),
@@ -57,8 +57,8 @@ def _name_kept(metrics: Mapping, arguments: Mapping) -> str:
 def list_steps(metrics: Mapping, arguments: Mapping) -> list[Step]:
     """The stages that metrics.json knows, and what was kept of them, last."""
     found = {STAGES[key]: accuracy for key in STAGES if (accuracy := read_accuracy(metrics.get(key))) is not None}
-    if "fine_tuned" in metrics:
-        found.pop(STAGES["mean"], None)  # the mean is that of the seeds' fine-tuning, not a stage after it
+    if "fine_tuned" in metrics or "folds" in metrics:
+        found.pop(STAGES["mean"], None)  # it is that of the fine-tunings, not a stage after them
     plain = look_up(metrics, "test_time_views", "accuracy", "plain")
     if plain is not None and len(metrics["test_time_views"].get("kept", ())) > 1:
         found["one plain view"] = plain
@@ -70,25 +70,23 @@ def list_steps(metrics: Mapping, arguments: Mapping) -> list[Step]:
     return [*steps, Step(_name_kept(metrics, arguments), kept, gain, kept=True)]
 
 
-def list_seeds(metrics: Mapping, names: Sequence[int] | None) -> dict | None:
-    """The table of repeated runs: its columns, and rows of texts with mean and standard deviation; or None.
-
-    `names` are the seeds, in the order of the runs.
-    """
-    seeds = metrics.get("seeds")
-    if not isinstance(seeds, Sequence) or not seeds:
+def list_repeats(metrics: Mapping, seeds: Sequence[int] | None) -> dict | None:
+    """The table of repeated runs: their kind, columns, and rows of texts with mean and standard deviation; or None."""
+    kind = "fold" if "folds" in metrics else "seed"
+    runs = metrics.get(f"{kind}s")
+    if not isinstance(runs, Sequence) or not runs:
         return None
-    names = names if names and len(names) == len(seeds) else range(len(seeds))
-    entries = {str(name): entry for name, entry in zip(names, seeds, strict=True)}
+    names = seeds if kind == "seed" and seeds and len(seeds) == len(runs) else range(1, len(runs) + 1)
+    entries = {str(name): entry for name, entry in zip(names, runs, strict=True)}
     tails = {"mean": metrics.get("mean"), "standard deviation": metrics.get("std")}
     entries |= {name: entry for name, entry in tails.items() if entry is not None}
     columns = {
         name: column
-        for name, column in SEED_COLUMNS.items()
+        for name, column in REPEAT_COLUMNS.items()
         if any(_read(entry, column[0]) is not None for entry in entries.values())
     }
     rows = [(name, [_write(entry, column) for column in columns.values()]) for name, entry in entries.items()]
-    return {"columns": list(columns), "rows": rows}
+    return {"kind": kind, "columns": list(columns), "rows": rows}
 
 
 def _read(entry, path: Sequence[str]) -> float | None:

@@ -44,8 +44,9 @@ def read_class_names(folder: Path) -> list[str]:
 
 
 def read_histories(folder: Path) -> dict[str, list[dict]]:
-    """The Trainer's log of each seed, or the one log of a run without repeats; empty where nothing was trained."""
-    states = sorted(folder.glob("seed-*/trainer_state.json"), key=lambda path: (len(path.parent.name), path))
+    """The Trainer's log of each seed or fold, or the one log of a run; empty where nothing was trained."""
+    states = [path for kind in ("seed", "fold") for path in folder.glob(f"{kind}-*/trainer_state.json")]
+    states.sort(key=lambda path: (len(path.parent.name), path))
     if not states and (folder / "trainer_state.json").is_file():
         states = [folder / "trainer_state.json"]
     names = ["" if path.parent == folder else path.parent.name.replace("-", " ") for path in states]

@@ -162,6 +162,14 @@ class FinetuningTrainer(EnduringTrainer):
         self.chosen_weights: Path | None = None  # the folder whose weights the training ended with
         self.shown: Callable = _as_it_is  # what prediction shows of each image
 
+    def take_over(self, other: "FinetuningTrainer") -> None:
+        """Become another trainer, model and recipe, for the next trial of a search; data and callbacks stay."""
+        self.callback_handler.pop_callback(AverageEveryStep)
+        for name in ("args", "model", "model_wrapped", "average", "training_view", "layer_decay", "mixing"):
+            setattr(self, name, getattr(other, name))
+        if self.average is not None:
+            self.add_callback(AverageEveryStep(self.average))
+
     def _prepare_inputs(self, inputs):
         """Move a batch to the device and show the model its view: a random one in training."""
         inputs = super()._prepare_inputs(inputs)
@@ -196,7 +204,7 @@ class FinetuningTrainer(EnduringTrainer):
         accelerate would leave it as it is: without the mixed precision, which final figures do without, and without
         what makes several processes train one model.
         """
-        if self.model_wrapped is self.model:
+        if self.model_wrapped is self.model and self.model is not None:
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.accelerator.free_memory()
             self.model._is_accelerate_prepared = False

@@ -1,0 +1,114 @@
+"""A search finds what learns, goes on after a kill, and leaves a recipe that can be run."""
+
+import json
+
+import pytest
+import yaml
+
+from transfer import UserError
+from transfer.command_line import known_names
+from transfer.search import SearchSpace
+from transfer.training.trainer import FinetuningTrainer
+
+optuna = pytest.importorskip("optuna", reason="--search is tested where Optuna is installed")
+RATES = [1e-7, 1e-6, 1e-5, 1e-2]  # only the last one learns anything in two epochs
+
+
+def space(**ranges) -> str:
+    return json.dumps(ranges)
+
+
+def trials_of(out) -> list:
+    storage = f"sqlite:///{out / 'search.db'}"
+    [study] = optuna.get_all_study_summaries(storage)
+    return optuna.load_study(study_name=study.study_name, storage=storage).get_trials()
+
+
+@pytest.fixture
+def searching(pristine_data, checkpoints, finetune):
+    """searching(**arguments) searches for the learning rate of a tiny model; returns its output folder."""
+
+    def run(**arguments):
+        defaults = {
+            "search": 8,
+            "search_space": space(learning_rate=RATES, layer_decay=[0.5, 1.0]),
+            "min_crop_area": 0.8,
+        }
+        return finetune(pristine_data, checkpoints("convnext"), **(defaults | arguments))
+
+    return run
+
+
+def test_a_search_finds_the_learning_rate_that_learns_and_writes_a_recipe(
+    searching, pristine_data, checkpoints, finetune, capsys
+):
+    out = searching()
+    best = yaml.safe_load((out / "best.yaml").read_text())
+    assert best["learning_rate"] == 1e-2
+    assert best["layer_decay"] in (0.5, 1.0) and best["min_crop_area"] == 0.8 and "search" not in best
+    assert (out / "best.yaml").read_text() in capsys.readouterr().out
+    assert len(trials_of(out)) == 8
+    assert {path.name for path in out.iterdir()} == {"search.db", "best.yaml"}  # no trial leaves a checkpoint
+
+    from finetune_vit import main
+
+    main([str(out / "best.yaml"), "--output_dir", str(out / "run")])
+    assert json.loads((out / "run" / "run.json").read_text())["arguments"]["learning_rate"] == 1e-2
+
+
+def test_a_search_that_was_killed_goes_on_with_the_trials_that_are_left(searching, monkeypatch, capsys):
+    trained, original = [], FinetuningTrainer.train
+
+    def killed(self, *args, **kwargs):
+        trained.append(1)
+        if len(trained) == 3:
+            raise SystemExit("killed")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(FinetuningTrainer, "train", killed)
+    with pytest.raises(SystemExit, match="killed"):
+        searching(search=5)
+    with pytest.raises(SystemExit):
+        searching(search=5)
+    assert "holds a search; --resume_from_checkpoint true goes on with it" in capsys.readouterr().err
+    out = searching(search=5, resume_from_checkpoint="true")
+    assert len(trained) == 3 + 3  # two were finished
+    assert sum(trial.state.is_finished() and trial.value is not None for trial in trials_of(out)) == 5
+    with pytest.raises(SystemExit):
+        searching(search=5, resume_from_checkpoint="true", learning_rate="1e-3")
+    assert "is a search with other settings or data" in capsys.readouterr().err
+
+
+def test_what_is_searched_is_what_the_trials_train_with(searching, monkeypatch):
+    seen, original = [], FinetuningTrainer.train
+
+    def watched(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        seen.append((self.args.learning_rate, self.layer_decay, self.average is not None))
+        return result
+
+    monkeypatch.setattr(FinetuningTrainer, "train", watched)
+    out = searching(search=6, search_space=space(learning_rate=RATES, layer_decay=[0.5, 1.0], ema_decay=[0.0, 0.9]))
+    tried = [(t.params["learning_rate"], t.params["layer_decay"], t.params["ema_decay"] > 0) for t in trials_of(out)]
+    assert seen == tried
+
+
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        ({"learning_rat": [1e-3]}, "unknown argument 'learning_rat'; did you mean learning_rate"),
+        ({"learning_rate": {"low": 1e-3}}, "learning_rate: give a list of choices, or low and high"),
+        ({"learning_rate": {"low": "1e-4", "high": 1e-2}}, "low must be a number below high"),
+        ({"learning_rate": []}, "learning_rate: give a list of choices"),
+        ({}, "name arguments"),
+    ],
+)
+def test_a_space_that_cannot_be_searched_is_refused(ranges, message):
+    with pytest.raises(UserError, match=message):
+        SearchSpace.read(json.dumps(ranges), known_names())
+
+
+def test_a_search_beside_repeats_is_refused(searching, capsys):
+    with pytest.raises(SystemExit):
+        searching(kfold=2)
+    assert "--search and --kfold do not go together" in capsys.readouterr().err
