@@ -55,11 +55,11 @@ from transfer.results import describe_results, write_results
 from transfer.search import BEST_FILE, SearchSpace, hold_out_of_train, open_study, search, write_best
 from transfer.training.budget import Deadline, TimeBudget, process_start, share_of_time
 from transfer.training.checkpoints import Origin, find_checkpoint, last_checkpoint
-from transfer.training.processes import describe_share, share_batch
+from transfer.training.processes import share_steps
 from transfer.training.trainer import (
     FinetuningTrainer,
     keep_freed_memory,
-    logits_to_accuracy,
+    logits_to_metrics,
     settle_precision,
     start_training,
     use_all_cores,
@@ -86,21 +86,11 @@ def say(args: FinetuningArguments, *lines: str) -> None:
 
 def set_up_logging(args: FinetuningArguments) -> None:
     """Progress bars and warnings from the main process; nobody needs a line for each file that is loaded."""
-    logging.basicConfig(level=logging.WARNING)
+    logging.basicConfig(level=logging.WARNING if args.process_index == 0 else logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()  # the one for loading weights; the Trainer keeps its own
-
-
-def share_steps(args: FinetuningArguments) -> None:
-    """Let several processes do together what the recipe asks of one."""
-    if args.world_size == 1:
-        return
-    args.per_device_train_batch_size, args.gradient_accumulation_steps = share_batch(
-        args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
-    )
-    say(args, describe_share(args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size))
 
 
 def find_data(run: RunArguments) -> ImageFolder:
@@ -184,7 +174,7 @@ def make_trainer(
         ema_decay=run.ema_decay,
         train_dataset=PixelDataset(store, dataset["train"]),
         eval_dataset=PixelDataset(store, dataset["validation"]),
-        compute_metrics=logits_to_accuracy,
+        compute_metrics=logits_to_metrics,
     )
     return trainer, store
 
@@ -359,8 +349,7 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
         check_wishes(run, args)
     arguments = describe_arguments(run, args)
     push, args.push_to_hub = args.push_to_hub, False  # the Trainer would upload the whole output folder
-    say(args, precision)
-    share_steps(args)
+    say(args, precision, *share_steps(args))
 
     folder = find_data(run)
     say(args, *describe_layout(folder))

@@ -150,7 +150,7 @@ def test_a_pickle_in_a_checkpoint_is_refused_and_not_run(name, pristine_data, ch
 
 
 def test_a_checkpoint_that_brings_code_needs_leave_to_run_it(checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     marker, place = tmp_path / "it was run", shutil.copytree(checkpoints("convnext"), tmp_path / "own-code")
     (place / "own.py").write_text(
         "from transformers import ConvNextConfig, ConvNextForImageClassification\n"

@@ -1,57 +1,42 @@
 """Several processes train and predict what one does."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
-import torch
+import several
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, write_data_set
+from safetensors.torch import load_file
 
-from transfer import UserError, augmentation
+import transfer
+from transfer import UserError, augmentation, exits_cleanly
 from transfer.training.processes import share_batch
 
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--main_process_port", "0"]
-TWO = [*LAUNCH, "--config_file", ROOT / "recipes/accelerate/cpu_2.yaml"]
-# The program with whole images as training views, in a process that a test cannot reach into.
-PLAIN_VIEWS = """
-import sys
-import test_processes
-from transfer import augmentation
-augmentation.draw_crops = test_processes.whole_images
-from finetune_vit import main
-main(sys.argv[1:])
-"""
-
-
-def whole_images(batch, height, width, min_area, generator):
-    """In `draw_crops`' place."""
-    nothing = torch.zeros(batch)
-    return [nothing, nothing, nothing + height, nothing + width]
+LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--main_process_port", "0"]
 
 
 @pytest.fixture
-def launch(tmp_path, monkeypatch):
-    """launch(data, model, output_dir, **arguments) runs the program in two processes; returns what it printed."""
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    script, recipe = tmp_path / "plain_views.py", tmp_path / "tiny.yaml"
+def launch(tmp_path):
+    """launch(data, model, output_dir, *changes, **arguments): exit code and printed text of two processes."""
+    recipe = tmp_path / "tiny.yaml"
     recipe.write_text("per_device_train_batch_size: 8\nnum_train_epochs: 2\nvalidation_fraction: 0.25\n")
-    script.write_text(PLAIN_VIEWS)
 
-    def run(data_dir, model, output_dir, **arguments) -> subprocess.CompletedProcess:
+    def run(data_dir, model, output_dir, *changes, config="cpu_2", **arguments) -> tuple[int, str]:
         arguments |= {"data_dir": data_dir, "model_name_or_path": model, "output_dir": tmp_path / output_dir}
-        words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
-        return subprocess.run([*TWO, script, recipe, *words], capture_output=True, text=True, timeout=120)
+        words = [word for name, value in arguments.items() for word in (f"--{name}", *str(value).split())]
+        log = tmp_path / f"{output_dir}.log"
+        code = several.launch([recipe, *words], log, tmp_path / "cache", config, changes=changes)
+        return code, log.read_text()
 
     return run
 
 
-def losses(out) -> list[float]:
+def logged(out, name: str) -> list[float]:
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
+    return [entry[name] for entry in history if name in entry]
 
 
 def test_two_processes_train_and_predict_what_one_does(tmp_path, checkpoints, finetune, launch, monkeypatch):
@@ -63,25 +48,119 @@ def test_two_processes_train_and_predict_what_one_does(tmp_path, checkpoints, fi
         "max_steps": "20",
         "per_device_eval_batch_size": "7",
     }
-    monkeypatch.setattr(augmentation, "draw_crops", whole_images)
+    monkeypatch.setattr(augmentation, "draw_crops", several.whole_images)
     alone = finetune(data, checkpoints("convnext"), output_dir="alone", **recipe)
-    done = launch(data, checkpoints("convnext"), "together", **recipe)
+    code, said = launch(data, checkpoints("convnext"), "together", several.see_whole_images, **recipe)
     together = tmp_path / "together"
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("processes   2: a step of 8 images is 4 of each") == 1  # one process speaks
-    assert len(losses(together)) == 20
-    assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
+    assert code == 0, said
+    assert said.count("processes   a step of 8 images = 2 processes x 4\n") == 1  # one process speaks
+    assert len(logged(together, "loss")) == 20
+    for name in ("loss", "eval_loss", "eval_ema_loss"):
+        assert logged(together, name) == pytest.approx(logged(alone, name), rel=1e-4)
     assert json.loads((together / "metrics.json").read_text())["validation"]["n"] == 52
 
-    done = launch(data, alone / "model", "predicted", do_train="false")
-    assert done.returncode == 0, done.stderr
+    code, said = launch(data, alone / "model", "predicted", do_train="false")
+    assert code == 0, said
     assert (tmp_path / "predicted" / "submission.csv").read_bytes() == (alone / "submission.csv").read_bytes()
 
 
-def test_a_mistake_is_said_and_ends_all_processes(pristine_data, checkpoints, launch):
-    done = launch(pristine_data, checkpoints("convnext"), "out", per_device_train_batch_size="9")
+def test_two_processes_agree_on_all_that_is_decided_on_the_way(tmp_path, pristine_data, checkpoints, finetune, launch):
+    """The probe, batch norms that follow the images, the average, the time that is left, several seeds."""
+    code, said = launch(
+        pristine_data,
+        checkpoints("efficientnet"),
+        "out",
+        several.be_slow_in_the_second_process,
+        seeds="0 1",
+        probe="true",
+        hold_batch_norms="false",
+        ema_decay="0.9",
+        mixup_alpha="0.2",
+        test_time_views="flip",
+        max_minutes="30",
+    )
+    assert code == 0, said
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert len(metrics["seeds"]) == 2 and (tmp_path / "out" / "submission.csv").is_file()
+    record = json.loads((tmp_path / "out" / "seed-1" / "run.json").read_text())
+    assert record["optimizer_steps"] == 10 and record["processes"] == 2
+    assert "accelerate launch --config_file recipes/accelerate/multi_gpu.yaml --num_processes 2 " in record["command"]
+
+    again = finetune(pristine_data, tmp_path / "out" / "seed-1" / "model", output_dir="again", do_train="false")
+    one = json.loads((again / "metrics.json").read_text())["validation"]
+    two = metrics["seeds"][1]
+    assert one["accuracy"] == two["test_time_views"]["accuracy"]["plain"]
+
+
+def test_two_processes_resume_to_the_weights_that_they_would_have_had(tmp_path, pristine_data, checkpoints, launch):
+    model, recipe = checkpoints("vit"), {"save_total_limit": 3, "learning_rate": "3e-3"}
+    code, said = launch(pristine_data, model, "whole", **recipe)
+    assert code == 0, said
+    shutil.copytree(tmp_path / "whole" / "checkpoint-5", tmp_path / "stopped" / "checkpoint-5")
+    code, said = launch(pristine_data, model, "stopped", resume_from_checkpoint="true", **recipe)
+    assert code == 0, said
+    ours, theirs = ((tmp_path / name / "checkpoint-10" / "model.safetensors") for name in ("stopped", "whole"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_model_that_was_sharded_for_training_is_the_one_that_was_not(tmp_path, pristine_data, checkpoints, launch):
+    recipe = {"learning_rate": "3e-3", "save_total_limit": 3}
+    code, said = launch(pristine_data, checkpoints("vit"), "whole", **recipe)
+    assert code == 0, said
+    code, said = launch(pristine_data, checkpoints("vit"), "sharded", several.shard_on_cpus, config="fsdp", **recipe)
+    assert code == 0, said
+    assert (tmp_path / "sharded" / "checkpoint-5" / "pytorch_model_fsdp.bin").is_file()  # FSDP's own
+    whole, sharded = (tmp_path / name for name in ("whole", "sharded"))
+    for name in ("loss", "eval_loss"):
+        assert logged(sharded, name) == pytest.approx(logged(whole, name), rel=1e-4)
+    assert (
+        load_file(sharded / "model" / "model.safetensors").keys()
+        == load_file(whole / "model" / "model.safetensors").keys()
+    )
+    assert (sharded / "submission.csv").read_bytes() == (whole / "submission.csv").read_bytes()
+
+
+def test_sharding_is_refused_where_accelerate_would_not_do_it(pristine_data, checkpoints, launch):
+    code, said = launch(pristine_data, checkpoints("vit"), "out", config="fsdp")
+    assert code == 2 and said.count("error: FSDP shards a model over GPUs, and there is none") == 1
+
+
+def test_memory_that_runs_out_in_one_process_ends_both_with_advice_that_keeps_the_step(
+    pristine_data, checkpoints, launch
+):
+    code, said = launch(pristine_data, checkpoints("vit"), "out", several.run_out_of_memory)
+    assert code == 2 and "Traceback" not in said
+    assert "error: out of memory in a training step by step 3: 4 images do not fit" in said
+    assert "set --per_device_train_batch_size 2 --gradient_accumulation_steps 4 or" in said
+
+
+def test_a_mistake_is_said_once_and_ends_all_processes(pristine_data, checkpoints, tmp_path):
+    words = ["--data_dir", pristine_data, "--model_name_or_path", checkpoints("convnext"), "--output_dir", tmp_path]
+    config = ["--config_file", ROOT / "recipes/accelerate/cpu_2.yaml"]
+    done = subprocess.run(
+        [*LAUNCHER, *config, ROOT / "finetune_vit.py", ROOT / "recipes/sample.yaml", *words, "--max_steps", "x"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode != 0
-    assert "error: --per_device_train_batch_size 9: 9 images a step cannot be shared equally by 2" in done.stderr
+    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_fails_alone_says_so_too(rank, monkeypatch, capsys):
+    waited = []
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(transfer.time, "sleep", waited.append)
+
+    @exits_cleanly
+    def fail():
+        raise UserError("its disk is full")
+
+    with pytest.raises(SystemExit):
+        fail()
+    assert capsys.readouterr().err == "error: its disk is full\n"
+    assert len(waited) == int(rank)  # the first does not wait
 
 
 @pytest.mark.parametrize(

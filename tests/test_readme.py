@@ -32,7 +32,7 @@ def test_every_file_of_the_tree_exists_and_every_module_is_in_it():
 
 
 def test_every_recipe_that_the_readme_names_exists():
-    assert all((ROOT / name).is_file() for name in re.findall(r"recipes/\w+\.yaml", README))
+    assert all((ROOT / name).is_file() for name in re.findall(r"recipes/[\w/]+\.(?:yaml|sh)", README))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -56,6 +56,7 @@ def test_flags_in_the_readme_are_arguments():
     from transfer.command_line import known_names
 
     foreign = {"config_file", "quiet", "template", "cases", "logdir", "kills", "fuzz"}
+    foreign |= {"num_processes", "machine_rank", "main_process_ip"}  # accelerate's
     assert set(re.findall(r"--([a-z_]+)", README)) - foreign <= set(known_names()) | {"help"}
 
 

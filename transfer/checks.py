@@ -5,6 +5,7 @@ import math
 from transfer import UserError
 from transfer.arguments import FinetuningArguments, RunArguments
 from transfer.augmentation import TEST_TIME_VIEWS
+from transfer.training import processes
 from transfer.training.tracking import check_trackers
 
 # Shares of something, and whether it may be none and all of it.
@@ -131,6 +132,19 @@ def check_search(run: RunArguments, args: FinetuningArguments) -> None:
         raise UserError("--search trains, in one process: leave out --do_train false, and launch one process")
 
 
+def check_sharding(run: RunArguments, args: FinetuningArguments) -> None:
+    """Refuse what FSDP cannot do, or does not need."""
+    if not processes.shards_model():
+        return
+    if not processes.can_shard():
+        raise UserError("FSDP shards a model over GPUs, and there is none; use recipes/accelerate/cpu_2.yaml")
+    for flag, chosen in (("ema_decay", run.ema_decay), ("lora_r", run.lora_r)):
+        if chosen:
+            raise UserError(f"--{flag} does not go with FSDP; leave it out, or use recipes/accelerate/multi_gpu.yaml")
+    if args.do_train and not args.load_best_model_at_end:
+        raise UserError("--load_best_model_at_end false does not go with FSDP: the model is put together from disk")
+
+
 def check_sharing(run: RunArguments, args: FinetuningArguments) -> None:
     """Refuse to report or push to nowhere."""
     check_trackers(args.report_to)
@@ -149,3 +163,4 @@ def check_values(run: RunArguments, args: FinetuningArguments) -> None:
     check_folds(run, args)
     check_search(run, args)
     check_sharing(run, args)
+    check_sharding(run, args)

@@ -111,9 +111,10 @@ def estimate(trainer: FinetuningTrainer, epochs: float, test_images: int, views:
             torch.cuda.reset_peak_memory_stats(device)
         step = statistics.median(_time_steps(trainer, batch, WARM_UP_STEPS + TIMED_STEPS))
     except torch.OutOfMemoryError:
+        quarter, step_images = max(1, batch // 4), batch * accumulation * args.world_size
         raise UserError(
             f"a batch of {batch} does not fit into {_memory(device) / 2**30:.1f} GiB: try "
-            f"--per_device_train_batch_size {max(1, batch // 4)} --gradient_accumulation_steps {4 * accumulation}, "
+            f"--per_device_train_batch_size {quarter} --gradient_accumulation_steps {step_images // quarter}, "
             "which trains alike, or a smaller --train_image_size"
         ) from None
     peak = _peak_memory(device)

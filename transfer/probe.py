@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast, gather_object
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
@@ -48,22 +49,22 @@ def _features_key(model: PreTrainedModel, store: PixelStore, rule: str, files: S
 def extract_features(trainer: Trainer, store: PixelStore, split: datasets.Dataset, rule: str) -> torch.Tensor:
     """(N, D) float32 features of the evaluation view, computed once and kept in the datasets cache.
 
-    `rule` names the view. In the run's mixed precision, as in training.
+    `rule` names the view. In the run's mixed precision, as in training. Each machine keeps its own.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     key = _features_key(model, store, f"{rule} {trainer.accelerator.mixed_precision}", split["file"][:])
     place = Path(datasets.config.HF_DATASETS_CACHE) / "finetune-vit" / "features" / f"{key}.npy"
-    if not place.is_file():
-        with _without_heads(model):
-            unlabelled = PixelDataset(store, split.remove_columns("label"))
-            features = Trainer.predict(trainer, unlabelled).predictions
-        if trainer.args.process_index == 0:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = place.with_name(f"{key}.{os.getpid()}.npy")
-            np.save(unfinished, features.astype(np.float32))
-            unfinished.replace(place)
-        trainer.accelerator.wait_for_everyone()
-    return torch.from_numpy(np.load(place))
+    if all(gather_object([place.is_file()])):  # computing them takes every process
+        return torch.from_numpy(np.load(place))
+    with _without_heads(model):
+        unlabelled = PixelDataset(store, split.remove_columns("label"))
+        features = Trainer.predict(trainer, unlabelled).predictions.astype(np.float32)
+    if trainer.args.local_process_index == 0:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = place.with_name(f"{key}.{os.getpid()}.npy")
+        np.save(unfinished, features)
+        unfinished.replace(place)
+    return torch.from_numpy(features)
 
 
 def fit_head(
@@ -111,7 +112,8 @@ def fit_probe(trainer: Trainer, store: PixelStore, split: datasets.Dataset, rule
     bias = torch.stack([head.bias for head in heads]).mean(0)
     with torch.enable_grad():
         penalty = choose_penalty(features, labels, weight, bias)
-        weight, bias = fit_head(features, labels, weight, bias, penalty)
+        head = fit_head(features, labels, weight, bias, penalty)
+    weight, bias = broadcast(list(head))  # rounding differs by process on a GPU, and the model must not
     with torch.no_grad():
         for head in heads:
             head.weight.copy_(weight)

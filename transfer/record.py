@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from transfer import UserError
+from transfer.training.processes import launched_processes, shards_model
 
 PACKAGES = [
     "torch",
@@ -138,7 +139,11 @@ def describe_command() -> str:
     script = [Path(sys.argv[0]).name, *sys.argv[1:]]
     if os.environ.get("ACCELERATE_MIXED_PRECISION") is None:
         return shlex.join(["python", *script])
-    return shlex.join(["accelerate", "launch", "--config_file", "accelerate_config.yaml", *script])
+    launcher = ["accelerate", "launch", "--config_file", "accelerate_config.yaml"]
+    if (processes := launched_processes()) > 1:
+        kind = "fsdp" if shards_model() else "multi_gpu"
+        launcher[-1:] = [f"recipes/accelerate/{kind}.yaml", "--num_processes", str(processes)]
+    return shlex.join([*launcher, *script])
 
 
 def describe_arguments(*groups) -> dict:
@@ -192,7 +197,7 @@ def make_record(
         "versions": describe_versions(),
         "device": describe_device(),
         "platform": platform.platform(),
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "processes": launched_processes(),
         "packages": describe_packages(),
         "data_fingerprint": data_fingerprint,
         "split_fingerprint": split_fingerprint,

@@ -11,11 +11,20 @@ set -euo pipefail
 
 gpus_per_node=$(nvidia-smi --list-gpus | wc -l)
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-resume=()
-if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then resume=(--resume_from_checkpoint true); fi
+port=$((20000 + SLURM_JOB_ID % 20000)) # two jobs may share a node
 
-# SLURM_NODEID differs by node, so it is expanded there.
-srun bash -c 'accelerate launch --config_file recipes/accelerate/multi_node.yaml \
+out=outputs/$(basename "$1" .yaml)
+for ((i = 2; i < $#; i++)); do
+    if [ "${!i}" = --output_dir ]; then next=$((i + 1)) && out=${!next}; fi
+done
+resume=()
+begun=$(compgen -G "$out/checkpoint-*" || compgen -G "$out/seed-*" || true)
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -n "$begun" ]; then # before that there is nothing to go on from
+    resume=(--resume_from_checkpoint true)
+fi
+
+# SLURM_NODEID differs by node, so it is expanded there. A node that fails ends the others, which would wait for it.
+srun --kill-on-bad-exit=1 bash -c 'accelerate launch --config_file recipes/accelerate/multi_node.yaml \
     --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --num_processes "$0" --main_process_ip "$1" \
-    finetune_vit.py "${@:2}"' \
-    $((SLURM_NNODES * gpus_per_node)) "$host" "$@" "${resume[@]}"
+    --main_process_port "$2" finetune_vit.py "${@:3}"' \
+    $((SLURM_NNODES * gpus_per_node)) "$host" "$port" "$@" "${resume[@]}"

@@ -130,9 +130,12 @@ class EnduringTrainer(Trainer):
         if not self.adapts_to_memory or not is_out_of_memory(fault):
             raise fault
         if limit == 1 or self.args.world_size > 1:
+            half, advice = max(1, limit // 2), ""
+            if flag == "--per_device_train_batch_size" and self.args.world_size > 1:  # the step stays as large
+                advice = f" --gradient_accumulation_steps {self.get_total_train_batch_size(self.args) // half}"
             raise UserError(
                 f"out of memory in {doing} by step {self.state.global_step}: {limit} images do not fit; set {flag} "
-                f"{max(1, limit // 2)} or a smaller --image_size"
+                f"{half}{advice} or a smaller --image_size"
             ) from None
         logger.warning(
             "out of memory in %s at step %d: going on with %d images at once instead of %d; optimizer steps and "

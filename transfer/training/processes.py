@@ -3,6 +3,7 @@
 import os
 
 import torch
+from transformers import TrainingArguments
 
 from transfer import UserError
 
@@ -15,6 +16,16 @@ def launched_processes() -> int:
 def must_use_cpu() -> bool:
     """Whether several processes were started where there is no accelerator: accelerate then wants to be told."""
     return launched_processes() > 1 and not torch.accelerator.is_available()
+
+
+def shards_model() -> bool:
+    """Whether the launcher asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def can_shard() -> bool:
+    """Whether accelerate would do it: on CPUs it trains without a word as if it had not been asked."""
+    return torch.accelerator.is_available()
 
 
 def share_batch(images: int, accumulation: int, processes: int) -> tuple[int, int]:
@@ -34,7 +45,13 @@ def share_batch(images: int, accumulation: int, processes: int) -> tuple[int, in
     return at_once, share // at_once
 
 
-def describe_share(images: int, accumulation: int, processes: int) -> str:
-    """One line that says how a step is shared."""
-    times = f" x {accumulation} accumulated" if accumulation > 1 else ""
-    return f"processes   {processes}: a step of {processes * images * accumulation} images is {images} of each{times}"
+def share_steps(args: TrainingArguments) -> list[str]:
+    """Let several processes do together what the arguments ask of one; returns a line that says so."""
+    processes = args.world_size
+    if processes == 1:
+        return []
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    images, times = share_batch(args.per_device_train_batch_size, args.gradient_accumulation_steps, processes)
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = images, times
+    accumulated = f", {times} times accumulated" if times > 1 else ""
+    return [f"processes   a step of {step} images = {processes} processes x {images}{accumulated}"]

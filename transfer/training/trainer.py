@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
 from transformers import TrainerCallback
@@ -27,7 +26,8 @@ from transfer.mixing import Mixing
 from transfer.modeling import Classifier
 from transfer.training.averaging import average_weights, weights_of
 from transfer.training.checkpoints import describe_way_on
-from transfer.training.endurance import EnduringTrainer
+from transfer.training.parallel import ParallelTrainer, load_whole
+from transfer.training.processes import shards_model
 from transfer.training.tracking import StampSeconds
 
 AVERAGE_FOLDER = "average"  # in a checkpoint: the moving average of the weights
@@ -121,7 +121,7 @@ class AverageEveryStep(TrainerCallback):
         self.average.update_parameters(model)
 
 
-class FinetuningTrainer(EnduringTrainer):
+class FinetuningTrainer(ParallelTrainer):
     """Trainer over `PixelDataset`s: batches travel as uint8 and become views on the device.
 
     Differs from its parent in five places: the views, the loss (label smoothing in training only), the learning rate
@@ -142,8 +142,9 @@ class FinetuningTrainer(EnduringTrainer):
         eval_dataset: PixelDataset | None = None,
         compute_metrics=None,
     ):
+        layout = torch.contiguous_format if shards_model() else torch.channels_last  # FSDP wants plain weights
         super().__init__(
-            model=classifier.model.to(memory_format=torch.channels_last),
+            model=classifier.model.to(memory_format=layout),
             args=args,
             data_collator=take_batch,
             train_dataset=train_dataset,
@@ -301,22 +302,14 @@ class FinetuningTrainer(EnduringTrainer):
         The parent loads the file's raw names with strict=False: for ViT, DeiT, Swin and others, whose checkpoints are
         saved under older names, it leaves the encoder as it is and only logs a warning.
         """
+        if self.is_sharded():
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         model = self.accelerator.unwrap_model(self.model if model is None else model)
         if is_adapted(model):
             return load_adapters(model, Path(resume_from_checkpoint))
         if holds_adapters(Path(resume_from_checkpoint)):
             raise UserError(f"{resume_from_checkpoint}: holds adapters; go on with the --lora_r that made them")
-        try:
-            saved, report = type(model).from_pretrained(
-                resume_from_checkpoint, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-            )
-            faults = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
-            if faults:
-                raise ValueError(f"{faults[0]} does not fit, and {len(faults) - 1} more")
-            model.load_state_dict(saved.state_dict())
-        except (OSError, ValueError, RuntimeError, SafetensorError) as fault:
-            reason = " ".join(str(fault).split())[:300]
-            raise UserError(f"{resume_from_checkpoint}: does not hold this run's model ({reason})") from None
+        model.load_state_dict(load_whole(type(model), Path(resume_from_checkpoint)).state_dict())
 
     def settle_adapters(self) -> None:
         """Merge adapters, where there are any, into the plain model that is measured and saved."""
@@ -332,7 +325,10 @@ class FinetuningTrainer(EnduringTrainer):
         if not best.is_dir():  # the output folder was moved since
             best = Path(self.args.output_dir) / best.name
         self.chosen_weights = best / AVERAGE_FOLDER if self._average_was_better() else best
-        self._load_from_checkpoint(str(self.chosen_weights))
+        if self.is_sharded():
+            self.take_whole_model(self.chosen_weights)
+        else:
+            self._load_from_checkpoint(str(self.chosen_weights))
         self.state.best_model_checkpoint = str(best)
 
 
@@ -360,6 +356,11 @@ def check_same_weights(folder: Path, checkpoint: Path) -> None:
         raise RuntimeError(f"{folder}: differs from {checkpoint}, which was chosen, in {differing or 'its names'}")
 
 
-def logits_to_accuracy(outcome: EvalPrediction) -> dict[str, float]:
-    """The metric that chooses the epoch."""
-    return {"accuracy": float((outcome.predictions.argmax(-1) == outcome.label_ids).mean())}
+def logits_to_metrics(outcome: EvalPrediction) -> dict[str, float]:
+    """What chooses the epoch. The parent's own loss would count images twice that fill up the last batch of several
+    processes."""
+    logits, labels = torch.from_numpy(outcome.predictions), torch.from_numpy(outcome.label_ids)
+    return {
+        "accuracy": float((logits.argmax(-1) == labels).double().mean()),
+        "loss": float(F.cross_entropy(logits.float(), labels)),
+    }
