@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--data_dir", default="sample", help="images to train on")
     parser.add_argument("--json", type=Path, help="where to write the seconds of every repeat")
     options = parser.parse_args()
+    use_all_cores()  # as every measurement does
     print(settle_precision(), describe_device(), sep="\n")
     spawn, results = multiprocessing.get_context("spawn"), {}
     for case in options.cases:

@@ -2,8 +2,8 @@
 
     accelerate launch --config_file accelerate_config.yaml benchmarks/throughput.py [--json PATH] [--cases atto]
 
-In each repeat the contenders take turns, so that a machine whose speed drifts slows them alike; the figures are
-medians over repeats, and a ratio is the median of the repeats' own ratios.
+In each repeat the contenders take turns, another one first each time, so that a machine whose speed drifts slows them
+alike; the figures are medians over repeats, and a ratio is the median of the repeats' own ratios.
 
 - project: FinetuningTrainer over decoded pixels, random views made in batches;
 - stock: the Hugging Face recipe for image classification, PIL transforms of each image through `set_transform` and
@@ -21,6 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -151,6 +152,20 @@ def train_timed(trainer: Trainer, steps: int) -> float:
     return statistics.median(timer.seconds(warm_up=1))
 
 
+def time_prediction(trainer: Trainer) -> float:
+    """Seconds for every test image."""
+    start = time.perf_counter()
+    trainer.predict(trainer.eval_dataset)
+    return time.perf_counter() - start
+
+
+def take_turns(contenders: dict[str, Callable[[], float]], repeat: int) -> dict[str, float]:
+    """What each measures, another one first in every repeat."""
+    names = list(contenders)
+    first = repeat % len(names)
+    return {name: contenders[name]() for name in names[first:] + names[:first]}
+
+
 def quiet(folder: str, batch: int, steps: int) -> dict:
     """Arguments of both Trainers."""
     return {
@@ -228,17 +243,15 @@ def measure_case(name: str, repeats: int, dataset, folder, data_dir: str) -> dic
         train_timed(ours, steps)
         ceiling = Ceiling(model, size, batch, ours)
         ceiling.train(2)
+        tested = len(ours.eval_dataset)
+        trainings = {
+            "project": lambda: train_timed(ours, steps),
+            "ceiling": lambda: ceiling.train(steps),
+            "stock": stock.train,
+        }
+        predictions = {"predict": lambda: time_prediction(ours), "forward": lambda: ceiling.predict(tested)}
         for repeat in range(repeats):
-            seconds = {
-                "project": train_timed(ours, steps),
-                "ceiling": ceiling.train(steps),
-                "stock": stock.train(),
-            }
-            start = time.perf_counter()
-            ours.predict(ours.eval_dataset)
-            predicted = time.perf_counter() - start
-            forward = ceiling.predict(len(ours.eval_dataset))
-            rounds.append(seconds | {"predict": predicted, "forward": forward})
+            rounds.append(take_turns(trainings, repeat) | take_turns(predictions, repeat))
             print(f"  {title}: repeat {repeat + 1} of {repeats}", file=sys.stderr, flush=True)
         stock.close()
 
@@ -248,7 +261,6 @@ def measure_case(name: str, repeats: int, dataset, folder, data_dir: str) -> dic
     def ratio(slower: str, faster: str) -> float:
         return statistics.median(r[slower] / r[faster] for r in rounds)
 
-    tested = len(ours.eval_dataset)
     return {
         "case": title,
         "batch": batch,

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from transfer import UserError
 from transfer.data.pixels import PixelDataset
@@ -103,6 +103,7 @@ def estimate(trainer: FinetuningTrainer, epochs: float, test_images: int, views:
     """
     args, device = trainer.args, trainer.args.device
     trainer.adapts_to_memory = False
+    trainer.remove_callback(PrinterCallback)  # of steps that train nothing
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     try:
         _time_steps(trainer, max(1, batch // 2), 3)
