@@ -310,6 +310,22 @@ def test_flags_override_the_recipe(tmp_path):
     assert (args.learning_rate, args.seed, args.output_dir) == (1e-3, 5, "outputs/mine")
 
 
+def test_a_list_in_a_recipe_is_emptied_by_its_flag_or_by_an_empty_list(tmp_path, capsys):
+    from transfer.command_line import parse_command_line
+
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("data_dir: sample\ntest_time_views: [flip]\ntrain_image_size: [96, 128]\nseeds: [1, 2]\n")
+    lists = ("test_time_views", "train_image_size", "seeds")
+    run, _, _ = parse_command_line([str(recipe), *(f"--{name}" for name in lists), "--seed", "5"])
+    assert [getattr(run, name) for name in lists] == [[], [], []]
+    recipe.write_text("data_dir: sample\ntest_time_views: []\nreport_to: []\n")
+    run, args, _ = parse_command_line([str(recipe)])
+    assert run.test_time_views == args.report_to == []
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "A flag with nothing after it,\nor [] in a recipe, empties a list" in capsys.readouterr().out
+
+
 def test_help_teaches_without_loading_anything(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])

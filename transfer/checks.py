@@ -48,7 +48,7 @@ def check_share(name: str, value: float) -> None:
 
 def check_seeds(run: RunArguments, args: FinetuningArguments) -> None:
     """Refuse repeated trainings that would be no repeats."""
-    if run.seeds is None:
+    if not run.seeds:
         return
     if len(set(run.seeds)) < max(2, len(run.seeds)):
         raise UserError(f"--seeds {' '.join(map(str, run.seeds))}: give two or more different seeds; --seed takes one")

@@ -35,6 +35,9 @@ class RecipeParser(HfArgumentParser):
 
     def __init__(self):
         super().__init__([RunArguments, FinetuningArguments], allow_abbrev=False, add_help=True, prog=USAGE)
+        for action in self._actions:
+            if action.nargs == "+":  # a list may be emptied, too, of what a recipe or a default puts into it
+                action.nargs = "*"
 
     def error(self, message):
         raise UserError(f"{message}; --help lists the arguments")
@@ -47,7 +50,8 @@ class RecipeParser(HfArgumentParser):
             [
                 f"usage: {USAGE}",
                 "\nFine-tunes a pretrained image classifier and writes a Kaggle submission.",
-                "A recipe is a yaml file of the arguments below; flags override it.",
+                "A recipe is a yaml file of the arguments below; flags override it. A flag with nothing after it,",
+                "or [] in a recipe, empties a list, as in `--test_time_views`.",
                 "\nData and model:",
                 *map(_help_line, ours),
                 "\nTraining, the everyday part of transformers.TrainingArguments:",
