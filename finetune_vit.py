@@ -49,8 +49,8 @@ from transfer.record import (
     is_finished,
     make_record,
 )
-from transfer.repeats import best_of, combine_folds, combine_seeds
-from transfer.reproduction import compare_results, compare_surroundings
+from transfer.repeats import best_of, combine_folds, combine_seeds, start_of
+from transfer.reproduction import compare_results, compare_surroundings, read_record
 from transfer.results import describe_results, write_results
 from transfer.search import BEST_FILE, SearchSpace, hold_out_of_train, open_study, search, write_best
 from transfer.training.budget import Deadline, TimeBudget, process_start, share_of_time
@@ -76,6 +76,7 @@ class Task:
     folder: ImageFolder
     dataset: datasets.DatasetDict
     ends_by: float | None = None  # `--max_minutes`, in seconds since the epoch
+    whole: datasets.DatasetDict | None = None  # of one of several trainings: the split that all of them start from
 
 
 def say(args: FinetuningArguments, *lines: str) -> None:
@@ -241,12 +242,20 @@ def estimate_run(task: Task, args: FinetuningArguments) -> None:
 def check_origin(task: Task, trainer: FinetuningTrainer, record: dict, checkpoint: str | None) -> None:
     """Refuse other data than those of the run that is reproduced, or resumed; say what else differs."""
     if task.run.reproduce:
-        changes = compare_surroundings(Path(task.run.reproduce), record)
+        now = record if task.whole is None else record | {"split_fingerprint": split_fingerprint(task.whole)}
+        changes = compare_surroundings(Path(task.run.reproduce), now, part=task.whole is not None)
         say(trainer.args, *(f"changed     {line}" for line in changes or ["nothing: the same bits must come out"]))
     origin = Origin(record["data_fingerprint"], record["split_fingerprint"], record["arguments"])
     if checkpoint:
         origin.check(Path(checkpoint))
     trainer.add_callback(origin)
+
+
+def check_finished(task: Task, args: FinetuningArguments, folder: Path) -> None:
+    """Refuse to go on beside a finished training of other data; warn of arguments that differ."""
+    _, store = make_trainer(task, args, load_trained(str(folder / "model"), task.folder.wnids))
+    origin = Origin(store.data_fingerprint, split_fingerprint(task.dataset), task.arguments | {"seed": args.seed})
+    origin.compare(folder, read_record(folder / "run.json"))
 
 
 def run_once(task: Task, args: FinetuningArguments, checkpoint: str | None) -> dict:
@@ -268,23 +277,28 @@ def run_repeats(task: Task, args: FinetuningArguments) -> dict:
     resuming = args.resume_from_checkpoint is not None
     repeats = list_folds(task, args) if task.run.kfold else list_seeds(task, args)
     folders = [Path(one.output_dir) for _, one in repeats]
+    reproduce = task.run.reproduce
     for number, (folder, (share, one)) in enumerate(zip(folders, repeats, strict=True), 1):
         if resuming and is_finished(folder):
+            check_finished(share, one, folder)
             continue
         say(args, f"{folder.name:<11} training {number} of {len(repeats)}")
         checkpoint = last_checkpoint(folder) if resuming else None
-        share = replace(share, ends_by=share_of_time(task.ends_by, len(repeats) - number + 1))
+        ends_by = share_of_time(task.ends_by, len(repeats) - number + 1)
+        share = replace(share, run=replace(share.run, reproduce=reproduce), ends_by=ends_by)
         run_once(share, one, str(checkpoint) if checkpoint else None)
+        reproduce = None  # the first one says what differs
     return combine(task, args, folders)
 
 
 def list_seeds(task: Task, args: FinetuningArguments) -> list[tuple[Task, FinetuningArguments]]:
     """A training for every seed."""
-    repeats = [seed_arguments(args, seed) for seed in task.run.seeds]
-    return [
-        (replace(task, arguments=task.arguments | {"seeds": None, "output_dir": one.output_dir}), one)
-        for one in repeats
-    ]
+    repeats = []
+    for seed in task.run.seeds:
+        one = seed_arguments(args, seed)
+        arguments = task.arguments | {"seeds": None, "output_dir": one.output_dir}
+        repeats.append((replace(task, arguments=arguments, whole=task.dataset), one))
+    return repeats
 
 
 def list_folds(task: Task, args: FinetuningArguments) -> list[tuple[Task, FinetuningArguments]]:
@@ -293,14 +307,15 @@ def list_folds(task: Task, args: FinetuningArguments) -> list[tuple[Task, Finetu
     for fold in range(1, task.run.kfold + 1):
         one, run = fold_arguments(args, fold), replace(task.run, fold=fold)
         arguments = task.arguments | {"fold": fold, "output_dir": one.output_dir}
-        repeats.append((replace(task, run=run, arguments=arguments, dataset=split_data(run, task.folder)), one))
+        dataset = split_data(run, task.folder)
+        repeats.append((replace(task, run=run, arguments=arguments, dataset=dataset, whole=task.dataset), one))
     return repeats
 
 
 def combine(task: Task, args: FinetuningArguments, folders: Sequence[Path]) -> dict:
     """Write what the finished trainings come to; the model is the soup of the seeds, or the best fold's."""
     trainer, store = make_trainer(task, args, load_trained(str(best_of(folders) / "model"), task.folder.wnids))
-    record = start_record(task, trainer, store)
+    record = start_record(task, trainer, store) | {"start_fingerprint": start_of(folders)}
     if task.run.kfold:
         whole = combine_folds(folders)
     else:

@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import WNIDS, draw_picture
 from safetensors.torch import load_file
 from scipy.special import softmax
 
@@ -111,6 +114,21 @@ def test_finished_seeds_are_not_trained_again_on_resuming(seeds_run, capsys):
     main([*command, "--resume_from_checkpoint", "true"])
     assert (out / "seed-3" / "model" / "model.safetensors").stat().st_mtime_ns == before
     assert first == ((out / "submission.csv").read_bytes(), (out / "model" / "model.safetensors").read_bytes())
+
+
+def test_a_finished_training_of_other_data_is_noticed_before_the_next_one(seeds_run, tmp_path, capsys):
+    from finetune_vit import main
+
+    command, out = seeds_run
+    shutil.copytree(out / "seed-3", tmp_path / "out" / "seed-3")
+    data = Path(shutil.copytree(command[command.index("--data_dir") + 1], tmp_path / "data"))
+    draw_picture(WNIDS[0], 77).save(data / "train" / WNIDS[0] / "images" / f"{WNIDS[0]}_5.JPEG")
+    words = ["--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint", "true", "--data_dir", str(data)]
+    with pytest.raises(SystemExit) as stop:
+        main([*command, *words])
+    assert stop.value.code == 2
+    assert "seed-3: was made from other images: the data or the split have changed" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "seed-5").exists()
 
 
 @pytest.mark.parametrize(
@@ -218,6 +236,24 @@ def test_a_fold_can_be_trained_alone_and_is_not_trained_again(folds_run, tmp_pat
     before = (out / "fold-1" / weights).stat().st_mtime_ns
     main([*command, "--resume_from_checkpoint", "true"])
     assert (out / "fold-1" / weights).stat().st_mtime_ns == before
+
+
+def test_folds_that_were_killed_go_on_and_come_to_what_they_would_have(folds_run, tmp_path, capsys):
+    from finetune_vit import main
+
+    command, out = folds_run
+    killed = tmp_path / "killed"
+    shutil.copytree(out / "fold-1", killed / "fold-1")
+    shutil.copytree(out / "fold-2", killed / "fold-2", ignore=shutil.ignore_patterns("*.json", "*.csv", "model"))
+    [earlier, _] = sorted((out / "fold-2").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    shutil.copytree(earlier, killed / "fold-2" / earlier.name, dirs_exist_ok=True)  # the later one is left cut short
+    command = [*command, "--output_dir", str(killed)]
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "holds an unfinished run; go on with --resume_from_checkpoint true" in capsys.readouterr().err
+    main([*command, "--resume_from_checkpoint", "true"])
+    for name in ("model/model.safetensors", "submission.csv", "fold-2/model/model.safetensors"):
+        assert (killed / name).read_bytes() == (out / name).read_bytes()
 
 
 @pytest.mark.parametrize(

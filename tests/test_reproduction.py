@@ -4,8 +4,9 @@ import json
 import shutil
 
 import pytest
-from conftest import WNIDS, draw_picture
+from conftest import WNIDS, draw_picture, write_data_set
 
+import finetune_vit
 from finetune_vit import main
 from transfer import UserError, record, reproduction
 
@@ -86,6 +87,63 @@ def test_changed_data_are_noticed_before_anything_is_trained(data, checkpoints, 
     assert not (tmp_path / "out-reproduced" / "metrics.json").exists()
     code, _, error = reproduce(out / "run.json", "--split_seed", 5, "--output_dir", tmp_path / "other")
     assert code == 2 and "are not those of the run" in error
+
+
+REPEATS = {"seeds": "seeds: [3, 5]\nmixup_alpha: 0.2\nema_decay: 0.9\n", "folds": "kfold: 2\n"}
+
+
+@pytest.fixture(scope="module", params=REPEATS)
+def repeated_run(request, tmp_path_factory, checkpoints):
+    """A run of several trainings, on data of its own; its folder and its data's."""
+    place = tmp_path_factory.mktemp(request.param)
+    data, recipe = write_data_set(place), place / "tiny.yaml"
+    recipe.write_text("per_device_train_batch_size: 8\nnum_train_epochs: 1\n" + REPEATS[request.param])
+    arguments = {"data_dir": data, "model_name_or_path": checkpoints("convnext"), "output_dir": place / "out"}
+    main([str(recipe), *(word for name, value in arguments.items() for word in (f"--{name}", str(value)))])
+    return place / "out", data
+
+
+def test_a_run_of_several_trainings_is_reproduced_bit_for_bit(repeated_run, reproduce, tmp_path):
+    out, _ = repeated_run
+    again = tmp_path / "again"
+    code, said, _ = reproduce(out / "run.json", "--output_dir", again)
+    assert code == 0 and said.splitlines()[-1].startswith("reproduced  bit for bit")
+    assert said.count("changed     ") == 1 and "changed     nothing: the same bits must come out" in said
+    assert "same        mean.validation.accuracy" in said and "same        weights_sha256" in said
+    assert (again / "submission.csv").read_bytes() == (out / "submission.csv").read_bytes()
+
+
+def test_what_differs_from_a_run_of_several_trainings_is_said_before_the_first(
+    repeated_run, reproduce, tmp_path, monkeypatch
+):
+    def stop(*args):
+        raise UserError("enough")
+
+    monkeypatch.setattr(finetune_vit, "train_and_measure", stop)
+    out, _ = repeated_run
+    shutil.copy(out / "run.json", tmp_path / "edited.json")
+    edit(tmp_path / "edited.json", lambda content: content["versions"].update(torch="2.9.0"))
+    words = ("--output_dir", tmp_path / "again", "--learning_rate", "1e-3")
+    _, said, _ = reproduce(tmp_path / "edited.json", *words)
+    changes = [line for line in said.splitlines() if line.startswith("changed")]
+    assert changes[0] == "changed     arguments: learning_rate 0.0005 -> 0.001"
+    assert changes[1].startswith("changed     versions: torch 2.9.0 -> ") and len(changes) == 2
+
+
+def test_other_data_than_those_of_several_trainings_are_refused_before_the_first(repeated_run, reproduce, tmp_path):
+    out, data = repeated_run
+    changed = shutil.copytree(data, tmp_path / data.name)
+    code, _, error = reproduce(out / "run.json", "--output_dir", tmp_path / "one", "--split_seed", 5)
+    assert code == 2 and "the split into training, validation and test images are not those of the run" in error
+    draw_picture(WNIDS[0], 99).save(changed / "train" / WNIDS[0] / "images" / f"{WNIDS[0]}_3.JPEG")
+    code, said, error = reproduce(out / "run.json", "--output_dir", tmp_path / "two", "--data_dir", changed)
+    assert code == 2 and "the images are not those of the run" in error and "zero epoch" not in said
+
+
+def test_one_of_several_trainings_is_reproduced_alone(repeated_run, reproduce, tmp_path):
+    out, _ = repeated_run
+    code, said, _ = reproduce(sorted(out.glob("*/run.json"))[1], "--output_dir", tmp_path / "alone")
+    assert code == 0 and "changed     nothing" in said and said.splitlines()[-1].startswith("reproduced  bit for bit")
 
 
 @pytest.mark.parametrize(

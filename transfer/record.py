@@ -58,7 +58,8 @@ def save_whole_folder(place: Path, write: Callable[[Path], object]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-UNFINISHED = ["checkpoint-*/trainer_state.json", "seed-*/**/trainer_state.json"]  # what a stopped run leaves
+# What a stopped run leaves.
+UNFINISHED = ["checkpoint-*/trainer_state.json", *(f"{part}-*/**/trainer_state.json" for part in ("seed", "fold"))]
 
 
 def is_finished(folder: Path) -> bool:

@@ -1,5 +1,7 @@
 """What finished trainings of one recipe come to together: with several seeds, or with several folds."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,12 @@ class Combined:
     metrics: dict
     predictions: Predictions
     test_scores: np.ndarray  # (M, classes), what the submission is made of
+
+
+def start_of(folders: Sequence[Path]) -> str:
+    """Hash of the weights that all trainings started from."""
+    starts = [json.loads((folder / "run.json").read_text())["start_fingerprint"] for folder in folders]
+    return hashlib.blake2b("\n".join(starts).encode(), digest_size=16).hexdigest()
 
 
 def best_of(folders: Sequence[Path]) -> Path:

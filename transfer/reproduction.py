@@ -1,15 +1,19 @@
 """`--reproduce RUN_JSON`: what has changed since a run, and which of its numbers came out the same."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transfer import UserError
+from transfer.training.checkpoints import decides_weights
 
 # What the same bits need: the same machine, the same software, the same weights to start from.
 SURROUNDINGS = ("precision", "device", "platform", "processes")
 DATA = {"data_fingerprint": "images", "split_fingerprint": "split into training, validation and test images"}
+# Arguments that leave the weights as they are, but not the numbers.
+OF_NUMBERS = ("do_train", "per_device_eval_batch_size")
+OF_A_PART = ("seed", "seeds", "fold")  # what each training of a repeated run has of its own
 TIMES = ("samples_per_second", "seconds")  # say how fast, not what
 NAMED_PACKAGES = 8
 
@@ -47,9 +51,20 @@ def _commit(code: Mapping) -> str:
     return f"{code.get('commit')}{' with changes of its own' if code.get('clean') is False else ''}"
 
 
-def describe_differences(then: Mapping, now: Mapping) -> list[str]:
-    """What is not as it was in the recorded run, a line each; none where the same bits must come out."""
+def _changed_arguments(then: Mapping, now: Mapping, ignored: Sequence[str]) -> list[str]:
+    """Arguments that may have led to other weights or numbers; what only one of two versions knows does not count."""
+    shared = [n for n in then if n in now and (decides_weights(n) or n in OF_NUMBERS) and n not in ignored]
+    return _changed({n: then[n] for n in shared}, {n: now[n] for n in shared})
+
+
+def describe_differences(then: Mapping, now: Mapping, part: bool = False) -> list[str]:
+    """What is not as it was in the recorded run, a line each; none where the same bits must come out.
+
+    `now` may be `part` of a run: one of its seeds or folds.
+    """
     lines = [f"{name} {then.get(name)} -> {now.get(name)}" for name in SURROUNDINGS if then.get(name) != now.get(name)]
+    if arguments := _changed_arguments(then["arguments"], now["arguments"], OF_A_PART if part else ()):
+        lines.append(f"arguments: {', '.join(arguments)}")
     code, ours = then.get("code") or {}, now["code"]
     if code.get("fingerprint") != ours["fingerprint"]:
         lines.append(f"code: commit {_commit(code)} -> {_commit(ours)}")
@@ -60,19 +75,19 @@ def describe_differences(then: Mapping, now: Mapping) -> list[str]:
     if others:
         more = f" and {len(others) - NAMED_PACKAGES} more" * (len(others) > NAMED_PACKAGES)
         lines.append(f"other packages: {', '.join(others[:NAMED_PACKAGES])}{more}")
-    seeded = "seeds" in then["metrics"]  # its record is that of the combined model
-    if not seeded and then.get("start_fingerprint") != now["start_fingerprint"]:
+    # Of a repeated run it says what all trainings started from.
+    if not part and then.get("start_fingerprint") != now["start_fingerprint"]:
         lines.append("the weights to start from (another checkpoint, or a head that was drawn otherwise)")
     if then["arguments"].get("max_minutes"):
         lines.append("--max_minutes ended the run by the clock: how many steps fit depends on the machine")
     return lines
 
 
-def compare_surroundings(path: Path, now: Mapping) -> list[str]:
+def compare_surroundings(path: Path, now: Mapping, part: bool = False) -> list[str]:
     """What is not as it was in the run whose run.json lies at path, a line each. Raises `UserError` for other data."""
     then = read_record(path)
     check_data(then, now)
-    return describe_differences(then, now)
+    return describe_differences(then, now, part)
 
 
 @dataclass(frozen=True)

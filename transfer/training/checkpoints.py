@@ -46,6 +46,11 @@ WITHOUT_EFFECT_ON_WEIGHTS = {
 PREFIXES_WITHOUT_EFFECT = ("hub_", "log", "trackio_", "local_rank", "skip_memory")
 
 
+def decides_weights(argument: str) -> bool:
+    """Whether another value of an argument may train to other weights."""
+    return argument not in WITHOUT_EFFECT_ON_WEIGHTS and not argument.startswith(PREFIXES_WITHOUT_EFFECT)
+
+
 def read_state(checkpoint: Path) -> dict:
     """What the Trainer wrote into a checkpoint last; empty if it did not get there."""
     try:
@@ -121,11 +126,7 @@ class Origin(TrainerCallback, ExportableState):
 
     def __init__(self, data_fingerprint: str, split_fingerprint: str, arguments: Mapping):
         self.data_fingerprint, self.split_fingerprint = data_fingerprint, split_fingerprint
-        self.arguments = {
-            name: value
-            for name, value in arguments.items()
-            if name not in WITHOUT_EFFECT_ON_WEIGHTS and not name.startswith(PREFIXES_WITHOUT_EFFECT)
-        }
+        self.arguments = {name: value for name, value in arguments.items() if decides_weights(name)}
 
     def state(self) -> dict:
         return {"args": vars(self).copy(), "attributes": {}}
@@ -133,12 +134,15 @@ class Origin(TrainerCallback, ExportableState):
     def check(self, checkpoint: Path) -> None:
         """Refuse a checkpoint of other data; warn of arguments that differ. Raises `UserError`."""
         then = read_state(checkpoint).get("stateful_callbacks", {}).get(type(self).__name__, {}).get("args")
-        if then is None:
-            return
+        if then is not None:
+            self.compare(checkpoint, then)
+
+    def compare(self, place: Path, then: Mapping) -> None:
+        """The same for what lies at a place, from `then`: its fingerprints and arguments."""
         for name, what in (("data_fingerprint", "images"), ("split_fingerprint", "validation images")):
             if then[name] != getattr(self, name):
                 raise UserError(
-                    f"{checkpoint}: was made from other {what}: the data or the split have changed since; "
+                    f"{place}: was made from other {what}: the data or the split have changed since; "
                     "restore them, or start again in another --output_dir"
                 )
         changes = [
@@ -147,4 +151,4 @@ class Origin(TrainerCallback, ExportableState):
             if name in then["arguments"] and then["arguments"][name] != value
         ]
         if changes:
-            logger.warning("going on with other arguments than %s was made with: %s", checkpoint, ", ".join(changes))
+            logger.warning("going on with other arguments than %s was made with: %s", place, ", ".join(changes))
