@@ -1,6 +1,6 @@
 """How hard the project is to break: runs that are killed again and again, and data that are damaged at random.
 
-    python benchmarks/chaos.py --kills 20     # SIGKILL at random moments, of a tiny ViT and a tiny ConvNeXt
+    python benchmarks/chaos.py --kills 20     # SIGKILL at random moments, of tiny ViTs and ConvNeXts, also in repeats
     python benchmarks/chaos.py --fuzz 500     # byte flips, cuts and renames in data folder, zip and template
 
 A killed run is started again with the same command, or as its error says; in the end its weights and its csv must be
@@ -50,6 +50,13 @@ ema_decay: 0.9
 mixup_alpha: 0.2
 report_to: none
 """
+# name -> model and further words; all with a moving average and mixup
+KILLED = {
+    "vit": ("vit", []),
+    "convnext": ("convnext", []),
+    "seeds": ("vit", ["--seeds", "1", "2", "--num_train_epochs", "2"]),
+    "folds": ("convnext", ["--kfold", "2", "--num_train_epochs", "2", "--dataloader_num_workers", "1"]),
+}
 RESUME = ["--resume_from_checkpoint", "true"]
 
 
@@ -108,20 +115,24 @@ def run_in_child(words: list[str], cache: Path, log: Path) -> None:
     finetune_vit.main(words)
 
 
-def any_of(folder: Path, *patterns: str) -> bool:
-    return any(any(folder.glob(pattern)) for pattern in patterns)
+def appeared(folder: Path, since: float, *patterns: str) -> list[Path]:
+    """What was written after a time; what an earlier kill has left is not."""
+    try:
+        return [path for pattern in patterns for path in folder.glob(pattern) if path.stat().st_mtime > since]
+    except FileNotFoundError:  # what is being looked at may be deleted meanwhile
+        return []
 
 
-def half_a_checkpoint(out: Path) -> bool:
-    return any(not (place / "trainer_state.json").exists() for place in out.glob("checkpoint-*"))
+def half_a_checkpoint(out: Path, since: float) -> bool:
+    return any(not (place / "trainer_state.json").exists() for place in appeared(out, since, "**/checkpoint-*"))
 
 
 # What is being done when the kill comes; `cache` starts from an empty one.
-MOMENTS: dict[str, Callable[[Path, Path], bool] | None] = {
+MOMENTS: dict[str, Callable[[Path, Path, float], object] | None] = {
     "any moment": None,
-    "cache": lambda out, cache: any_of(cache, "finetune-vit/*/*.unfinished"),
-    "checkpoint": lambda out, cache: half_a_checkpoint(out),
-    "model or csv": lambda out, cache: any_of(out, ".model.tmp", ".*.tmp", "model/model.safetensors"),
+    "cache": lambda out, cache, since: appeared(cache, since, "finetune-vit/*/*.unfinished"),
+    "checkpoint": lambda out, cache, since: half_a_checkpoint(out, since),
+    "model or csv": lambda out, cache, since: appeared(out, since, "**/.*.tmp", "**/model/model.safetensors"),
 }
 
 
@@ -163,11 +174,11 @@ class Victim:
         return process.exitcode == -signal.SIGKILL
 
     def _await(self, process, condition, wait: float) -> None:
-        start = time.monotonic()
+        start, since = time.monotonic(), time.time()
         while process.is_alive() and time.monotonic() - start < PATIENCE:
             if condition is None and time.monotonic() - start > wait:
                 return
-            if condition and condition(self.out, self.cache):
+            if condition and condition(self.out, self.cache, since):
                 time.sleep(wait % 0.01)  # not always at its beginning
                 return
             time.sleep(0.0005)
@@ -329,7 +340,7 @@ def fuzz(cases: int, place: Path, rng: random.Random) -> Counter:
 def main(argv: list[str] | None = None) -> None:
     """Kill and damage as often as asked, and say what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=0, help="SIGKILLs of each of the two models' runs")
+    parser.add_argument("--kills", type=int, default=0, help=f"SIGKILLs of each of the runs: {', '.join(KILLED)}")
     parser.add_argument("--fuzz", type=int, default=0, help="damaged data sets")
     parser.add_argument("--seed", type=int, default=0, help="decides every moment and every byte")
     args = parser.parse_args(argv)
@@ -344,8 +355,9 @@ def main(argv: list[str] | None = None) -> None:
             maker = multiprocessing.get_context("fork").Process(target=write_models, args=(place / "models",))
             maker.start()
             maker.join()
-            for kind in ("vit", "convnext"):
-                words = [str(recipe), "--data_dir", str(data), "--model_name_or_path", str(place / "models" / kind)]
+            for kind, (model, more) in KILLED.items():
+                words = [str(recipe), "--data_dir", str(data), "--model_name_or_path", str(place / "models" / model)]
+                words += more
                 killed, survived = kill_runs(kind, words, args.kills, place / kind, rng)
                 print(f"{kind:<9} {survived} of {killed} kills survived, weights and csv bit for bit", flush=True)
                 lost += killed - survived
