@@ -1,6 +1,7 @@
 """Files that are written whole, the run's record, and the card."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,27 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="disk full"):
             record.write_whole(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_kill_while_a_folder_is_replaced_leaves_no_half_of_it(tmp_path, monkeypatch):
+    def write(text):
+        return lambda folder: [(folder / name).write_text(text) for name in ("config", "weights")]
+
+    def delete_a_half_and_be_killed(path, **_):
+        if Path(path).exists():
+            (Path(path) / "config").unlink()
+            raise KeyboardInterrupt
+
+    record.save_whole_folder(tmp_path / "model", write("old"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(record.shutil, "rmtree", delete_a_half_and_be_killed)
+        record.save_whole_folder(tmp_path / "model", write("new"))
+    assert {path.name: path.read_text() for path in (tmp_path / "model").iterdir()} == {
+        "config": "new",
+        "weights": "new",
+    }
+    record.save_whole_folder(tmp_path / "model", write("newer"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):

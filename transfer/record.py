@@ -47,13 +47,16 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 def save_whole_folder(place: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a new folder and put it in its place, over what was there, only when it is whole."""
-    unfinished = place.with_name(f".{place.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished, replaced = (place.with_name(f".{place.name}.{end}") for end in ("tmp", "old.tmp"))
+    for leftover in (unfinished, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         write(unfinished)
-        shutil.rmtree(place, ignore_errors=True)
+        if place.exists():
+            place.rename(replaced)  # deleted in its place, it would be half a folder for a while
         unfinished.rename(place)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -63,13 +66,19 @@ UNFINISHED = ["checkpoint-*/trainer_state.json", *(f"{part}-*/**/trainer_state.j
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run wrote all that it leaves into a folder; the submission, where there is one, comes last."""
+    """Whether a run wrote all that it leaves into a folder: the model and, where there is one, the csv of its record.
+
+    One that went on from its end and was killed leaves the record and the csv of before beside a newer model.
+    """
     try:
         record = json.loads((folder / "run.json").read_text())
         submission = (folder / "submission.csv").read_bytes() if "submission_sha256" in record else None
     except (OSError, ValueError):
         return False
-    return submission is None or hashlib.sha256(submission).hexdigest() == record["submission_sha256"]
+    if submission is not None and hashlib.sha256(submission).hexdigest() != record["submission_sha256"]:
+        return False
+    weights = record.get("weights_sha256")
+    return weights is None or digest_of_folder(folder / "model", "*.safetensors") == weights
 
 
 def claim_output_dir(folder: Path, resuming: bool) -> None:

@@ -102,7 +102,7 @@ def describe_way_on(output_dir: Path) -> str:
     """What to do after a run broke off."""
     last = last_checkpoint(output_dir)
     if last is None:
-        return "no epoch was finished: start again"
+        return "no epoch of this training was finished: the same command starts again, or says how to go on"
     return f"go on with --resume_from_checkpoint true, from {last.name}"
 
 
