@@ -131,15 +131,26 @@ def test_one_seed_gives_one_result_with_a_cold_cache_and_a_warm_one(
         assert (cold / file).read_bytes() == (warm / file).read_bytes()
 
 
-def test_one_seed_gives_one_result_whatever_the_number_of_workers(pristine_data, checkpoints, finetune):
-    runs = [
-        finetune(pristine_data, checkpoints("vit"), output_dir=f"run{i}", dataloader_num_workers=workers)
-        for i, workers in enumerate((0, 2, 0))
-    ]
-    weights = [(run / "model" / "model.safetensors").read_bytes() for run in runs]
-    assert weights[0] == weights[1] == weights[2]
-    other = finetune(pristine_data, checkpoints("vit"), output_dir="other", seed=7)
-    assert (other / "model" / "model.safetensors").read_bytes() != weights[0]
+EVERY_INGREDIENT = {
+    "mixup_alpha": 0.2,
+    "cutmix_alpha": 0.2,
+    "trivial_augment": "true",
+    "erasing_probability": 0.5,
+    "drop_path_rate": 0.3,
+    "ema_decay": 0.9,
+}
+
+
+@pytest.mark.parametrize(("kind", "ingredients"), [("vit", {}), ("convnext", EVERY_INGREDIENT)])
+def test_one_seed_gives_one_result_whatever_the_number_of_workers(
+    kind, ingredients, pristine_data, checkpoints, finetune
+):
+    def weigh(name, **words):
+        out = finetune(pristine_data, checkpoints(kind), output_dir=name, num_train_epochs=1, **words, **ingredients)
+        return (out / "model" / "model.safetensors").read_bytes()
+
+    weights = [weigh(f"run{i}", dataloader_num_workers=workers) for i, workers in enumerate((0, 2, 0))]
+    assert weights[0] == weights[1] == weights[2] != weigh("other", seed=7)
 
 
 @pytest.mark.parametrize("kind", ["vit", "convnext"])

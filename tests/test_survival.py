@@ -2,16 +2,19 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, WNIDS, draw_picture
+from conftest import ROOT, WNIDS, draw_picture, write_data_set
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -164,9 +167,12 @@ def test_a_finished_training_evaluates_again_from_its_last_checkpoint_in_a_moved
     assert (again / "model" / "model.safetensors").read_bytes() == before and (again / "submission.csv").is_file()
 
 
-def test_a_run_without_its_csv_is_not_called_finished(pristine_data, checkpoints, finetune, capsys):
+@pytest.mark.parametrize("file", ["submission.csv", "model/model.safetensors"])
+def test_a_run_without_its_csv_or_its_weights_is_not_called_finished(
+    file, pristine_data, checkpoints, finetune, capsys
+):
     out = finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
-    (out / "submission.csv").unlink()
+    (out / file).unlink()
     with pytest.raises(SystemExit):
         finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
     assert "holds an unfinished run; go on with --resume_from_checkpoint true" in capsys.readouterr().err
@@ -284,38 +290,40 @@ def logged(out, name):
     return {entry["step"]: entry[name] for entry in history if name in entry}
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("batch", "fits", "accumulation"), [(16, 4, 1), (16, 4, 2), (64, 32, 1)])
 def test_out_of_memory_in_training_goes_on_as_half_the_batch_twice_accumulated(
-    accumulation, pristine_data, checkpoints, finetune, small_memory, caplog
+    batch, fits, accumulation, tmp_path, checkpoints, finetune, small_memory, caplog
 ):
+    data = write_data_set(tmp_path, per_class=batch)  # three batches an epoch
     model, settings = checkpoints("vit"), {"learning_rate": "3e-3", "logging_steps": 1}
     by_hand = finetune(
-        pristine_data,
+        data,
         model,
         output_dir="by_hand",
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=4 * accumulation,
+        per_device_train_batch_size=fits,
+        gradient_accumulation_steps=batch // fits * accumulation,
         **settings,
     )
-    small_memory(training=4)
+    small_memory(training=fits)
     adapted = finetune(
-        pristine_data,
+        data,
         model,
         output_dir="adapted",
-        per_device_train_batch_size=16,
+        per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
         **settings,
     )
+    steps = [json.loads((out / "run.json").read_text())["optimizer_steps"] for out in (adapted, by_hand)]
+    assert steps[0] == steps[1] == len(logged(adapted, "learning_rate")) == 2 * math.ceil(3 / accumulation)
     assert logged(adapted, "learning_rate") == logged(by_hand, "learning_rate")
     assert logged(adapted, "loss") == pytest.approx(logged(by_hand, "loss"))
     ours, theirs = (load_file(out / "model" / "model.safetensors") for out in (adapted, by_hand))
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
     said = [r.getMessage() for r in caplog.records if "out of memory" in r.getMessage()]
-    assert [line.split("with ")[1].split(";")[0] for line in said] == [
-        "8 images at once instead of 16",
-        "4 images at once instead of 8",
-    ]
+    halves = {16: ["8 images at once instead of 16", "4 images at once instead of 8"]}
+    expected = halves.get(batch, ["32 images at once instead of 64"])
+    assert [line.split("with ")[1].split(";")[0] for line in said] == expected
 
 
 def test_out_of_memory_in_evaluation_gives_the_same_figures(pristine_data, checkpoints, finetune, small_memory):
@@ -356,3 +364,19 @@ def test_memory_does_not_grow_with_epochs(pristine_data, checkpoints, finetune, 
     when("on_epoch_end", count)
     finetune(pristine_data, checkpoints("convnext"), num_train_epochs=6)
     assert len(alive) == 6 and alive[1] == alive[-1]
+
+
+def test_memory_does_not_grow_with_test_images(pristine_data, checkpoints, finetune, monkeypatch):
+    seen, alive, prepare = [], [], FinetuningTrainer._prepare_inputs
+
+    def watch(self, inputs):
+        assert isinstance(self.eval_dataset.pixels, np.memmap)
+        batch, views = inputs["pixel_values"], prepare(self, inputs)
+        seen.extend([weakref.ref(batch), weakref.ref(views["pixel_values"])])
+        alive.append(sum(reference() is not None for reference in seen))
+        return views
+
+    monkeypatch.setattr(FinetuningTrainer, "_prepare_inputs", watch)
+    settings = {"probe_only": "true", "test_time_views": "flip", "per_device_eval_batch_size": 1}
+    finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1, **settings)
+    assert len(seen) > 100 and max(alive) <= 4  # this batch and the one before
