@@ -17,7 +17,7 @@ from pathlib import Path
 
 import datasets
 import transformers
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 
 from data_loading import (
     ImageFolder,
@@ -35,7 +35,8 @@ from transfer.backbones.lora import add_adapters
 from transfer.command_line import chosen_arguments, known_names, parse_command_line
 from transfer.data.hub_data import open_hub_data
 from transfer.data.pixels import PixelDataset, PixelStore, open_pixel_store
-from transfer.estimate import describe_estimate, estimate, leave_no_traces
+from transfer.data.splits import take_evenly
+from transfer.estimate import describe_estimate, estimate, leave_no_traces, time_evaluation
 from transfer.evaluation import evaluate_split, predict_and_measure, sample_of_train
 from transfer.experiment import fold_arguments, seed_arguments, trial_arguments
 from transfer.mixing import Mixing
@@ -53,7 +54,7 @@ from transfer.repeats import best_of, combine_folds, combine_seeds, start_of
 from transfer.reproduction import compare_results, compare_surroundings, read_record
 from transfer.results import describe_results, write_results
 from transfer.search import BEST_FILE, SearchSpace, hold_out_of_train, open_study, search, write_best
-from transfer.training.budget import Deadline, TimeBudget, process_start, share_of_time
+from transfer.training.budget import Deadline, TimeBudget, images_that_fit, process_start, share_of_time
 from transfer.training.checkpoints import Origin, find_checkpoint, last_checkpoint
 from transfer.training.processes import share_steps
 from transfer.training.trainer import (
@@ -64,6 +65,8 @@ from transfer.training.trainer import (
     start_training,
     use_all_cores,
 )
+
+IMAGES_TIMED = 128  # to foresee how long evaluations take
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,25 @@ def limit_time(task: Task, trainer: FinetuningTrainer, seconds: float) -> None:
     trainer.add_callback(TimeBudget(left, pause=seconds if trainer.average is None else 2 * seconds))
 
 
+def limit_evaluation(task: Task, trainer: FinetuningTrainer, store: PixelStore) -> Task:
+    """Where `--max_minutes` is too short to evaluate all held-out images, hold out some, evenly over the classes."""
+    run, held_out, views = task.run, task.dataset["validation"], count_views(task)
+    tested = len(task.dataset["test"]) if "test" in task.dataset else 0
+    seconds = time_evaluation(trainer, trainer.eval_dataset, IMAGES_TIMED)
+    passes = 3 + views + (run.ema_decay > 0) + (run.probe or run.probe_only)  # before, after an epoch, in the end
+    left = Deadline(task.ends_by, views * tested).seconds_to_train(seconds)
+    count = max(trainer.model.num_labels, images_that_fit(left, seconds, passes))
+    if trainer.args.world_size > 1:
+        [count] = broadcast_object_list([count])
+    if count >= len(held_out):
+        return task
+    taken = take_evenly(range(len(held_out)), held_out["file"][:], held_out["label"][:], count)
+    dataset = datasets.DatasetDict(task.dataset | {"validation": held_out.select(taken)})
+    trainer.eval_dataset = PixelDataset(store, dataset["validation"])
+    say(trainer.args, f"validation  on {count} of {len(held_out)} images: --max_minutes leaves no time for more")
+    return replace(task, dataset=dataset)
+
+
 def train_and_measure(task: Task, trainer: FinetuningTrainer, store: PixelStore, checkpoint: str | None) -> dict:
     """Train, keep the best epoch and measure it on unaugmented training images."""
     args, dataset = trainer.args, task.dataset
@@ -263,6 +285,8 @@ def run_once(task: Task, args: FinetuningArguments, checkpoint: str | None) -> d
     trainer, store = make_trainer(task, args, prepare_model(task, args))
     record = start_record(task, trainer, store)
     check_origin(task, trainer, record, checkpoint)
+    if task.ends_by and task.whole is None:  # the trainings of a repeated run are judged by the same images
+        task = limit_evaluation(task, trainer, store)
     training = train_and_measure(task, trainer, store, checkpoint) if args.do_train else {}
     predictions, metrics = predict_and_measure(trainer, task.dataset, store, task.run.test_time_views)
     metrics |= training

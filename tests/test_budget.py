@@ -2,13 +2,18 @@
 
 import itertools
 import json
+import re
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
+import finetune_vit
+from data_loading import load_dataset, open_data, split_fingerprint
+from transfer.predictions import Predictions
 from transfer.submission import find_faults, read_template
 from transfer.training import budget
 from transfer.training.budget import Deadline, TimeBudget, steps_that_fit
@@ -21,6 +26,12 @@ def test_steps_that_fit_leave_time_for_every_pause_on_the_way():
     assert steps_that_fit(10, 5, step=1, pause=1, until_pause=100, interval=100) == 5
     assert steps_that_fit(0.5, 100, step=1, pause=1, until_pause=4, interval=4) == 0
     assert steps_that_fit(-3, 100, step=1, pause=1, until_pause=4, interval=4) == 0
+
+
+def test_held_out_images_that_fit_leave_time_to_train():
+    # 2/3 of 69 s, at 1.15 s an image with slack, seen 4 times
+    assert budget.images_that_fit(69, 1.0, passes=4) == 10
+    assert budget.images_that_fit(-5, 1.0, passes=4) == 0
 
 
 class Machine:
@@ -91,6 +102,22 @@ def test_time_for_the_final_figures_is_put_aside():
 
 def test_the_process_started_before_now():
     assert 0 < time.time() - budget.process_start() < 24 * 3600
+
+
+def test_where_evaluation_takes_too_long_fewer_held_out_images_are_evaluated(
+    pristine_data, checkpoints, finetune, monkeypatch, capsys
+):
+    monkeypatch.setattr(finetune_vit, "time_evaluation", lambda *args: 0.4)
+    out = finetune(pristine_data, checkpoints("vit"), num_train_epochs=1, max_minutes=0.5)
+    said, metrics = capsys.readouterr().out, json.loads((out / "metrics.json").read_text())
+    [images] = re.findall(r"validation  on (\d+) of 12 images: --max_minutes leaves no time for more", said)
+    assert metrics["validation"]["n"] == metrics["train"]["n"] == int(images) < 12
+    counts = np.bincount(Predictions.load(out).validation_labels, minlength=4)
+    assert counts.min() >= 1 and counts.max() - counts.min() <= 1
+    assert find_faults(out / "submission.csv", read_template(pristine_data / "submission_sample.csv"), 4) == []
+    assert json.loads((out / "run.json").read_text())["split_fingerprint"] == split_fingerprint(
+        load_dataset(open_data(str(pristine_data)), 0.25)
+    )
 
 
 def test_a_run_ends_in_time_with_a_valid_csv(pristine_data, checkpoints, finetune, monkeypatch):

@@ -86,9 +86,9 @@ def _time_steps(trainer: FinetuningTrainer, batch_size: int, steps: int) -> list
     return timer.seconds(min(WARM_UP_STEPS, steps // 2))
 
 
-def _time_evaluation(trainer: FinetuningTrainer, split: PixelDataset) -> float:
-    """Seconds an image of the evaluation view."""
-    few = torch.utils.data.Subset(split, range(min(len(split), EVALUATION_BATCHES * trainer.args.eval_batch_size)))
+def time_evaluation(trainer: FinetuningTrainer, split: PixelDataset, images: int) -> float:
+    """Seconds an image of the evaluation view, from that many images."""
+    few = torch.utils.data.Subset(split, range(min(len(split), images)))
     trainer.predict(few)  # the first call is slower
     start = time.perf_counter()
     trainer.predict(few)
@@ -119,7 +119,7 @@ def estimate(trainer: FinetuningTrainer, epochs: float, test_images: int, views:
             "which trains alike, or a smaller --train_image_size"
         ) from None
     peak = _peak_memory(device)
-    per_image = _time_evaluation(trainer, trainer.eval_dataset)
+    per_image = time_evaluation(trainer, trainer.eval_dataset, EVALUATION_BATCHES * args.eval_batch_size)
     growth = (peak - half) / max(1, batch - batch // 2)  # bytes an image
     room = 0.9 * _memory(device) - peak  # a tenth is left for fragmentation and for what else the machine does
     images, validated = len(trainer.train_dataset), len(trainer.eval_dataset)

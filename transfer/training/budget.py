@@ -22,6 +22,7 @@ TIMED_STEPS = 20  # the steps whose mean time is taken for that of the next ones
 SAID_AFTER = 5  # timed steps, before the first estimate is shown
 FIXED_SECONDS = 10.0  # for loading the best epoch, drawing the report, writing the results and leaving
 SLACK = 1.15  # evaluation is not always as fast as when it was timed
+EVALUATED_SHARE = 2 / 3  # at most, of the time that predicting the test images leaves
 
 
 def process_start() -> float:
@@ -49,6 +50,11 @@ class Deadline:
         """What is left for training, its evaluations included."""
         afterwards = SLACK * seconds_an_image * self.images_afterwards + FIXED_SECONDS
         return self.time - time.time() - afterwards
+
+
+def images_that_fit(seconds: float, seconds_an_image: float, passes: int) -> int:
+    """How many held-out images may be evaluated, so many times, where predicting the test images leaves `seconds`."""
+    return max(0, int(EVALUATED_SHARE * seconds / (SLACK * seconds_an_image * passes)))
 
 
 def steps_that_fit(seconds: float, remaining: int, step: float, pause: float, until_pause: int, interval: int) -> int:
