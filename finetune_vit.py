@@ -205,6 +205,9 @@ def limit_evaluation(task: Task, trainer: FinetuningTrainer, store: PixelStore) 
     seconds = time_evaluation(trainer, trainer.eval_dataset, IMAGES_TIMED)
     passes = 3 + views + (run.ema_decay > 0) + (run.probe or run.probe_only)  # before, after an epoch, in the end
     left = Deadline(task.ends_by, views * tested).seconds_to_train(seconds)
+    if left < 0:
+        late = f"about {-left:.0f} s late: predicting takes longer than --max_minutes"
+        say(trainer.args, f"time        the csv comes {late}")
     count = max(trainer.model.num_labels, images_that_fit(left, seconds, passes))
     if trainer.args.world_size > 1:
         [count] = broadcast_object_list([count])

@@ -104,13 +104,15 @@ def test_the_process_started_before_now():
     assert 0 < time.time() - budget.process_start() < 24 * 3600
 
 
+@pytest.mark.parametrize(("seconds", "late"), [(0.4, False), (9.0, True)])
 def test_where_evaluation_takes_too_long_fewer_held_out_images_are_evaluated(
-    pristine_data, checkpoints, finetune, monkeypatch, capsys
+    seconds, late, pristine_data, checkpoints, finetune, monkeypatch, capsys
 ):
-    monkeypatch.setattr(finetune_vit, "time_evaluation", lambda *args: 0.4)
+    monkeypatch.setattr(finetune_vit, "time_evaluation", lambda *args: seconds)
     out = finetune(pristine_data, checkpoints("vit"), num_train_epochs=1, max_minutes=0.5)
     said, metrics = capsys.readouterr().out, json.loads((out / "metrics.json").read_text())
     [images] = re.findall(r"validation  on (\d+) of 12 images: --max_minutes leaves no time for more", said)
+    assert late == ("late: predicting takes longer than --max_minutes" in said)
     assert metrics["validation"]["n"] == metrics["train"]["n"] == int(images) < 12
     counts = np.bincount(Predictions.load(out).validation_labels, minlength=4)
     assert counts.min() >= 1 and counts.max() - counts.min() <= 1
