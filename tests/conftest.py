@@ -9,6 +9,7 @@ import contextlib
 import random
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -16,12 +17,13 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 from PIL import Image
-from transformers import TrainerCallback
+from transformers import AutoModelForImageClassification, TrainerCallback
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from backbones import save_tiny  # noqa: E402  it needs the path
+from hub_server import TOKEN, running_hub  # noqa: E402
 
 WNIDS = ["n00000030", "n00000010", "n00000040", "n00000020"]  # not sorted, as the competition's are
 GLOSSES = {"n00000030": "red thing, ruby", "n00000010": "green thing", "n00000040": "blue thing", "n00000020": "grey"}
@@ -144,3 +146,35 @@ def stops_at_a_checkpoint(monkeypatch):
             yield
 
     return stopping
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub that the client of this process talks to as its owner, by plain LFS; nobody waits for another try."""
+    with running_hub() as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        yield server
+
+
+@pytest.fixture
+def model(checkpoints, tmp_path) -> Path:
+    """A model folder as a run leaves it."""
+    folder = tmp_path / "model"
+    trained = AutoModelForImageClassification.from_pretrained(
+        checkpoints("convnext"), num_labels=4, ignore_mismatched_sizes=True
+    )
+    trained.config.wnids = WNIDS
+    trained.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_bytes(
+        (checkpoints("convnext") / "preprocessor_config.json").read_bytes()
+    )
+    (folder / "README.md").write_text("---\nlibrary_name: transformers\n---\n\n# tiny\n")
+    return folder

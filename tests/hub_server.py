@@ -89,7 +89,10 @@ class HubServer(ThreadingHTTPServer):
         self.cdn = f"http://localhost:{self.server_port}"
         self.repos: dict[tuple[str, str], Repo] = {}
         self.blobs: dict[str, bytes] = {}
-        self.variables: dict[str, dict] = {}
+        # Of xet_server: packs of chunks, what files are made of, and the names there of files by sha256.
+        self.xorbs: dict[str, bytes] = {}
+        self.terms: dict[str, list] = {}
+        self.xet_names: dict[str, str] = {}
         self.requests: list[str] = []
         self.strangers: list[str] = []
         self._faults: list[list] = []
@@ -223,6 +226,8 @@ def list_files(hub: HubHandler, kind: str, name: str, revision: str, folder: str
     for path, content in repo.commits[repo.resolve(revision)].items():
         entry = {"type": "file", "path": path, "size": len(content), "oid": oid_of(path, content)}
         lfs = {"lfs": {"oid": entry["oid"], "size": len(content), "pointerSize": 134}} if is_large(path) else {}
+        if entry["oid"] in hub.server.xet_names:
+            lfs["xetHash"] = hub.server.xet_names[entry["oid"]]
         entries.append(entry | lfs)
     hub.answer(entries)
 
@@ -314,6 +319,9 @@ def send_file(hub: HubHandler, kind: str | None, name: str, revision: str, path:
         return hub.answer(content, headers=headers)
     linked = {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(content))}
     place = {"Location": f"{hub.server.cdn}/cdn/{oid_of(path, content)}"}
+    if oid_of(path, content) in hub.server.xet_names:
+        refresh = f"{hub.server.url}/api/{kind or 'models/'}{name}/xet-read-token/{oid}"
+        place |= {"X-Xet-Hash": hub.server.xet_names[oid_of(path, content)], "X-Xet-Refresh-Route": refresh}
     return hub.answer(b"", 302, headers | linked | place)
 
 

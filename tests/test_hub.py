@@ -24,38 +24,6 @@ from transfer.hub import check_push, push_model, push_space
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub that the client of this process talks to as its owner, by plain LFS; nobody waits for another try."""
-    with running_hub() as server:
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)
-        yield server
-
-
-@pytest.fixture
-def model(checkpoints, tmp_path) -> Path:
-    """A model folder as a run leaves it."""
-    folder = tmp_path / "model"
-    trained = AutoModelForImageClassification.from_pretrained(
-        checkpoints("convnext"), num_labels=4, ignore_mismatched_sizes=True
-    )
-    trained.config.wnids = WNIDS
-    trained.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_bytes(
-        (checkpoints("convnext") / "preprocessor_config.json").read_bytes()
-    )
-    (folder / "README.md").write_text("---\nlibrary_name: transformers\n---\n\n# tiny\n")
-    return folder
-
-
-@pytest.fixture
 def images(pristine_data) -> list[Path]:
     return sorted((pristine_data / "test" / "images").glob("*.JPEG"))
 

@@ -29,6 +29,9 @@ from transfer.privacy import refuse_secrets
 # Seconds before another try where the client does not try again itself; its own 23 s come on top where it does.
 WAITS = (2, 8, 20)
 PASSING_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+# hf_xet, which transfers large files, tells only in words what went wrong.
+XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3}) ")
+XET_CUT = re.compile(r"error (?:sending request|decoding response body)")
 
 TOKEN_ADVICE = "`hf auth login` or the variable HF_TOKEN gives one with write permission"
 HUB_OWN = {".gitattributes"}  # what a repository has from the start
@@ -47,14 +50,22 @@ class ModelLink:
     private: bool
 
 
+def _status_of(fault: BaseException) -> int | None:
+    """The HTTP status with which a request was refused, if it was answered at all."""
+    if isinstance(fault, HfHubHTTPError):
+        return fault.response.status_code
+    told = XET_STATUS.search(str(fault))
+    return int(told[1]) if told else None
+
+
 def is_passing(fault: BaseException | None) -> bool:
     """Whether trying again may help: the fault is the network's or the server's, not the request's."""
     while fault is not None:
-        if isinstance(fault, HfHubHTTPError):
-            return fault.response.status_code in PASSING_STATUS
+        if status := _status_of(fault):
+            return status in PASSING_STATUS
         if isinstance(fault, OfflineModeIsEnabled):
             return False
-        if isinstance(fault, (HTTPError, ConnectionError, TimeoutError)):
+        if isinstance(fault, (HTTPError, ConnectionError, TimeoutError)) or XET_CUT.search(str(fault)):
             return True
         fault = fault.__cause__  # the client wraps what a transfer raised
     return False
@@ -68,7 +79,7 @@ def _one_line(fault: object) -> str:
 
 def explain(fault: BaseException) -> str:
     """One line on what a client's exception means for the user."""
-    status = fault.response.status_code if isinstance(fault, HfHubHTTPError) else None
+    status = _status_of(fault)
     said = _one_line(getattr(fault, "server_message", None) or fault)
     if isinstance(fault, LocalTokenNotFoundError):
         return f"there is no token; {TOKEN_ADVICE}"
