@@ -87,6 +87,16 @@ def test_a_card_of_three_seeds_gives_mean_and_standard_deviation(tmp_path):
     assert "soup of the seeds 0.7345, ensemble of the seeds 0.7456" in text and "One seed" not in text
 
 
+def test_a_card_says_of_which_weights_and_views_its_figures_are(tmp_path):
+    views = {"kept": ["plain", "flip"], "accuracy": {"plain": 0.7012, "flip": 0.69}}
+    arguments = {"seeds": [3, 5, 8], "freeze_levels": 4}
+    soup = SEEDS | {"soup": {"accuracy": 0.7345, "members": [3, 8]}, "test_time_views": views}
+    text = make_card(tmp_path / "run", record={"arguments": arguments}, **soup)[0].read_text()
+    assert "This model is the mean of the weights of seeds 3, 8 (greedy soup)." in text
+    assert "average the views plain, flip of each image" in text and "has validation accuracy 0.7012." in text
+    assert "| seeds | 3, 5, 8 |" in text and "| seed |" not in text and "| freeze_levels | 4 |" in text
+
+
 def test_a_measured_calibration_is_what_the_card_says(tmp_path):
     text = make_card(tmp_path / "run", calibration={"temperature": 1.2345, "ece": 0.0212})[0].read_text()
     assert "temperature 1.2345, ece 0.0212" in text and "Expected calibration error" not in text

@@ -6,15 +6,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, WNIDS
+from conftest import ROOT
 from hub_server import CUT, LOST, TOKEN, Repo, running_hub
-from huggingface_hub import SpaceCard, constants
+from huggingface_hub import SpaceCard
 from transformers import AutoModelForImageClassification
 
 from finetune_vit import main

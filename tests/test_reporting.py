@@ -13,7 +13,7 @@ from conftest import WNIDS, draw_picture
 from fabricated import ARGUMENTS, write_history, write_run
 
 from transfer.reporting import __main__ as command
-from transfer.reporting import report
+from transfer.reporting import charts, report
 
 NAMES = ["red thing", "green thing", "blue thing", "grey"]
 
@@ -155,9 +155,10 @@ def test_without_the_data_the_report_says_so_and_goes_on(data, tmp_path, capsys)
     run = run_on(data, tmp_path / "run")
     shutil.rmtree(data)
     page = draw(run)
-    assert f"Without pictures: {data}: no such folder or zip" in page.words
+    # The page may be handed on; the terminal is the user's own.
+    assert f"Without pictures: {data.name}: no such folder or zip" in page.words
     assert not page.pictures() and "Most confident mistakes" in page.words
-    assert "without pictures: " in capsys.readouterr().out
+    assert f"without pictures: {data}: " in capsys.readouterr().out
 
 
 def test_pictures_come_from_the_place_that_is_named_and_from_a_zip(data, tmp_path, capsys):
@@ -215,9 +216,52 @@ def test_seeds_and_stages_stand_in_the_report_with_mean_and_spread(pristine_data
     words = draw(run).words
     assert "7 72.00% 1.5000" in words and "mean 71.00% 1.5000 standard deviation 1.00% 0.0000" in words
     assert "before any training 12.5%" in words and "linear probe 43.8% (+31.2)" in words
-    assert "soup of the seeds 75.0% (+4.0)" in words and "ensemble of the seeds 76.0% (+1.0)" in words
+    assert "soup of the seeds, kept 75.0% (+4.0)" in words and "ensemble of the seeds 76.0% (+1.0)" in words
     assert "seed 5 seed 6 seed 7" in words
     assert "submission.csv comes from the ensemble, at 76.0% the best on the held-out images" in words
+
+
+def test_the_views_of_a_soup_stand_before_the_ensemble_that_they_are_no_part_of(pristine_data, tmp_path):
+    views = {"kept": ["plain", "flip"], "accuracy": {"plain": 0.75, "flip": 0.7}}
+    run = run_on(
+        pristine_data,
+        tmp_path / "run",
+        seeds=[{"validation": {"accuracy": 0.7}}],
+        mean={"accuracy": 0.7},
+        soup={"accuracy": 0.78, "members": [0]},
+        ensemble={"accuracy": 0.76},
+        test_time_views=views,
+    )
+    steps = (
+        "soup of the seeds, one plain view 75.0% (+5.0) soup of the seeds, kept, with views plain, flip 78.0% (+3.0)"
+    )
+    assert f"{steps} ensemble of the seeds 76.0% (−2.0)" in draw(run).words
+
+
+def test_curves_begin_with_what_was_measured_before_training(pristine_data, tmp_path):
+    run = run_on(pristine_data, tmp_path / "run", zero_epoch={"accuracy": 0.0625})
+    write_history(run)
+    assert "validation accuracy: 6.2% at 0 epoch" in draw(run).text
+    (run / "metrics.json").write_text(
+        json.dumps(json.loads((run / "metrics.json").read_text()) | {"probe": {"accuracy": 0.25}})
+    )
+    assert "validation accuracy: 25.0% at 0 minutes" in draw(run).text
+
+
+@pytest.mark.parametrize("rate", [2.5e-4, 2e-3, 1.0])
+def test_no_number_of_an_axis_is_cut_off_where_letters_are_large(pristine_data, tmp_path, rate):
+    run = run_on(pristine_data, tmp_path / "run")
+    history = [{"epoch": step / 4, "learning_rate": rate * (4 - step) / 4, "loss": 1e3 - step} for step in range(5)]
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    draw(run)
+    texts = re.findall(
+        r'<text class="tick (end|mid)" x="([\d.]+)" y="[\d.]+">([^<]*)</text>', (run / "report.html").read_text()
+    )
+    assert len(texts) > 20
+    for side, x, number in texts:
+        width = 0.6 * 14.5 * len(number)  # as on a phone
+        start = float(x) - (width if side == "end" else width / 2)
+        assert start >= 0 and start + width <= charts.WIDTH, number
 
 
 def test_views_and_averaged_weights_stand_in_the_report(pristine_data, tmp_path):

@@ -36,7 +36,7 @@ def make_page(model: str, revision: str | None = None):
 
     return gradio.Interface(
         make_classifier(model, revision),
-        gradio.Image(type="pil", label="picture", height=320),  # small pictures are shown large
+        gradio.Image(type="pil", label="picture", height=320),
         gradio.Label(num_top_classes=SHOWN, label="names"),
         title=f"What does {Path(model).parent.name if Path(model).is_dir() else model} see?",
         live=True,  # answers as soon as a picture is dropped

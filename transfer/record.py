@@ -141,7 +141,8 @@ def describe_device() -> str:
     if cpuinfo.is_file():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    return f"CPU, {model}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {model}, {threads} thread{'s' * (threads > 1)}"
 
 
 def describe_command() -> str:

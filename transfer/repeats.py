@@ -75,6 +75,8 @@ def combine_seeds(
     metrics["train"] = evaluate_split(trainer, sample_of_train(dataset, store)) | _training_speed(runs)
     zero_epoch = runs[folders.index(best_of(folders))]["zero_epoch"]
     metrics |= {"zero_epoch": zero_epoch, "seeds": runs} | summarise(runs)
+    if all("probe" in run for run in runs):
+        metrics["probe"] = {"accuracy": float(np.mean([run["probe"]["accuracy"] for run in runs]))}
     metrics["soup"] = metrics["validation"] | {"members": [seeds[i] for i in chosen]}
     ensemble = average_probabilities([member.validation_logits for member in members])
     metrics["ensemble"] = measure(ensemble, predictions.validation_labels)

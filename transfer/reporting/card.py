@@ -20,6 +20,7 @@ RECIPE_SETTINGS = [
     "train_image_size",
     "min_crop_area",
     "head_warm_start",
+    "drop_path_rate",
     "layer_decay",
     "num_train_epochs",
     "max_train_samples",
@@ -39,6 +40,8 @@ RECIPE_SETTINGS = [
 ]
 # What a recipe adds to plain fine-tuning; shown where it is on.
 INGREDIENTS = [
+    "freeze_levels",
+    "lora_r",
     "probe",
     "probe_only",
     "ema_decay",
@@ -149,6 +152,22 @@ def _say_calibration(metrics: Mapping, predictions: Predictions) -> str:
     return f"- Expected calibration error on the validation images: {ece:.4f} ({diagnosis.CALIBRATION_BINS} bins)."
 
 
+def _say_which_model(metrics: Mapping) -> list[str]:
+    """What the figures are of, where it is not one training seen through one plain view."""
+    lines, views = [], (metrics.get("test_time_views") or {}).get("kept") or []
+    members = (metrics.get("soup") or {}).get("members")
+    if members:
+        of = "the mean of the weights of seeds" if len(members) > 1 else "that of seed"
+        lines.append(f"- This model is {of} {', '.join(map(str, members))} (greedy soup).")
+    plain = look_up(metrics, "test_time_views", "accuracy", "plain")
+    if len(views) > 1 and plain is not None:
+        lines.append(
+            f"- The figures average the views {', '.join(views)} of each image; one plain view, as in the lines "
+            f"above, has validation accuracy {plain:.4f}."
+        )
+    return lines
+
+
 def _remarks(metrics: Mapping, predictions: Predictions) -> str:
     stages = [f"{STAGES[key]} {read_accuracy(metrics[key]):.4f}" for key in STAGES if read_accuracy(metrics.get(key))]
     lines = _say_repeats(metrics)
@@ -156,6 +175,7 @@ def _remarks(metrics: Mapping, predictions: Predictions) -> str:
         lines.append("- The validation figures are of all labelled images, each by the fold that had not seen it.")
     if stages:
         lines.append(f"- On the way, validation accuracy: {', '.join(stages)}.")
+    lines += _say_which_model(metrics)
     lines.append(_say_calibration(metrics, predictions))
     lines.append("- The epoch was chosen on the validation images too, so their accuracy is slightly optimistic.")
     return "\n".join(lines)
@@ -180,7 +200,8 @@ def _plain(value) -> str:
 
 def _training_table(metrics: Mapping, record: Mapping) -> str:
     arguments = record["arguments"]
-    settings = [(name, arguments[name]) for name in RECIPE_SETTINGS if arguments.get(name) is not None]
+    repeated = {"seed"} if arguments.get("seeds") else set()  # each training has its own
+    settings = [(n, arguments[n]) for n in RECIPE_SETTINGS if arguments.get(n) is not None and n not in repeated]
     settings += [(name, arguments[name]) for name in INGREDIENTS if arguments.get(name)]
     settings.insert(0, ("started from", name_base(record)))
     settings.append(("precision", record["precision"].removeprefix("precision: ")))

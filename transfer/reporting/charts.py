@@ -12,7 +12,7 @@ from markupsafe import Markup
 from transfer.reporting.diagnosis import Reliability
 
 WIDTH, HEIGHT = 440, 270
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 42
+LEFT, RIGHT, TOP, BOTTOM = 62, 22, 12, 42
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,10 @@ def percent_tick(share: float) -> str:
 
 
 def plain(value: float) -> str:
-    """A number of an axis, without trailing zeros."""
+    """A number of an axis, without trailing zeros; short where it is small."""
+    if 0 < abs(value) < 1e-3:
+        digits, _, power = f"{value:.3e}".partition("e")
+        return f"{float(digits):g}e{int(power)}"
     return f"{value:.6g}"
 
 

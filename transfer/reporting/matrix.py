@@ -9,7 +9,7 @@ from markupsafe import Markup
 MOST_CLASSES = 120  # whose names can still be read; of more, those with the most mistakes are shown
 CELL, MARGIN = 10, 118
 # CSS pixels of a unit: few classes are not blown up to the page's width, and many do not shrink on a phone.
-LARGEST_SCALE, SMALLEST_SCALE = 1.5, 0.68
+LARGEST_SCALE, SMALLEST_SCALE = 1.5, 0.85
 LONGEST_NAME = 22
 
 # Shares of a class's images at which the colour of a cell darkens.

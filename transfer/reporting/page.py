@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from transfer.privacy import anonymise
 from transfer.record import write_whole
 from transfer.reporting import diagnosis
 from transfer.reporting.charts import draw_reliability, percent
@@ -14,7 +15,7 @@ from transfer.reporting.findings import Findings, list_classes, show_mistakes, s
 from transfer.reporting.matrix import choose_classes, draw_matrix
 from transfer.reporting.metrics import score_interval
 from transfer.reporting.pictures import Album
-from transfer.reporting.progress import draw_curves, list_repeats, list_steps
+from transfer.reporting.progress import draw_curves, from_the_start, list_repeats, list_steps
 from transfer.reporting.results import RunResults, leave_out_places, look_up, name_base
 
 HERE = Path(__file__).parent
@@ -158,12 +159,13 @@ def render_page(run: RunResults, album: Album, without_pictures: str | None = No
             trained="train" in run.metrics,
             smoothing=arguments.get("label_smoothing_factor"),
             temperature=look_up(run.metrics, "calibration", "temperature"),
+            scaled=look_up(run.metrics, "calibration", "ece_scaled"),
             validation=run.metrics["validation"],
             tiles=list_tiles(run, reliability.ece, leaderboard),
             leaderboard=leaderboard,
             steps=list_steps(run.metrics, arguments),
             repeats=list_repeats(run.metrics, arguments.get("seeds")),
-            curves=draw_curves(run.histories),
+            curves=draw_curves(from_the_start(run.histories, run.metrics, arguments)),
             class_tables=list_classes(found),
             matrix=matrix,
             reading=reading,
@@ -178,7 +180,7 @@ def render_page(run: RunResults, album: Album, without_pictures: str | None = No
             command=leave_out_places(run.record.get("command", "")),
             settings=list_settings(run.record),
             links=list_links(run),
-            without_pictures=without_pictures,
+            without_pictures=without_pictures and anonymise(without_pictures),
         )
     )
 

@@ -54,20 +54,28 @@ def _name_kept(metrics: Mapping, arguments: Mapping) -> str:
     return f"{STAGES['fine_tuned']}, kept" if "train" in metrics and not later else "kept"
 
 
-def list_steps(metrics: Mapping, arguments: Mapping) -> list[Step]:
-    """The stages that metrics.json knows, and what was kept of them, last."""
-    found = {STAGES[key]: accuracy for key in STAGES if (accuracy := read_accuracy(metrics.get(key))) is not None}
+def _read_stages(metrics: Mapping) -> dict[str, float]:
+    """Accuracy by stage, as far as metrics.json has them."""
+    found = {key: read_accuracy(metrics.get(key)) for key in STAGES}
     if "fine_tuned" in metrics or "folds" in metrics:
-        found.pop(STAGES["mean"], None)  # it is that of the fine-tunings, not a stage after them
+        found.pop("mean")  # it is that of the fine-tunings, not a stage after them
+    return {STAGES[key]: accuracy for key, accuracy in found.items() if accuracy is not None}
+
+
+def list_steps(metrics: Mapping, arguments: Mapping) -> list[Step]:
+    """The stages that metrics.json knows and what was kept of them: of seeds their soup, else what came last."""
+    found, name = _read_stages(metrics), _name_kept(metrics, arguments)
+    soup, ensemble = STAGES["soup"], STAGES["ensemble"]
+    after = [(ensemble, found.pop(ensemble))] if ensemble in found else []
+    kept = (f"{soup}, {name}", found.pop(soup)) if soup in found else (name, metrics["validation"]["accuracy"])
     plain = look_up(metrics, "test_time_views", "accuracy", "plain")
     if plain is not None and len(metrics["test_time_views"].get("kept", ())) > 1:
-        found["one plain view"] = plain
+        found[f"{soup}, one plain view" if "soup" in metrics else "one plain view"] = plain
     steps = []
-    for name, accuracy in found.items():
-        steps.append(Step(name, accuracy, accuracy - max(s.accuracy for s in steps) if steps else None))
-    kept = metrics["validation"]["accuracy"]
-    gain = kept - max(s.accuracy for s in steps) if steps else None
-    return [*steps, Step(_name_kept(metrics, arguments), kept, gain, kept=True)]
+    for stage, accuracy in [*found.items(), kept, *after]:
+        gain = accuracy - max(s.accuracy for s in steps) if steps else None
+        steps.append(Step(stage, accuracy, gain, kept=stage == kept[0]))
+    return steps
 
 
 def list_repeats(metrics: Mapping, seeds: Sequence[int] | None) -> dict | None:
@@ -134,6 +142,22 @@ def _curve(title: str, series: Sequence[Series], x_label: str, y_label: str, **o
         legend = {s.colour: s.name.partition(", ")[2] for s in series}
     entries = list(legend.items()) if len(legend) > 1 else []
     return Curve(title, draw_lines(series, x_label, y_label, **options), entries)
+
+
+def from_the_start(
+    histories: Mapping[str, Sequence[Mapping]], metrics: Mapping, arguments: Mapping
+) -> dict[str, Sequence[Mapping]]:
+    """The logs, each after the accuracy that was measured before its first step: the checkpoint's, or its probe's."""
+    kind = "fold" if "folds" in metrics else "seed"
+    runs = metrics.get(f"{kind}s") or []
+    numbers = (arguments.get("seeds") if kind == "seed" else None) or range(1, len(runs) + 1)
+    measured = {"": metrics} | {f"{kind} {n}": run for n, run in zip(numbers, runs, strict=False)}
+    begun = {}
+    for name, history in histories.items():
+        before = [read_accuracy(measured.get(name, {}).get(stage)) for stage in ("probe", "zero_epoch")]
+        first = [{"epoch": 0, "seconds": 0, "eval_accuracy": a} for a in before if a is not None][:1]
+        begun[name] = [*first, *history] if history else []
+    return begun
 
 
 def draw_curves(histories: Mapping[str, Sequence[Mapping]]) -> list[Curve]:
