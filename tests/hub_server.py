@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+from card_rules import find_faults
+
 TOKEN, USER = "hf_aTokenThatNobodyMaySee", "me"
 ROUTES: list[tuple[str, re.Pattern, Callable]] = []
 
@@ -244,7 +246,9 @@ def create_branch(hub: HubHandler, kind: str, name: str, branch: str):
 
 @route("POST", "/api/validate-yaml")
 def validate_card(hub: HubHandler):
-    hub.answer({"errors": [], "warnings": []})
+    card = json.loads(hub.body)
+    faults = [{"message": fault} for fault in find_faults(card["content"], card["repoType"])]
+    hub.answer({"errors": faults, "warnings": []}, 400 if faults else 200)
 
 
 @route("POST", REPO + r"/preupload/(?P<revision>.+)")

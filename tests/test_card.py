@@ -119,6 +119,26 @@ def test_the_metadata_is_what_the_hub_reads(tmp_path):
     assert 'pipeline("image-classification", model="me/tiny")' in card.text
 
 
+@pytest.mark.parametrize("metrics", [{}, SEEDS], ids=["one seed", "three seeds"])
+@pytest.mark.parametrize("base", ["offline", "google/vit-base-patch16-224-in21k"])
+def test_the_hub_accepts_the_card(hub, metrics, base, tmp_path):
+    arguments = {"model_name_or_path": base, "dataset_name": None if base == "offline" else "me/flowers"}
+    record = {"local_model": base == "offline", "arguments": arguments}
+    ModelCard.load(make_card(tmp_path / "run", record=record, **metrics)[0]).validate()
+    assert hub.requests == ["POST /api/validate-yaml"]
+
+
+def test_a_card_that_the_hub_refuses_would_be_noticed(hub, tmp_path):
+    text = make_card(tmp_path / "run")[0].read_text()
+    for good, bad in [
+        ("image-classification\n", "seeing\n"),
+        ("pipeline_tag:", "base_model: /my/place\npipeline_tag:"),
+    ]:
+        assert good in text
+        with pytest.raises(ValueError, match=r"pipeline_tag|base_model"):
+            ModelCard(text.replace(good, bad)).validate()
+
+
 def test_a_local_checkpoint_is_no_base_model_of_the_hub_and_its_place_stays_private(tmp_path):
     local = {"model_name_or_path": "/home/jane/checkpoints/my-vit", "output_dir": "/home/jane/outputs/x"}
     command = "python finetune_vit.py /home/jane/a.yaml --data_dir=/home/jane/tiny.zip --output_dir ~jane/x"

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +21,10 @@ from transformers import AutoModelForImageClassification
 from finetune_vit import main
 from transfer import UserError
 from transfer import hub as link
+from transfer.command_line import parse_command_line
+from transfer.hand_in import pack
 from transfer.hub import check_push, push_model, push_space
+from transfer.publishing import command_to_push
 
 
 @pytest.fixture
@@ -193,6 +198,13 @@ def test_a_space_shows_the_pushed_commit_with_the_demo_as_its_app(hub, model):
     assert (card.data.sdk, card.data.app_file, card.data.models) == ("gradio", "app.py", ["me/tiny"])
 
 
+def test_a_card_that_the_hub_refuses_is_said_in_one_line_and_nothing_is_pushed(hub, model):
+    (model / "README.md").write_text("---\npipeline_tag: seeing\n---\n")
+    with pytest.raises(UserError, match=r"--push_to_hub me/tiny: Invalid metadata in README\.md.*seeing is not known"):
+        push_model(model, "me/tiny")
+    assert pushed(hub) == {}
+
+
 def test_another_space_of_that_name_is_not_overwritten(hub, model):
     hub.make_repo("spaces", "me/demo", files={"app.py": b"print('mine')"})
     with pytest.raises(UserError, match="--hub_space_id me/demo: the name is taken by another Space"):
@@ -204,6 +216,7 @@ def test_a_run_whose_push_fails_is_whole_and_its_advice_pushes_it_later(
 ):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("HOME", str(checkpoints("convnext").parent))  # the checkpoint's path must not be published
+    monkeypatch.setenv("LOGNAME", user := Path(os.environ["HOME"]).name)
     recipe, out = tmp_path / "mine.yaml", tmp_path / "out"
     recipe.write_text("per_device_train_batch_size: 8\nnum_train_epochs: 1\nvalidation_fraction: 0.25\n")
     flags = {"data_dir": pristine_data, "model_name_or_path": checkpoints("convnext"), "output_dir": out}
@@ -227,8 +240,45 @@ def test_a_run_whose_push_fails_is_whole_and_its_advice_pushes_it_later(
     everything = "".join([*said, *capsys.readouterr()])
     files = [path.read_bytes() for place in (out, again) for path in place.rglob("*") if path.is_file()]
     assert TOKEN not in everything and not any(TOKEN.encode() in data for data in files)
-    home = os.environ["HOME"].encode()
-    assert not any(home in data for data in pushed(hub).values())
+    assert not any(user.encode() in data for data in pushed(hub).values())
+    assert json.loads((out / "run.json").read_text())["model_link"]["repo_id"] == "me/tiny"
+    monkeypatch.delenv("HF_TOKEN")  # these tests, which name it, are packed too
+    pack(out, tmp_path / "mine.zip")
+    with zipfile.ZipFile(tmp_path / "mine.zip") as archive:
+        own = [name for name in archive.namelist() if not re.search(r"mine/(code/|changes\.patch)", name)]
+        packed = {name: archive.read(name) for name in own}
+    assert b"/me/tiny/tree/" in packed["mine/README.md"]  # though it was pushed later
+    assert not any(user.encode() in data or TOKEN.encode() in data for data in packed.values())
+
+
+def test_several_seeds_are_pushed_as_one_model_whose_card_tells_their_spread(
+    hub, pristine_data, checkpoints, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    recipe, out = tmp_path / "mine.yaml", tmp_path / "out"
+    recipe.write_text(
+        "per_device_train_batch_size: 8\nnum_train_epochs: 1\nvalidation_fraction: 0.25\nseeds: [3, 5]\n"
+    )
+    flags = ["--data_dir", pristine_data, "--model_name_or_path", checkpoints("convnext"), "--output_dir", out]
+    command = list(map(str, [recipe, *flags, "--push_to_hub", "true", "--hub_model_id", "me/tiny"]))
+    main(command)
+    assert pushed(hub) == contents(out / "model") and len(hub.repos["models", "me/tiny"].commits) == 2
+    metrics, card = json.loads((out / "metrics.json").read_text()), pushed(hub)["README.md"].decode()
+    mean, std = (metrics[name]["validation"]["accuracy"] for name in ("mean", "std"))
+    assert f"over 2 seeds, validation: accuracy {mean:.4f} ± {std:.4f}" in card
+    assert "(greedy soup)" in card and f"| {metrics['soup']['accuracy']:.4f} |" in card
+    assert json.loads((out / "run.json").read_text())["model_link"]["commit"] in hub.repos["models", "me/tiny"].commits
+
+
+@pytest.mark.parametrize("repeats", ["--seeds 3 5", "--seeds=3", "--kfold 4", "--kfold 4 --fold 2", "--max_minutes 9"])
+def test_the_command_to_push_a_run_later_trains_nothing_whatever_the_run_was(repeats, tmp_path):
+    (tmp_path / "mine.yaml").write_text("seeds: [1, 2]\nmax_minutes: 5\n")
+    said = f"python finetune_vit.py {tmp_path}/mine.yaml --data_dir sample {repeats} --resume_from_checkpoint true"
+    words = shlex.split(command_to_push(f"{said} --push_to_hub true --hub_model_id me/tiny", tmp_path / "out"))
+    run, args, _ = parse_command_line(words[2:])
+    assert (run.seeds, run.kfold, run.fold, run.max_minutes, args.do_train) == (None, None, None, None, False)
+    assert args.push_to_hub and args.hub_model_id == "me/tiny" and args.output_dir == f"{tmp_path}/out-pushed"
+    assert run.model_name_or_path == f"{tmp_path}/out/model" and run.data_dir == "sample"
 
 
 CLASSIFY = """

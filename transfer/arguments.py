@@ -48,6 +48,9 @@ REFUSED = {
     "auto_find_batch_size": "it changes the recipe unseen; --estimate says which batch fits",
 }
 
+# Arguments of training alone: what a recipe says of them does not matter to a run without training.
+TRAINING_ONLY = frozenset({"seeds", "kfold", "fold", "max_minutes", "resume_from_checkpoint"})
+
 
 def option(default, help, **choices):
     """A dataclass field with its help text."""

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,13 @@ import yaml
 from transformers import HfArgumentParser
 
 from transfer import UserError
-from transfer.arguments import EVERYDAY_TRAINING_ARGUMENTS, REFUSED, FinetuningArguments, RunArguments
+from transfer.arguments import (
+    EVERYDAY_TRAINING_ARGUMENTS,
+    REFUSED,
+    TRAINING_ONLY,
+    FinetuningArguments,
+    RunArguments,
+)
 from transfer.checks import check_values
 from transfer.record import describe_arguments
 from transfer.reproduction import read_record
@@ -137,6 +144,16 @@ def chosen_arguments(recorded: Mapping) -> dict:
     }
 
 
+def trains(flags: list[str]) -> bool:
+    """Whether the flags leave training to the recipe: they do not say `--do_train false`."""
+    return not re.search(r"--do_train[ =](false|no|0|f|n)\b", " ".join(flags).lower())
+
+
+def without_training(settings: Mapping) -> dict:
+    """A recipe's arguments but for those of training alone."""
+    return {name: value for name, value in settings.items() if name not in TRAINING_ONLY}
+
+
 def recorded_words(path: Path) -> list[str]:
     """The arguments in a run.json that are not defaults, as command-line words; its output goes beside the old one."""
     recorded = read_record(path)["arguments"]
@@ -155,7 +172,9 @@ def read_words(argv: list[str]) -> tuple[Path, list[str], list[str]]:
     if not argv or argv[0].startswith("-"):
         raise UserError(f"the recipe comes first, or --reproduce RUN_JSON: {USAGE}")
     path = Path(argv[0])
-    return path, ["--output_dir", str(Path("outputs") / path.stem), *to_flags(read_recipe(path))], argv[1:]
+    recipe = read_recipe(path)
+    settings = recipe if trains(argv[1:]) else without_training(recipe)
+    return path, ["--output_dir", str(Path("outputs") / path.stem), *to_flags(settings)], argv[1:]
 
 
 def parse_command_line(argv: list[str]) -> tuple[RunArguments, FinetuningArguments, Path]:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -293,11 +292,3 @@ def push_space(space_id: str, link: ModelLink, say: Callable[[str], None] = prin
     if link.private:
         say(f"hub         {link.repo_id} is private: {space_id} needs a secret HF_TOKEN that may read it")
     return f"{api.endpoint}/spaces/{space_id}"
-
-
-def command_to_push(command: str, output_dir: Path) -> str:
-    """A run's command changed to push the model that the run left."""
-    words = shlex.split(re.sub(r"--resume_from_checkpoint[ =]\S+|--seeds( \d+)+", "", command))
-    # The last of two equal flags counts.
-    words += ["--do_train", "false", "--model_name_or_path", str(output_dir / "model")]
-    return shlex.join([*words, "--output_dir", f"{output_dir}-pushed"])

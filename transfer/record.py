@@ -221,6 +221,16 @@ def write_record(folder: Path, record: Mapping) -> None:
     write_whole(folder / "run.json", json.dumps(record, indent=2) + "\n")
 
 
+def find_run_of(model: Path) -> Path | None:
+    """The folder of the run that left this model folder and nothing else since; None where there is none."""
+    try:
+        record = json.loads((model.expanduser().parent / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = record.get("weights_sha256") == digest_of_folder(model.expanduser(), "*.safetensors")
+    return model.expanduser().parent if whole else None
+
+
 def extend_record(folder: Path, **facts) -> None:
     """Add to run.json what came to be known after it was written, such as the link of the pushed model."""
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
