@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -41,24 +40,30 @@ def check_pipeline(out, data) -> None:
     assert [answer[0]["label"] for answer in answers] == [names[label] for label in ours.values()]
 
 
+def check_from_training_to_pipeline(checkpoint, data, finetune, **options) -> None:
+    """A run keeps its best epoch, trains backbone and head, is read back alike and answers in a plain pipeline."""
+    out = finetune(data, checkpoint, learning_rate="5e-3", layer_decay=0.9, **options)
+    best = json.loads((out / "trainer_state.json").read_text())["best_model_checkpoint"]
+    saved, chosen = load_file(out / "model" / "model.safetensors"), load_file(f"{best}/model.safetensors")
+    assert saved.keys() == chosen.keys() and all(torch.equal(saved[name], chosen[name]) for name in saved)
+    untrained = build(checkpoint, **options).model
+    start, trained = untrained.state_dict(), load_trained(str(out / "model"), WNIDS).model.state_dict()
+    assert trained.keys() == start.keys()
+    # Backbone and head have moved: neither is frozen by mistake, nor lost on the way to the disk.
+    heads = head_names(untrained)
+    for part in (heads, start.keys() - heads):
+        assert any(not torch.equal(start[name], trained[name]) for name in part)
+    again = finetune(data, out / "model", output_dir="again", do_train="false")
+    assert (again / "submission.csv").read_bytes() == (out / "submission.csv").read_bytes()
+    assert NAMES[0] in (again / "report.html").read_text()
+    check_pipeline(out, data)
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_every_backbone_trains_keeps_its_best_epoch_reloads_and_predicts_the_same(
     kind, pristine_data, checkpoints, finetune
 ):
-    out = finetune(pristine_data, checkpoints(kind), learning_rate="5e-3", layer_decay=0.9)
-    best = json.loads((out / "trainer_state.json").read_text())["best_model_checkpoint"]
-    saved, chosen = load_file(out / "model" / "model.safetensors"), load_file(f"{best}/model.safetensors")
-    assert saved.keys() == chosen.keys() and all(torch.equal(saved[name], chosen[name]) for name in saved)
-    start = build(checkpoints(kind)).model.state_dict()
-    trained = load_trained(str(out / "model"), WNIDS).model.state_dict()
-    assert trained.keys() == start.keys()
-    # Backbone and head have moved: neither is frozen by mistake, nor lost on the way to the disk.
-    heads = head_names(build(checkpoints(kind)).model)
-    for part in (heads, start.keys() - heads):
-        assert any(not torch.equal(start[name], trained[name]) for name in part)
-    again = finetune(pristine_data, out / "model", output_dir="again", do_train="false")
-    assert (again / "submission.csv").read_bytes() == (out / "submission.csv").read_bytes()
-    check_pipeline(out, pristine_data)
+    check_from_training_to_pipeline(checkpoints(kind), pristine_data, finetune)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -192,27 +197,50 @@ def test_the_readmes_row_of_each_backbone_is_what_its_code_says(kind, checkpoint
     assert row in (ROOT / "README.md").read_text(), f"{row}\nrun: python tests/backbones.py"
 
 
-def test_a_timm_checkpoint_trains_reloads_and_answers_in_a_pipeline(tmp_path, pristine_data, finetune):
-    if find_spec("timm") is None or find_spec("torchvision") is None:
-        pytest.skip("timm and the torchvision that it needs are not installed: pip install timm torchvision")
-    for architecture, arguments in {
-        "vit_tiny_patch16_224": {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8},
-        "resnet18": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
-    }.items():
-        source = tmp_path / architecture
-        torch.manual_seed(0)
-        view = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
-        config = transformers.TimmWrapperConfig(
-            architecture=architecture,
-            model_args=arguments,
-            pretrained_cfg=view | {"crop_pct": 0.9, "crop_mode": "center"},
-        )
-        transformers.TimmWrapperForImageClassification(config).save_pretrained(source)
-        out = finetune(pristine_data, source, output_dir=f"{architecture}-out", learning_rate="5e-3", image_size=48)
-        again = finetune(pristine_data, out / "model", output_dir=f"{architecture}-again", do_train="false")
-        assert (again / "submission.csv").read_bytes() == (out / "submission.csv").read_bytes()
-        check_pipeline(out, pristine_data)
-        model = load_trained(str(out / "model"), WNIDS).model
-        levels = parameter_levels(model)
-        assert len(find_blocks(model)) == (2 if "vit" in architecture else 4)
-        assert max(levels, key=levels.get).startswith(next(iter(head_names(model))).rpartition(".")[0])
+TIMM = {  # architecture -> what makes it tiny
+    "vit_tiny_patch16_224": {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8},
+    "eva02_tiny_patch14_224": {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8},
+    "resnet18": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
+}
+
+
+def save_timm(architecture: str, place) -> None:
+    """A tiny random checkpoint as timm's lie on the Hub; skips where timm, or the torchvision it needs, is missing."""
+    timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm torchvision")
+    try:
+        import torchvision  # noqa: F401
+    except Exception as fault:  # whatever its binaries raise
+        pytest.skip(f"timm's checkpoints need torchvision, which cannot be imported: {fault}")
+    from timm.models import save_for_hf
+
+    torch.manual_seed(0)
+    arguments = TIMM[architecture]
+    view = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
+    view |= {"crop_pct": 0.9, "crop_mode": "center"}
+    model = timm.create_model(architecture, num_classes=5, pretrained_cfg_overlay=view, **arguments)
+    save_for_hf(model, place, model_args=arguments, safe_serialization=True)
+
+
+@pytest.mark.parametrize("architecture", TIMM)
+def test_a_timm_checkpoint_trains_at_another_size_reloads_and_predicts_the_same(
+    architecture, tmp_path, pristine_data, finetune
+):
+    save_timm(architecture, tmp_path / "timm")
+    check_from_training_to_pipeline(tmp_path / "timm", pristine_data, finetune, image_size=48)
+    model = load_trained(str(tmp_path / "out" / "model"), WNIDS).model
+    levels = parameter_levels(model)
+    assert len(find_blocks(model)) == (4 if architecture == "resnet18" else 2)
+    assert max(levels, key=levels.get).startswith(next(iter(head_names(model))).rpartition(".")[0])
+    # Fine-tuned once more, it is called what the new classes are called.
+    renamed = build_classifier(str(tmp_path / "out" / "model"), ["a", "b"], ["one", "two"], ["one", "two"])
+    renamed.model.save_pretrained(tmp_path / "renamed")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "renamed")
+    assert config.id2label == {0: "one", 1: "two"}
+
+
+def test_a_timm_checkpoint_takes_adapters(tmp_path, pristine_data, finetune):
+    save_timm("eva02_tiny_patch14_224", tmp_path / "timm")
+    out = finetune(pristine_data, tmp_path / "timm", lora_r=2, learning_rate="2e-2")
+    start = build(tmp_path / "timm").model.state_dict()
+    assert load_trained(str(out / "model"), WNIDS).model.state_dict().keys() == start.keys()
+    check_pipeline(out, pristine_data)

@@ -75,6 +75,8 @@ def set_labels(model: PreTrainedModel, wnids: Sequence[str], class_names: Sequen
     """Store the label maps, in label order, so that a plain pipeline answers with class names."""
     model.config.id2label = dict(enumerate(class_names))
     model.config.label2id = {name: label for label, name in enumerate(class_names)}
+    if hasattr(model.config, "label_names"):  # timm's, which would win over id2label in what is saved
+        model.config.label_names = list(class_names)
     model.config.wnids = list(wnids)
     model.config.problem_type = None  # set by a checkpoint that was trained on soft labels, it would change the loss
     model.num_labels = len(class_names)

@@ -69,6 +69,8 @@ def load_checkpoint(
         set_drop_path(config, drop_path_rate)
     if config.num_labels == 0:
         config.num_labels = 2  # any head will do: it is replaced
+    if config.model_type == "timm_wrapper" and config.model_args:
+        config.model_args.pop("num_classes", None)  # newer timm saves it there too: it would be passed twice
     if config.model_type == "siglip":
         config.vision_config.vision_use_head = False  # the classifier stands on the patches, so it would never learn
     loader, convert = CONVERSIONS.get(config.model_type, (AutoModelForImageClassification, None))

@@ -36,9 +36,10 @@ def _require(content, names: Sequence[str], path: Path) -> None:
 def read_class_names(folder: Path) -> list[str]:
     """Names of the classes in label order, as the saved model has them. Raises `UserError`."""
     path = folder / "model" / "config.json"
-    names = read_json(path).get("id2label")
+    config = read_json(path)
+    names = config.get("id2label", config.get("label_names"))  # timm's configs have a list
     try:
-        return [str(names[str(label)]) for label in range(len(names))]
+        return [str(names[str(label) if isinstance(names, Mapping) else label]) for label in range(len(names))]
     except (TypeError, KeyError):
         raise UserError(f"{path}: its id2label does not name the classes from 0 on") from None
 
