@@ -110,6 +110,11 @@ def split_data(run: RunArguments, folder: ImageFolder) -> datasets.DatasetDict:
     return load_dataset(folder, run.validation_fraction, run.split_seed, run.max_train_samples, fold)
 
 
+def describe_splits(dataset: datasets.DatasetDict) -> str:
+    """How many images each split has."""
+    return ", ".join(f"{name} {len(split)}" for name, split in dataset.items())
+
+
 def prepare_model(task: Task, args: FinetuningArguments) -> Classifier:
     """The checkpoint with a head for our classes, or an already fine-tuned model where nothing is trained."""
     run, folder = task.run, task.folder
@@ -309,7 +314,7 @@ def run_repeats(task: Task, args: FinetuningArguments) -> dict:
         if resuming and is_finished(folder):
             check_finished(share, one, folder)
             continue
-        say(args, f"{folder.name:<11} training {number} of {len(repeats)}")
+        say(args, f"{folder.name:<11} training {number} of {len(repeats)}: {describe_splits(share.dataset)}")
         checkpoint = last_checkpoint(folder) if resuming else None
         ends_by = share_of_time(task.ends_by, len(repeats) - number + 1)
         share = replace(share, run=replace(share.run, reproduce=reproduce), ends_by=ends_by)
@@ -366,8 +371,10 @@ def search_settings(task: Task, args: FinetuningArguments) -> None:
         trial = replace(task, run=tried, dataset=dataset)
         return make_trainer(trial, once, prepare_model(trial, once))[0]
 
-    best, accuracy = search(build({}), build, space, run.search, study, functools.partial(say, args))
-    recipe = chosen_arguments(task.arguments) | best
+    trainer = build({})
+    say(args, f"search      {run.search} trials of training images alone: {describe_splits(dataset)}")
+    best, accuracy = search(trainer, build, space, run.search, study, functools.partial(say, args))
+    recipe = {"model_name_or_path": run.model_name_or_path} | chosen_arguments(task.arguments) | best
     say(args, write_best(out, recipe, accuracy), f"best settings in {out / BEST_FILE}")
 
 
@@ -396,7 +403,8 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
     folder = find_data(run)
     say(args, *describe_layout(folder))
     dataset = split_data(run, folder)
-    say(args, "splits      " + ", ".join(f"{name} {len(split)}" for name, split in dataset.items()))
+    if not run.kfold or run.fold:  # else each fold has its own
+        say(args, f"splits      {describe_splits(dataset)}")
     ends_by = started + 60 * run.max_minutes if run.max_minutes else None
     task = Task(run, arguments, precision, folder, dataset, ends_by)
 

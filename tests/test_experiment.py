@@ -1,5 +1,6 @@
 """Several seeds, their mean and spread, ensemble and soup; views averaged in prediction; the probe."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -198,7 +199,8 @@ def folds_run(tmp_path_factory, pristine_data, checkpoints):
     recipe.write_text("per_device_train_batch_size: 8\nnum_train_epochs: 2\nkfold: 3\n")
     arguments = {"data_dir": pristine_data, "model_name_or_path": checkpoints("convnext"), "output_dir": place / "out"}
     words = [w for name, value in (arguments | LEARNING).items() for w in (f"--{name}", str(value))]
-    main([str(recipe), *words])
+    with (place / "said").open("w") as said, contextlib.redirect_stdout(said):
+        main([str(recipe), *words])
     return [str(recipe), *words], place / "out"
 
 
@@ -213,6 +215,9 @@ def test_every_image_is_judged_by_the_fold_that_had_not_seen_it(folds_run):
     assert metrics["mean"]["validation"]["accuracy"] == pytest.approx(np.mean(hits))
     assert metrics["std"]["validation"]["accuracy"] == pytest.approx(np.std(hits, ddof=1))
     assert metrics["folds"] == [metrics_of(out / f"fold-{fold}") for fold in (1, 2, 3)]
+    said = (out.parent / "said").read_text()
+    assert "fold-2      training 2 of 3: train 32, validation 16, test 10\n" in said and "splits" not in said
+    assert re.search(r"each by the fold that had not seen it: validation accuracy [\d.]+ .*n=48\)", said)
 
 
 def test_the_submission_of_a_cross_validation_is_its_ensembles(folds_run):

@@ -45,9 +45,17 @@ def test_a_search_finds_the_learning_rate_that_learns_and_writes_a_recipe(
     out = searching()
     best = yaml.safe_load((out / "best.yaml").read_text())
     assert best["learning_rate"] == 1e-2
-    assert best["layer_decay"] in (0.5, 1.0) and best["min_crop_area"] == 0.8 and "search" not in best
-    assert (out / "best.yaml").read_text() in capsys.readouterr().out
-    assert len(trials_of(out)) == 8
+    assert best["layer_decay"] in (0.5, 1.0) and best["min_crop_area"] == 0.8
+    assert not {"search", "disable_tqdm"} & best.keys()
+    assert best["model_name_or_path"] == str(checkpoints("convnext"))
+    said = capsys.readouterr().out
+    assert (out / "best.yaml").read_text() in said
+    assert "search      8 trials of training images alone: train 28, validation 8\n" in said
+    trials = trials_of(out)
+    finished = [trial.value for trial in trials[:-1] if trial.state == optuna.trial.TrialState.COMPLETE]
+    assert len(trials) == 8 and f"accuracy {max(finished):.4f}\ntrial 7" in said  # the best before the last one
+    stopped = sum(trial.state == optuna.trial.TrialState.PRUNED for trial in trials[:-1])
+    assert said.count("stopped: it fell behind the others") == stopped
     assert {path.name for path in out.iterdir()} == {"search.db", "best.yaml"}  # no trial leaves a checkpoint
 
     from finetune_vit import main

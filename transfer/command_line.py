@@ -32,6 +32,7 @@ NOT_REPEATED = (
     "estimate",
     "search",
     "search_space",
+    "disable_tqdm",  # its default is what the verbosity of logs is at the moment
 )
 
 USAGE = "accelerate launch --config_file accelerate_config.yaml finetune_vit.py RECIPE.yaml [--key value ...]"

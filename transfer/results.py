@@ -74,7 +74,7 @@ def describe_results(metrics: dict) -> list[str]:
     """The figures that everybody asks for first, a line each."""
     validation = metrics["validation"]
     low, high = validation["accuracy_ci95"]
-    lines = []
+    lines, whose = [], ""
     if "seeds" in metrics:
         mean, std = (metrics[name]["validation"]["accuracy"] for name in ("mean", "std"))
         lines = [
@@ -87,12 +87,12 @@ def describe_results(metrics: dict) -> list[str]:
     if "folds" in metrics:
         mean, std = (metrics[name]["validation"]["accuracy"] for name in ("mean", "std"))
         lines = [
-            f"{len(metrics['folds'])} folds     validation accuracy {mean:.4f}, standard deviation {std:.4f}",
-            "all images  each by the fold that had not seen it: the last line",
+            f"{len(metrics['folds'])} folds     mean validation accuracy {mean:.4f}, standard deviation {std:.4f}",
             f"submission  from the {metrics['submission']['from']}",
         ]
+        whose = "all images, each by the fold that had not seen it: "
     return [
         *lines,
-        f"validation accuracy {validation['accuracy']:.4f} (95% interval {low:.4f} to {high:.4f}, "
+        f"{whose}validation accuracy {validation['accuracy']:.4f} (95% interval {low:.4f} to {high:.4f}, "
         f"n={validation['n']})",
     ]

@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,6 +132,18 @@ class Tell(TrainerCallback):
                 self.say(f"            epoch {state.epoch:g}: {whose} {metrics[name]:.4f} on held-out training images")
 
 
+def describe_progress(trials: Sequence) -> list[str]:
+    """Lines between two trials: that the last one was stopped, and which is the best so far."""
+    states = import_optuna().trial.TrialState
+    ended = [trial for trial in trials if trial.state in (states.COMPLETE, states.PRUNED)]
+    whole = [trial for trial in ended if trial.state == states.COMPLETE]
+    lines = ["            stopped: it fell behind the others"] if ended and ended[-1].state == states.PRUNED else []
+    if whole:
+        best = max(whole, key=lambda trial: trial.value)
+        lines.append(f"            best so far: trial {best.number}, accuracy {best.value:.4f}")
+    return lines
+
+
 def search(
     trainer: FinetuningTrainer,
     build: Callable[[dict], FinetuningTrainer],
@@ -148,6 +160,8 @@ def search(
     def start(trial):
         if trial is None:
             return trainer.model
+        for line in describe_progress(trial.study.get_trials(deepcopy=False)):
+            say(line)
         settings = space.suggest(trial)
         say(f"trial {trial.number:<5} {json.dumps(settings)}")
         trainer.take_over(build(settings))
@@ -167,9 +181,11 @@ def search(
 def write_best(out: Path, recipe: Mapping, accuracy: float) -> str:
     """best.yaml, a whole recipe, whole or not at all; returns its text."""
     path = out / BEST_FILE
+    fewer = "# The search's max_train_samples stands below: without it the recipe trains on all images.\n"
     text = (
         f"# accelerate launch --config_file accelerate_config.yaml finetune_vit.py {path}\n#\n"
         f"# The best of a search: accuracy {accuracy:.4f} on training images held out for it.\n"
+        f"{fewer if 'max_train_samples' in recipe else ''}"
         f"{yaml.safe_dump(dict(recipe), sort_keys=False)}"
     )
     write_whole(path, text.encode())
