@@ -55,7 +55,7 @@ def test_computed_figures_are_those_of_the_recipes_headers_and_said_to_be_comput
 def test_flags_in_the_readme_are_arguments():
     from transfer.command_line import known_names
 
-    foreign = {"config_file", "quiet", "template", "cases", "logdir", "kills", "fuzz"}
+    foreign = {"config_file", "quiet", "template", "cases", "repeats", "logdir", "kills", "fuzz"}
     foreign |= {"num_processes", "machine_rank", "main_process_ip"}  # accelerate's
     assert set(re.findall(r"--([a-z_]+)", README)) - foreign <= set(known_names()) | {"help"}
 
