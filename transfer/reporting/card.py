@@ -162,8 +162,8 @@ def _say_which_model(metrics: Mapping) -> list[str]:
     plain = look_up(metrics, "test_time_views", "accuracy", "plain")
     if len(views) > 1 and plain is not None:
         lines.append(
-            f"- The figures average the views {', '.join(views)} of each image; one plain view, as in the lines "
-            f"above, has validation accuracy {plain:.4f}."
+            f"- The figures average the views {', '.join(views)} of each image; one plain view, as `pipeline` "
+            f"takes it, has validation accuracy {plain:.4f}."
         )
     return lines
 
