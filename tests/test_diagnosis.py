@@ -76,6 +76,13 @@ def test_planted_label_errors_are_doubted_and_hard_images_are_not():
     assert set(doubted) == set(range(10))
 
 
+def test_a_model_that_is_mostly_wrong_doubts_no_label():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(400, 20))
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert not diagnosis.doubt_labels(probabilities, np.arange(400) % 20).any()
+
+
 def test_a_leaderboards_interval_covers_its_score_in_95_of_100_cases():
     rng, interval, covered = np.random.default_rng(0), functools.cache(score_interval), []
     for hits, scored in zip(rng.binomial(200, 0.8, 3000).tolist(), rng.binomial(100, 0.8, 3000) / 100, strict=True):

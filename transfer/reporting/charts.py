@@ -13,6 +13,7 @@ from transfer.reporting.diagnosis import Reliability
 
 WIDTH, HEIGHT = 440, 270
 LEFT, RIGHT, TOP, BOTTOM = 62, 22, 12, 42
+LONGEST_TICK = 6  # characters that fit left of an axis on a phone
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,14 @@ def percent_tick(share: float) -> str:
 
 
 def plain(value: float) -> str:
-    """A number of an axis, without trailing zeros; short where it is small."""
-    if 0 < abs(value) < 1e-3:
-        digits, _, power = f"{value:.3e}".partition("e")
-        return f"{float(digits):g}e{int(power)}"
+    """A number of an axis, without trailing zeros."""
     return f"{value:.6g}"
+
+
+def short(value: float) -> str:
+    """A very small or large number of an axis."""
+    digits, _, power = f"{value:.3e}".partition("e")
+    return f"{float(digits):g}e{int(power)}" if value else "0"
 
 
 def find_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -99,7 +103,10 @@ def draw_lines(series: Sequence[Series], x_label: str, y_label: str, shares: boo
     """A chart of lines; a series with dots shows each of its points and tells its value under the pointer."""
     xs, ys = [x for s in series for x in s.x], [y for s in series for y in s.y]
     y_text, note_text = (percent_tick, percent) if shares else (plain, plain)
-    plane = Plane(find_ticks(min(0, *xs), max(xs)), find_ticks(min(ys), max(ys)), x_label, y_label, y_text=y_text)
+    y_ticks = find_ticks(min(ys), max(ys))
+    if not shares and max(len(y_text(tick)) for tick in y_ticks) > LONGEST_TICK:
+        y_text = short
+    plane = Plane(find_ticks(min(0, *xs), max(xs)), y_ticks, x_label, y_label, y_text=y_text)
     for s in series:
         points = list(zip(map(plane.x, s.x), map(plane.y, s.y), s.x, s.y, strict=True))
         path = "M" + "L".join(f"{x} {y}" for x, y, _, _ in points)
