@@ -66,6 +66,7 @@ def test_a_search_finds_the_learning_rate_that_learns_and_writes_a_recipe(
 
 def test_a_search_that_was_killed_goes_on_with_the_trials_that_are_left(searching, monkeypatch, capsys):
     trained, original = [], FinetuningTrainer.train
+    ranges = space(learning_rate={"low": 1e-7, "high": 1e-2, "log": True})
 
     def killed(self, *args, **kwargs):
         trained.append(1)
@@ -75,15 +76,17 @@ def test_a_search_that_was_killed_goes_on_with_the_trials_that_are_left(searchin
 
     monkeypatch.setattr(FinetuningTrainer, "train", killed)
     with pytest.raises(SystemExit, match="killed"):
-        searching(search=5)
+        searching(search=5, search_space=ranges)
     with pytest.raises(SystemExit):
-        searching(search=5)
+        searching(search=5, search_space=ranges)
     assert "holds a search; --resume_from_checkpoint true goes on with it" in capsys.readouterr().err
-    out = searching(search=5, resume_from_checkpoint="true")
+    out = searching(search=5, search_space=ranges, resume_from_checkpoint="true")
     assert len(trained) == 3 + 3  # two were finished
+    drawn = [trial.params["learning_rate"] for trial in trials_of(out) if trial.params]
+    assert len(set(drawn)) == len(drawn) >= 5  # none a second time
     assert sum(trial.state.is_finished() and trial.value is not None for trial in trials_of(out)) == 5
     with pytest.raises(SystemExit):
-        searching(search=5, resume_from_checkpoint="true", learning_rate="1e-3")
+        searching(search=5, search_space=ranges, resume_from_checkpoint="true", learning_rate="1e-3")
     assert "is a search with other settings or data" in capsys.readouterr().err
 
 

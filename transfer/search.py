@@ -96,14 +96,15 @@ def open_study(out: Path, identity: Mapping, resuming: bool, seed: int) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     storage = f"sqlite:///{place}"
-    names = [study.study_name for study in optuna.get_all_study_summaries(storage)] if place.is_file() else []
-    if names not in ([], [digest]):
+    studies = optuna.get_all_study_summaries(storage) if place.is_file() else []
+    if [study.study_name for study in studies] not in ([], [digest]):
         raise UserError(f"{place}: is a search with other settings or data; choose another --output_dir")
     return {
         "study_name": digest,
         "storage": storage,
         "load_if_exists": True,
-        "sampler": optuna.samplers.TPESampler(seed=seed),
+        # With the same seed a resumed search would draw once more what its first trials drew.
+        "sampler": optuna.samplers.TPESampler(seed=seed + sum(study.n_trials for study in studies)),
         "pruner": optuna.pruners.MedianPruner(n_startup_trials=4),
     }
 
