@@ -12,80 +12,41 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import transformers
-from accelerate.utils import broadcast_object_list, set_seed
 
-from data_loading import (
-    ImageFolder,
-    describe_layout,
-    load_dataset,
-    open_data,
-    split_fingerprint,
-)
-from transfer import UserError, exits_cleanly
+from data_loading import ImageFolder, describe_layout, load_dataset, open_data, split_fingerprint
+from transfer import exits_cleanly
 from transfer.arguments import FinetuningArguments, RunArguments
-from transfer.augmentation import TEST_TIME_VIEWS, EvaluationView, TrainingView, check_view
-from transfer.backbones.geometry import ViewGeometry, read_geometry
-from transfer.backbones.layers import freeze_levels, hold_batch_norms, trained_share
-from transfer.backbones.lora import add_adapters
 from transfer.command_line import chosen_arguments, known_names, parse_command_line
 from transfer.data.hub_data import open_hub_data
-from transfer.data.pixels import PixelDataset, PixelStore, open_pixel_store
-from transfer.data.splits import take_evenly
-from transfer.estimate import describe_estimate, estimate, leave_no_traces, time_evaluation
+from transfer.data.pixels import PixelStore
+from transfer.estimate import describe_estimate, estimate, leave_no_traces
 from transfer.evaluation import evaluate_split, predict_and_measure, sample_of_train
-from transfer.experiment import fold_arguments, seed_arguments, trial_arguments
-from transfer.mixing import Mixing
-from transfer.modeling import Classifier, build_classifier, load_trained
+from transfer.experiment import trial_arguments
+from transfer.modeling import load_trained
+from transfer.preparation import make_trainer, prepare_model
 from transfer.probe import fit_probe
 from transfer.publishing import check_wishes, publish
-from transfer.record import (
-    claim_output_dir,
-    describe_arguments,
-    fingerprint_of_weights,
-    is_finished,
-    make_record,
-)
-from transfer.repeats import best_of, combine_folds, combine_seeds, start_of
+from transfer.record import claim_output_dir, describe_arguments, fingerprint_of_weights, is_finished, make_record
+from transfer.repeats import best_of, combine_folds, combine_seeds, list_folds, list_seeds, start_of
 from transfer.reproduction import compare_results, compare_surroundings, read_record
 from transfer.results import describe_results, write_results
 from transfer.search import BEST_FILE, SearchSpace, hold_out_of_train, open_study, search, write_best
-from transfer.training.budget import Deadline, TimeBudget, images_that_fit, process_start, share_of_time
+from transfer.task import Task
+from transfer.training.budget import limit_evaluation, limit_training, process_start, share_of_time
 from transfer.training.checkpoints import Origin, find_checkpoint, last_checkpoint
-from transfer.training.processes import share_steps
+from transfer.training.processes import say, share_steps
 from transfer.training.trainer import (
     FinetuningTrainer,
     keep_freed_memory,
-    logits_to_metrics,
     settle_precision,
     start_training,
     use_all_cores,
 )
-
-IMAGES_TIMED = 128  # to foresee how long evaluations take
-
-
-@dataclass(frozen=True)
-class Task:
-    """What all trainings of a run share."""
-
-    run: RunArguments
-    arguments: dict  # as they were given, for run.json
-    precision: str
-    folder: ImageFolder
-    dataset: datasets.DatasetDict
-    ends_by: float | None = None  # `--max_minutes`, in seconds since the epoch
-    whole: datasets.DatasetDict | None = None  # of one of several trainings: the split that all of them start from
-
-
-def say(args: FinetuningArguments, *lines: str) -> None:
-    """Print from the main process alone."""
-    if args.process_index == 0:
-        print(*lines, sep="\n", flush=True)
 
 
 def set_up_logging(args: FinetuningArguments) -> None:
@@ -115,116 +76,6 @@ def describe_splits(dataset: datasets.DatasetDict) -> str:
     return ", ".join(f"{name} {len(split)}" for name, split in dataset.items())
 
 
-def prepare_model(task: Task, args: FinetuningArguments) -> Classifier:
-    """The checkpoint with a head for our classes, or an already fine-tuned model where nothing is trained."""
-    run, folder = task.run, task.folder
-    if not args.do_train:
-        return load_trained(run.model_name_or_path, folder.wnids, run.model_revision, run.trust_remote_code)
-    set_seed(args.seed)  # before the head is drawn
-    classifier = build_classifier(
-        run.model_name_or_path,
-        folder.wnids,
-        folder.class_names,
-        folder.glosses,
-        run.image_size,
-        run.model_revision,
-        run.head_warm_start,
-        run.trust_remote_code,
-        run.drop_path_rate,
-    )
-    kind, parameters = type(classifier.model).__name__, sum(p.numel() for p in classifier.model.parameters())
-    if run.hold_batch_norms:
-        hold_batch_norms(classifier.model)
-    if run.freeze_levels:
-        freeze_levels(classifier.model, run.freeze_levels)
-    if run.lora_r:
-        classifier = replace(classifier, model=add_adapters(classifier.model, run.lora_r))
-    say(
-        args,
-        f"model       {kind}, {parameters / 1e6:.1f} M parameters, {trained_share(classifier.model):.2%} trained; "
-        f"the head starts from the checkpoint's for {classifier.warm_classes} of {len(folder.wnids)} classes",
-    )
-    if args.gradient_checkpointing and not classifier.model.supports_gradient_checkpointing:
-        raise UserError(f"--gradient_checkpointing: {type(classifier.model).__name__} does not support it")
-    return classifier
-
-
-def prepare_pixels(args: FinetuningArguments, folder: ImageFolder, geometry: ViewGeometry) -> PixelStore:
-    """Every image decoded, once a machine."""
-    with args.main_process_first(local=True, desc="decoding images"):
-        return open_pixel_store(folder.root, folder.files, geometry.apply, geometry.crop, geometry.rule)
-
-
-def make_trainer(
-    task: Task, args: FinetuningArguments, classifier: Classifier
-) -> tuple[FinetuningTrainer, PixelStore]:
-    """The Trainer of one model and the pixels that it looks at."""
-    run, dataset = task.run, task.dataset
-    geometry = read_geometry(classifier.processor)
-    check_view(classifier.processor, EvaluationView(geometry))
-    store = prepare_pixels(args, task.folder, geometry)
-    view = EvaluationView(geometry, store.cropped)
-    training_view = TrainingView(
-        view,
-        run.train_image_size or [geometry.crop[0]],
-        run.min_crop_area,
-        run.trivial_augment,
-        run.erasing_probability,
-        run.strong_until,
-    )
-    mixed = run.mixup_alpha > 0 or run.cutmix_alpha > 0
-    trainer = FinetuningTrainer(
-        classifier,
-        args,
-        evaluation_view=view,
-        training_view=training_view,
-        layer_decay=run.layer_decay,
-        mixing=Mixing(classifier.model.num_labels, run.mixup_alpha, run.cutmix_alpha) if mixed else None,
-        ema_decay=run.ema_decay,
-        train_dataset=PixelDataset(store, dataset["train"]),
-        eval_dataset=PixelDataset(store, dataset["validation"]),
-        compute_metrics=logits_to_metrics,
-    )
-    return trainer, store
-
-
-def count_views(task: Task) -> int:
-    """How often the final prediction shows each image to the model, at most."""
-    return 1 + sum(len(TEST_TIME_VIEWS[name]) for name in task.run.test_time_views)
-
-
-def limit_time(task: Task, trainer: FinetuningTrainer, seconds: float) -> None:
-    """Let training end in time for the csv; evaluating the validation images once takes so many seconds."""
-    tested = len(task.dataset["test"]) if "test" in task.dataset else 0
-    held_out = len(task.dataset["validation"])
-    afterwards = held_out + count_views(task) * (held_out + tested)  # as many training images, once
-    deadline = Deadline(task.ends_by, afterwards)
-    left = functools.partial(deadline.seconds_to_train, seconds / held_out)
-    trainer.add_callback(TimeBudget(left, pause=seconds if trainer.average is None else 2 * seconds))
-
-
-def limit_evaluation(task: Task, trainer: FinetuningTrainer, store: PixelStore) -> Task:
-    """Where `--max_minutes` is too short to evaluate all held-out images, hold out some, evenly over the classes."""
-    run, held_out, views = task.run, task.dataset["validation"], count_views(task)
-    tested = len(task.dataset["test"]) if "test" in task.dataset else 0
-    seconds = time_evaluation(trainer, trainer.eval_dataset, IMAGES_TIMED)
-    passes = 3 + views + (run.ema_decay > 0) + (run.probe or run.probe_only)  # before, after an epoch, in the end
-    left = Deadline(task.ends_by, views * tested).seconds_to_train(seconds)
-    if left < 0:
-        late = f"about {-left:.0f} s late: predicting takes longer than --max_minutes"
-        say(trainer.args, f"time        the csv comes {late}")
-    count = max(trainer.model.num_labels, images_that_fit(left, seconds, passes))
-    if trainer.args.world_size > 1:
-        [count] = broadcast_object_list([count])
-    if count >= len(held_out):
-        return task
-    taken = take_evenly(range(len(held_out)), held_out["file"][:], held_out["label"][:], count)
-    dataset = datasets.DatasetDict(task.dataset | {"validation": held_out.select(taken)})
-    trainer.eval_dataset = PixelDataset(store, dataset["validation"])
-    say(trainer.args, f"validation  on {count} of {len(held_out)} images: --max_minutes leaves no time for more")
-    return replace(task, dataset=dataset)
-
-
 def train_and_measure(task: Task, trainer: FinetuningTrainer, store: PixelStore, checkpoint: str | None) -> dict:
     """Train, keep the best epoch and measure it on unaugmented training images."""
     args, dataset = trainer.args, task.dataset
@@ -232,7 +83,7 @@ def train_and_measure(task: Task, trainer: FinetuningTrainer, store: PixelStore,
     metrics = {"zero_epoch": {"accuracy": evaluate_split(trainer, trainer.eval_dataset)["accuracy"]}}
     say(args, f"zero epoch  validation accuracy {metrics['zero_epoch']['accuracy']:.4f} before any training")
     if task.ends_by:
-        limit_time(task, trainer, time.perf_counter() - start)
+        limit_training(task, trainer, time.perf_counter() - start)
     start = time.perf_counter()
     if task.run.probe or task.run.probe_only:
         penalty = fit_probe(trainer, store, dataset["train"], trainer.evaluation_view.geometry.rule)
@@ -264,9 +115,9 @@ def start_record(task: Task, trainer: FinetuningTrainer, store: PixelStore) -> d
 def estimate_run(task: Task, args: FinetuningArguments) -> None:
     """Say what the run would take."""
     trainer, _ = make_trainer(task, args, prepare_model(task, args))
-    tested = len(task.dataset["test"]) if "test" in task.dataset else 0
-    found = estimate(trainer, args.num_train_epochs, tested, count_views(task))
-    say(args, *describe_estimate(found, args.per_device_train_batch_size, len(task.dataset["train"]), tested))
+    found = estimate(trainer, args.num_train_epochs, task.test_images, task.views)
+    images, tested = len(task.dataset["train"]), task.test_images
+    say(args, *describe_estimate(found, args.per_device_train_batch_size, images, tested))
 
 
 def check_origin(task: Task, trainer: FinetuningTrainer, record: dict, checkpoint: str | None) -> None:
@@ -307,7 +158,7 @@ def run_once(task: Task, args: FinetuningArguments, checkpoint: str | None) -> d
 def run_repeats(task: Task, args: FinetuningArguments) -> dict:
     """Train with every seed, or on every fold, each in its own folder, and put them together; returns the metrics."""
     resuming = args.resume_from_checkpoint is not None
-    repeats = list_folds(task, args) if task.run.kfold else list_seeds(task, args)
+    repeats = list_folds(task, args, split_data) if task.run.kfold else list_seeds(task, args)
     folders = [Path(one.output_dir) for _, one in repeats]
     reproduce = task.run.reproduce
     for number, (folder, (share, one)) in enumerate(zip(folders, repeats, strict=True), 1):
@@ -321,27 +172,6 @@ def run_repeats(task: Task, args: FinetuningArguments) -> dict:
         run_once(share, one, str(checkpoint) if checkpoint else None)
         reproduce = None  # the first one says what differs
     return combine(task, args, folders)
-
-
-def list_seeds(task: Task, args: FinetuningArguments) -> list[tuple[Task, FinetuningArguments]]:
-    """A training for every seed."""
-    repeats = []
-    for seed in task.run.seeds:
-        one = seed_arguments(args, seed)
-        arguments = task.arguments | {"seeds": None, "output_dir": one.output_dir}
-        repeats.append((replace(task, arguments=arguments, whole=task.dataset), one))
-    return repeats
-
-
-def list_folds(task: Task, args: FinetuningArguments) -> list[tuple[Task, FinetuningArguments]]:
-    """A training for every fold, on its own split."""
-    repeats = []
-    for fold in range(1, task.run.kfold + 1):
-        one, run = fold_arguments(args, fold), replace(task.run, fold=fold)
-        arguments = task.arguments | {"fold": fold, "output_dir": one.output_dir}
-        dataset = split_data(run, task.folder)
-        repeats.append((replace(task, run=run, arguments=arguments, dataset=dataset, whole=task.dataset), one))
-    return repeats
 
 
 def combine(task: Task, args: FinetuningArguments, folders: Sequence[Path]) -> dict:

@@ -104,6 +104,14 @@ def test_learning_rates_fall_from_the_head_to_the_stem(kind, checkpoints):
     assert groups[0]["lr"] == 1.0  # what gets logged
 
 
+def test_a_run_says_how_fast_each_level_learns(pristine_data, checkpoints, finetune, capsys):
+    finetune(pristine_data, checkpoints("vit"), learning_rate="1e-3", layer_decay=0.5, freeze_levels=1)
+    finetune(pristine_data, checkpoints("vit"), learning_rate="1e-3", layer_decay=1, output_dir="same")
+    said = capsys.readouterr().out
+    assert "rates       0.001 for the head, by level down 0.0005, 0.00025, 0.000125\n" in said
+    assert "rates       0.001 for all that is trained\n" in said
+
+
 def test_deep_backbones_share_levels_so_that_their_stems_learn():
     with torch.device("meta"):
         config = transformers.ConvNextV2Config(depths=[3, 3, 27, 3], hidden_sizes=[8, 8, 8, 8], num_labels=4)

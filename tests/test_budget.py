@@ -11,7 +11,6 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
-import finetune_vit
 from data_loading import load_dataset, open_data, split_fingerprint
 from transfer.predictions import Predictions
 from transfer.submission import find_faults, read_template
@@ -108,7 +107,7 @@ def test_the_process_started_before_now():
 def test_where_evaluation_takes_too_long_fewer_held_out_images_are_evaluated(
     seconds, late, pristine_data, checkpoints, finetune, monkeypatch, capsys
 ):
-    monkeypatch.setattr(finetune_vit, "time_evaluation", lambda *args: seconds)
+    monkeypatch.setattr(budget, "time_evaluation", lambda *args: seconds)
     out = finetune(pristine_data, checkpoints("vit"), num_train_epochs=1, max_minutes=0.5)
     said, metrics = capsys.readouterr().out, json.loads((out / "metrics.json").read_text())
     [images] = re.findall(r"validation  on (\d+) of 12 images: --max_minutes leaves no time for more", said)

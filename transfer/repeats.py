@@ -1,21 +1,31 @@
-"""What finished trainings of one recipe come to together: with several seeds, or with several folds."""
+"""Several trainings of one recipe, with several seeds or on several folds, and what they come to together."""
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
 import numpy as np
 
+from transfer.arguments import FinetuningArguments, RunArguments
 from transfer.calibration import measure_calibration
+from transfer.data.layouts import ImageFolder
 from transfer.data.pixels import PixelStore
 from transfer.evaluation import evaluate_split, predict_and_measure, sample_of_train
-from transfer.experiment import average_probabilities, choose_submission, plain_accuracy, summarise
+from transfer.experiment import (
+    average_probabilities,
+    choose_submission,
+    fold_arguments,
+    plain_accuracy,
+    seed_arguments,
+    summarise,
+)
 from transfer.modeling import load_trained
 from transfer.predictions import Predictions
 from transfer.reporting import measure, read_metrics
+from transfer.task import Task
 from transfer.training.averaging import Weights, greedy_soup
 from transfer.training.trainer import FinetuningTrainer
 
@@ -27,6 +37,29 @@ class Combined:
     metrics: dict
     predictions: Predictions
     test_scores: np.ndarray  # (M, classes), what the submission is made of
+
+
+def list_seeds(task: Task, args: FinetuningArguments) -> list[tuple[Task, FinetuningArguments]]:
+    """A training for every seed, in a folder of its own."""
+    trainings = []
+    for seed in task.run.seeds:
+        own = seed_arguments(args, seed)
+        arguments = task.arguments | {"seeds": None, "output_dir": own.output_dir}
+        trainings.append((replace(task, arguments=arguments, whole=task.dataset), own))
+    return trainings
+
+
+def list_folds(
+    task: Task, args: FinetuningArguments, split_data: Callable[[RunArguments, ImageFolder], datasets.DatasetDict]
+) -> list[tuple[Task, FinetuningArguments]]:
+    """A training for every fold, on its own split and in a folder of its own."""
+    trainings = []
+    for fold in range(1, task.run.kfold + 1):
+        own, run = fold_arguments(args, fold), replace(task.run, fold=fold)
+        arguments = task.arguments | {"fold": fold, "output_dir": own.output_dir}
+        dataset = split_data(run, task.folder)
+        trainings.append((replace(task, run=run, arguments=arguments, dataset=dataset, whole=task.dataset), own))
+    return trainings
 
 
 def start_of(folders: Sequence[Path]) -> str:

@@ -113,6 +113,14 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
     return [groups[key] for key in sorted(groups, reverse=True)]  # the head first: its rate is the one that is logged
 
 
+def describe_learning_rates(groups: list[dict]) -> str:
+    """The learning rates of `parameter_groups`, from the head down, in words."""
+    head, *below = sorted({group["lr"] for group in groups}, reverse=True)
+    if not below:
+        return f"{head:.3g} for all that is trained"
+    return f"{head:.3g} for the head, by level down {', '.join(f'{rate:.3g}' for rate in below)}"
+
+
 def _stay_in_evaluation(module: nn.Module, inputs: tuple) -> None:
     module.eval()
 

@@ -1,6 +1,7 @@
 """The time that a run may take: `--max_minutes`, from the start of the process to the csv."""
 
 import bisect
+import functools
 import logging
 import math
 import os
@@ -8,13 +9,21 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import datasets
 from accelerate.utils import broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
+
+from transfer.data.pixels import PixelDataset, PixelStore
+from transfer.data.splits import take_evenly
+from transfer.estimate import time_evaluation
+from transfer.task import Task
+from transfer.training.processes import say
+from transfer.training.trainer import FinetuningTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +31,7 @@ TIMED_STEPS = 20  # the steps whose mean time is taken for that of the next ones
 SAID_AFTER = 5  # timed steps, before the first estimate is shown
 FIXED_SECONDS = 10.0  # for loading the best epoch, drawing the report, writing the results and leaving
 SLACK = 1.15  # evaluation is not always as fast as when it was timed
+IMAGES_TIMED = 128  # to foresee how long evaluations take
 EVALUATED_SHARE = 2 / 3  # at most, of the time that predicting the test images leaves
 
 
@@ -137,3 +147,33 @@ class TimeBudget(TrainerCallback):
                 total,
                 state.max_steps,
             )
+
+
+def limit_training(task: Task, trainer: FinetuningTrainer, seconds: float) -> None:
+    """Let training end in time for the csv; evaluating the validation images once takes so many seconds."""
+    held_out = len(task.dataset["validation"])
+    afterwards = held_out + task.views * (held_out + task.test_images)  # as many training images, once
+    deadline = Deadline(task.ends_by, afterwards)
+    left = functools.partial(deadline.seconds_to_train, seconds / held_out)
+    trainer.add_callback(TimeBudget(left, pause=seconds if trainer.average is None else 2 * seconds))
+
+
+def limit_evaluation(task: Task, trainer: FinetuningTrainer, store: PixelStore) -> Task:
+    """Where `--max_minutes` is too short to evaluate all held-out images, hold out some, evenly over the classes."""
+    run, held_out, views = task.run, task.dataset["validation"], task.views
+    seconds = time_evaluation(trainer, trainer.eval_dataset, IMAGES_TIMED)
+    passes = 3 + views + (run.ema_decay > 0) + (run.probe or run.probe_only)  # before, after an epoch, in the end
+    left = Deadline(task.ends_by, views * task.test_images).seconds_to_train(seconds)
+    if left < 0:
+        late = f"about {-left:.0f} s late: predicting takes longer than --max_minutes"
+        say(trainer.args, f"time        the csv comes {late}")
+    count = max(trainer.model.num_labels, images_that_fit(left, seconds, passes))
+    if trainer.args.world_size > 1:
+        [count] = broadcast_object_list([count])
+    if count >= len(held_out):
+        return task
+    taken = take_evenly(range(len(held_out)), held_out["file"][:], held_out["label"][:], count)
+    dataset = datasets.DatasetDict(task.dataset | {"validation": held_out.select(taken)})
+    trainer.eval_dataset = PixelDataset(store, dataset["validation"])
+    say(trainer.args, f"validation  on {count} of {len(held_out)} images: --max_minutes leaves no time for more")
+    return replace(task, dataset=dataset)

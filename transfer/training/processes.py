@@ -28,6 +28,12 @@ def can_shard() -> bool:
     return torch.accelerator.is_available()
 
 
+def say(args: TrainingArguments, *lines: str) -> None:
+    """Print from the main process alone."""
+    if args.process_index == 0:
+        print(*lines, sep="\n", flush=True)
+
+
 def share_batch(images: int, accumulation: int, processes: int) -> tuple[int, int]:
     """What each of several processes does of an optimizer step: (images at once, accumulation).
 
