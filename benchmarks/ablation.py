@@ -4,7 +4,8 @@
         --data_dir DATA.zip --max_train_samples 10000 --num_train_epochs 1 [--json PATH]
 
 Prints validation accuracy as a table, mean and standard deviation over the seeds, and the difference from the recipe
-as it is. Flags after the recipe set the budget. Trainings with few images tell little of long ones.
+as it is. Flags after the recipe set the budget. What the recipe does is taken away, what it does not do is added;
+`--variants` chooses those that mean something to a backbone. Trainings with few images tell little of long ones.
 """
 
 import argparse
@@ -21,10 +22,12 @@ from tqdm import tqdm
 
 from benchmarks.time_to_accuracy import QUIET
 from data_loading import load_dataset
-from finetune_vit import Task, find_data, make_trainer, prepare_model
+from finetune_vit import find_data
 from transfer.command_line import parse_command_line
+from transfer.preparation import make_trainer, prepare_model
 from transfer.probe import fit_probe
 from transfer.record import describe_device
+from transfer.task import Task
 from transfer.training.trainer import keep_freed_memory, settle_precision, use_all_cores
 
 VARIANTS = {
@@ -32,12 +35,16 @@ VARIANTS = {
     "a new head": ["--head_warm_start", "false"],
     "the probe's head": ["--probe", "true"],
     "one learning rate for all levels": ["--layer_decay", "1"],
+    "no warm-up": ["--warmup_steps", "0"],
+    "a constant learning rate": ["--lr_scheduler_type", "constant_with_warmup"],
+    "no weight decay": ["--weight_decay", "0"],
     "batch norms follow the crops": ["--hold_batch_norms", "false"],
     "nothing frozen": ["--freeze_levels", "0"],
-    "no moving average": ["--ema_decay", "0"],
-    "no label smoothing": ["--label_smoothing_factor", "0"],
-    "no weight decay": ["--weight_decay", "0"],
+    "the lowest two levels frozen": ["--freeze_levels", "2"],
+    "full size from the start": ["--train_image_size"],
     "smaller crops of the image": ["--min_crop_area", "0.08"],
+    "a moving average": ["--ema_decay", "0.99"],
+    "label smoothing": ["--label_smoothing_factor", "0.1"],
     "mixup": ["--mixup_alpha", "0.2"],
     "cutmix": ["--cutmix_alpha", "1"],
     "TrivialAugment": ["--trivial_augment", "true"],

@@ -4,36 +4,48 @@
         --data_dir DATA.zip [--minutes 10 30] [--json PATH] [--plot PATH]
 
 Same checkpoint, machine, split and precision. For every budget each contender's learning-rate schedule ends with the
-budget: a few steps are timed, and the number of steps follows. The clock stands still during evaluations, for both.
-The stock recipe's learning rate is the best of `--learning_rates` on validation at the shortest budget. On two CPU
-cores the default budgets take a little under two hours.
+budget: a few steps are timed, and the number of steps follows. The clock stands still during evaluations, for both:
+of all validation images in the end, of some of them on the way. The stock recipe's learning rate is the best of
+`--learning_rates` on validation at the shortest budget. On two CPU cores the default budgets take a little under two
+hours; what is known is written after every training.
 """
 
 import argparse
 import copy
 import json
+import math
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import transformers
 from accelerate.utils import set_seed
+from torch.utils.data import Dataset, Subset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainerCallback
 
 from benchmarks.stock import stock_trainer
 from data_loading import load_dataset
-from finetune_vit import Task, find_data, make_trainer, prepare_model
+from finetune_vit import find_data
 from transfer.backbones.pretrained import locate_checkpoint
 from transfer.command_line import parse_command_line
 from transfer.estimate import StepTimer
+from transfer.preparation import make_trainer, prepare_model
 from transfer.record import describe_device, describe_versions
+from transfer.task import Task
 from transfer.training.trainer import keep_freed_memory, settle_precision, use_all_cores
 
-POINTS = 8  # of a curve
+try:
+    from matplotlib import pyplot
+except ImportError:
+    pyplot = None
+
+POINTS = 8  # of a curve, after the one before training
+POINT_IMAGES = 1000  # validation images of all points but the last
 TIMED_STEPS, WARM_UP_STEPS = 12, 4
 QUIET = {
     "eval_strategy": "no",
@@ -46,10 +58,19 @@ QUIET = {
 
 
 class Curve(TrainerCallback):
-    """Seconds of training and validation accuracy, at equal distances."""
+    """Seconds of training and validation accuracy: before the first step, then at equal distances."""
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.points, self.seconds = trainer, [], 0.0
+        held_out = trainer.eval_dataset  # class after class: equal strides take equally many of each
+        self.some = Subset(held_out, range(0, len(held_out), math.ceil(len(held_out) / POINT_IMAGES)))
+
+    def add_point(self, images: Dataset) -> None:
+        measured = self.trainer.evaluate(images)
+        self.points.append([self.seconds, max(measured["eval_accuracy"], measured.get("eval_ema_accuracy", 0))])
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.add_point(self.some)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.start = time.perf_counter()
@@ -57,9 +78,7 @@ class Curve(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self.start
         if (state.global_step * POINTS) % state.max_steps < POINTS:
-            measured = self.trainer.evaluate()
-            best = max(measured["eval_accuracy"], measured.get("eval_ema_accuracy", 0))
-            self.points.append([self.seconds, best])
+            self.add_point(self.trainer.eval_dataset if state.global_step == state.max_steps else self.some)
 
 
 def seconds_a_step(make, steps: int = TIMED_STEPS) -> float:
@@ -116,9 +135,11 @@ def project_maker(task: Task, args, scratch: str):
 
 def first_time(points: list[list[float]], accuracy: float) -> float | None:
     """Seconds after which a curve has reached an accuracy, between its points linearly; None if it never has."""
-    before = (0.0, 0.0)
+    before = points[0]
     for seconds, reached in points:
         if reached >= accuracy:
+            if seconds == before[0]:
+                return seconds
             share = (accuracy - before[1]) / (reached - before[1])
             return before[0] + share * (seconds - before[0])
         before = (seconds, reached)
@@ -138,22 +159,21 @@ def compare(stock: list[list[float]], project: list[list[float]]) -> dict:
 
 
 def draw(results: dict, path: Path) -> None:
-    """The curves as a picture; needs matplotlib."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for minutes, outcome in results["budgets"].items():
-        for who, style in (("stock", "--"), ("project", "-")):
+    """The curves as a picture."""
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for colour, (minutes, outcome) in enumerate(results["budgets"].items()):
+        for who, style in (("project", "-"), ("stock", "--")):
             times, accuracies = zip(*outcome[who], strict=True)
-            axes.plot([t / 60 for t in times], accuracies, style, marker="o", label=f"{who}, {minutes} min")
+            label = f"{who}, {minutes} min"
+            axes.plot([t / 60 for t in times], accuracies, style, color=f"C{colour}", marker="o", label=label)
     axes.set(xlabel="minutes of training", ylabel="validation accuracy")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, bbox_inches="tight", dpi=150)
 
 
-def measure(task: Task, args, minutes: list[float], learning_rates: list[float]) -> dict:
-    """Both contenders at every budget."""
+def measure(task: Task, args, minutes: list[float], learning_rates: list[float]) -> Iterator[dict]:
+    """Both contenders at every budget: all that is known, after every training."""
     results = {"learning_rates": {}, "budgets": {}}
     with tempfile.TemporaryDirectory() as scratch:
         shortest, curves = min(minutes), {}
@@ -161,13 +181,14 @@ def measure(task: Task, args, minutes: list[float], learning_rates: list[float])
             print(f"stock, {shortest:g} min, learning rate {rate:g}", flush=True)
             curves[rate] = train_for(stock_maker(task, args, scratch, rate), shortest)
             results["learning_rates"][f"{rate:g}"] = curves[rate][-1][1]
+            yield results
         best = max(curves, key=lambda rate: curves[rate][-1][1])
         for budget in sorted(minutes):
             print(f"project and stock at {best:g}, {budget:g} min", flush=True)
             ours = train_for(project_maker(task, args, scratch), budget)
             stock = curves[best] if budget == shortest else train_for(stock_maker(task, args, scratch, best), budget)
             results["budgets"][f"{budget:g}"] = compare(stock, ours)
-    return results
+            yield results
 
 
 def main() -> None:
@@ -177,8 +198,10 @@ def main() -> None:
     parser.add_argument("--minutes", nargs="+", type=float, default=[10, 30], help="budgets of training time")
     parser.add_argument("--learning_rates", nargs="+", type=float, default=[2e-4, 5e-4, 2e-3], help="the stock's")
     parser.add_argument("--json", type=Path, help="where to write the curves")
-    parser.add_argument("--plot", type=Path, help="where to draw them, such as curves.png")
+    parser.add_argument("--plot", type=Path, help="where to draw them, such as curves.png; needs matplotlib")
     options, flags = parser.parse_known_args()
+    if options.plot and pyplot is None:
+        parser.error("--plot: pip install matplotlib")
     print(settle_precision())
     use_all_cores()
     keep_freed_memory()
@@ -189,15 +212,16 @@ def main() -> None:
     dataset = load_dataset(folder, run.validation_fraction, run.split_seed, run.max_train_samples)
     task = Task(run, {}, "", folder, dataset)
     results = {"device": describe_device(), "versions": dict(describe_versions())}
-    results |= measure(task, args, options.minutes, options.learning_rates)
+    for found in measure(task, args, options.minutes, options.learning_rates):
+        results |= found
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=2) + "\n")
     for budget, outcome in results["budgets"].items():
         reached = "never" if outcome["time_ratio"] is None else f"in {outcome['time_ratio']:.2f} of its time"
         print(
             f"{budget} min: stock {outcome['stock'][-1][1]:.4f}, project {outcome['project'][-1][1]:.4f}; "
             f"error ratio {outcome['error_ratio']:.2f}; the stock's accuracy {reached}"
         )
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
     if options.plot:
         draw(results, options.plot)
 

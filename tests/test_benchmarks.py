@@ -1,0 +1,73 @@
+"""The benchmarks that train: what they count, and that they run."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from benchmarks import ablation, time_to_accuracy
+from benchmarks.time_to_accuracy import compare, first_time
+
+CURVE = [[0.0, 0.1], [10.0, 0.3], [20.0, 0.2], [30.0, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "seconds"),
+    [(0.05, 0.0), (0.1, 0.0), (0.2, 5.0), (0.3, 10.0), (0.35, 25.0), (0.5, 30.0), (0.6, None)],
+)
+def test_an_accuracy_is_reached_between_points_linearly_or_never(accuracy, seconds):
+    reached = first_time(CURVE, accuracy)
+    assert reached == (None if seconds is None else pytest.approx(seconds))
+
+
+def test_curves_come_to_a_ratio_of_errors_and_one_of_times():
+    outcome = compare(stock=[[0.0, 0.0], [40.0, 0.3]], project=CURVE)
+    assert outcome["error_ratio"] == pytest.approx(0.5 / 0.7) and outcome["time_ratio"] == pytest.approx(0.25)
+
+
+@pytest.fixture
+def words(pristine_data, checkpoints, tmp_path, monkeypatch):
+    """What both benchmarks are told of a tiny training."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text("per_device_train_batch_size: 8\nnum_train_epochs: 1\nvalidation_fraction: 0.25\n")
+    model, found = checkpoints("vit"), tmp_path / "found.json"
+    return [str(recipe), "--data_dir", str(pristine_data), "--model_name_or_path", str(model), "--json", str(found)]
+
+
+def test_stock_and_project_are_trained_to_the_end_of_every_budget(words, monkeypatch, tmp_path, capsys):
+    budgets = ["--minutes", "0.01", "0.02", "--learning_rates", "1e-4", "1e-2"]
+    monkeypatch.setattr(sys, "argv", ["time_to_accuracy.py", *words, *budgets])
+    time_to_accuracy.main()
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["learning_rates"].keys() == {"0.0001", "0.01"} and found["budgets"].keys() == {"0.01", "0.02"}
+    best = max(found["learning_rates"].values())
+    assert found["budgets"]["0.01"]["stock"][-1][1] == best
+    for outcome in found["budgets"].values():
+        for curve in (outcome["stock"], outcome["project"]):
+            times = [seconds for seconds, _ in curve]
+            assert times[0] == 0.0 and times == sorted(times) and len(curve) > time_to_accuracy.POINTS
+    assert re.search(r"0.02 min: stock 0\.\d{4}, project \d\.\d{4}; error ratio", capsys.readouterr().out)
+    if time_to_accuracy.pyplot is None:
+        pytest.skip("matplotlib is an optional extra (requirements-extras.txt)")
+    time_to_accuracy.draw(found, tmp_path / "curves.svg")
+    assert "project, 0.02 min" in (tmp_path / "curves.svg").read_text()
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_before_the_training(words, monkeypatch, capsys):
+    monkeypatch.setattr(time_to_accuracy, "pyplot", None)
+    monkeypatch.setattr(sys, "argv", ["time_to_accuracy.py", *words, "--plot", "curves.png"])
+    with pytest.raises(SystemExit):
+        time_to_accuracy.main()
+    assert "--plot: pip install matplotlib" in capsys.readouterr().err
+
+
+def test_an_ablation_changes_one_thing_at_a_time(words, monkeypatch, tmp_path, capsys):
+    chosen = ["--variants", "one learning rate for all levels", "mixup", "--seeds", "0", "1"]
+    monkeypatch.setattr(sys, "argv", ["ablation.py", *words, *chosen, "--learning_rate", "1e-2"])
+    ablation.main()
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found) == ["the recipe", "one learning rate for all levels", "mixup"]
+    assert all(len(scores) == 2 for scores in found.values())
+    assert "| the recipe |" in capsys.readouterr().out
