@@ -109,6 +109,13 @@ def test_a_second_call_builds_nothing(backbone, monkeypatch):
 
 
 @needs_package
+def test_a_run_draws_the_same_numbers_whether_or_not_it_builds_the_backbone(tmp_path):
+    before = torch.get_rng_state()
+    offline.offline_backbone(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@needs_package
 def test_an_interrupted_build_leaves_no_half_folder(tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

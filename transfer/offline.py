@@ -129,7 +129,8 @@ def _write_backbone(folder: Path) -> None:
     # Imported where it is used: without torchvision its import prints a warning that means nothing here.
     from transformers import EfficientNetImageProcessor
 
-    model = EfficientNetForImageClassification(_config())
+    with torch.random.fork_rng(devices=[]):  # or the run that builds it would draw another head than all later ones
+        model = EfficientNetForImageClassification(_config())
     model.load_state_dict(_renamed(_published_weights(), model.state_dict()))
     model.save_pretrained(folder)
     EfficientNetImageProcessor(
