@@ -136,10 +136,10 @@ def project_maker(task: Task, args, scratch: str):
 def first_time(points: list[list[float]], accuracy: float) -> float | None:
     """Seconds after which a curve has reached an accuracy, between its points linearly; None if it never has."""
     before = points[0]
-    for seconds, reached in points:
+    if before[1] >= accuracy:
+        return before[0]
+    for seconds, reached in points[1:]:
         if reached >= accuracy:
-            if seconds == before[0]:
-                return seconds
             share = (accuracy - before[1]) / (reached - before[1])
             return before[0] + share * (seconds - before[0])
         before = (seconds, reached)
