@@ -4,9 +4,9 @@
         --data_dir DATA.zip [--minutes 10 30] [--json PATH] [--plot PATH]
 
 Same checkpoint, machine, split and precision. For every budget each contender's learning-rate schedule ends with the
-budget: a few steps are timed, and the number of steps follows. The clock stands still during evaluations, for both:
-of all validation images in the end, of some of them on the way. The stock recipe's learning rate is the best of
-`--learning_rates` on validation at the shortest budget. On two CPU cores the default budgets take a little under two
+budget: steps are timed for a tenth of it, and their number follows. The clock stands still during evaluations, for
+both: of all validation images in the end, of some of them on the way. The stock recipe's learning rate is the best of
+`--learning_rates` on validation at the shortest budget. On two CPU cores the default budgets take a little over two
 hours; what is known is written after every training.
 """
 
@@ -23,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
 import transformers
 from accelerate.utils import set_seed
 from torch.utils.data import Dataset, Subset
@@ -47,6 +48,7 @@ except ImportError:
 POINTS = 8  # of a curve, after the one before training
 POINT_IMAGES = 1000  # validation images of all points but the last
 TIMED_STEPS, WARM_UP_STEPS = 12, 4
+TIMED_SHARE = 0.1  # of the budget, timed before it: a shared machine's speed changes for tens of seconds
 QUIET = {
     "eval_strategy": "no",
     "save_strategy": "no",
@@ -68,30 +70,31 @@ class Curve(TrainerCallback):
     def add_point(self, images: Dataset) -> None:
         measured = self.trainer.evaluate(images)
         self.points.append([self.seconds, max(measured["eval_accuracy"], measured.get("eval_ema_accuracy", 0))])
+        self.start = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.add_point(self.some)
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
-
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds += time.perf_counter() - self.start
         if (state.global_step * POINTS) % state.max_steps < POINTS:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds += time.perf_counter() - self.start  # of steps, and of the images they waited for
             self.add_point(self.trainer.eval_dataset if state.global_step == state.max_steps else self.some)
 
 
-def seconds_a_step(make, steps: int = TIMED_STEPS) -> float:
-    """Median time of a contender's step, on a trainer that is thrown away."""
+def seconds_a_step(make, steps: int) -> float:
+    """Mean time of a contender's step, those with smaller images among them, on a trainer that is thrown away."""
     trainer, timer = make(steps), StepTimer()
     trainer.add_callback(timer)
     trainer.train()
-    return statistics.median(timer.seconds(WARM_UP_STEPS))
+    return statistics.mean(timer.seconds(WARM_UP_STEPS))
 
 
 def train_for(make, minutes: float) -> list[list[float]]:
     """The curve of a training whose schedule ends after so many minutes."""
-    steps = max(POINTS, int(60 * minutes / seconds_a_step(make)))
+    timed = max(TIMED_STEPS, int(TIMED_SHARE * 60 * minutes / seconds_a_step(make, TIMED_STEPS)))
+    steps = max(POINTS, int(60 * minutes / seconds_a_step(make, timed)))
     trainer = make(steps)
     curve = Curve(trainer)
     trainer.add_callback(curve)
@@ -193,7 +196,11 @@ def measure(task: Task, args, minutes: list[float], learning_rates: list[float])
 
 def main() -> None:
     """Measure, print the ratios, write what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --learning_rate is the recipe's, not short for --learning_rates
+    )
     parser.add_argument("recipe", help="this project's contender, and where both find the checkpoint")
     parser.add_argument("--minutes", nargs="+", type=float, default=[10, 30], help="budgets of training time")
     parser.add_argument("--learning_rates", nargs="+", type=float, default=[2e-4, 5e-4, 2e-3], help="the stock's")

@@ -38,8 +38,9 @@ def words(pristine_data, checkpoints, tmp_path, monkeypatch):
 
 def test_stock_and_project_are_trained_to_the_end_of_every_budget(words, monkeypatch, tmp_path, capsys):
     budgets = ["--minutes", "0.01", "0.02", "--learning_rates", "1e-4", "1e-2"]
-    monkeypatch.setattr(sys, "argv", ["time_to_accuracy.py", *words, *budgets])
+    monkeypatch.setattr(sys, "argv", ["time_to_accuracy.py", *words, "--learning_rate", "0.0077", *budgets])
     time_to_accuracy.main()
+    output = capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["learning_rates"].keys() == {"0.0001", "0.01"} and found["budgets"].keys() == {"0.01", "0.02"}
     best = max(found["learning_rates"].values())
@@ -48,7 +49,8 @@ def test_stock_and_project_are_trained_to_the_end_of_every_budget(words, monkeyp
         for curve in (outcome["stock"], outcome["project"]):
             times = [seconds for seconds, _ in curve]
             assert times[0] == 0.0 and times == sorted(times) and len(curve) > time_to_accuracy.POINTS
-    assert re.search(r"0.02 min: stock 0\.\d{4}, project \d\.\d{4}; error ratio", capsys.readouterr().out)
+    assert "rates       0.0077 for the head" in output
+    assert re.search(r"0.02 min: stock 0\.\d{4}, project \d\.\d{4}; error ratio", output)
     if time_to_accuracy.pyplot is None:
         pytest.skip("matplotlib is an optional extra (requirements-extras.txt)")
     time_to_accuracy.draw(found, tmp_path / "curves.svg")
