@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,6 +25,27 @@ def test_an_accuracy_is_reached_between_points_linearly_or_never(accuracy, secon
 def test_curves_come_to_a_ratio_of_errors_and_one_of_times():
     outcome = compare(stock=[[0.0, 0.0], [40.0, 0.3]], project=CURVE)
     assert outcome["error_ratio"] == pytest.approx(0.5 / 0.7) and outcome["time_ratio"] == pytest.approx(0.25)
+
+
+def test_the_clock_counts_steps_and_the_wait_for_images_but_no_evaluation(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time_to_accuracy.time, "perf_counter", lambda: now[0])
+
+    class SlowToEvaluate:
+        eval_dataset = range(10)
+
+        def evaluate(self, images):
+            now[0] += 100
+            return {"eval_accuracy": 0.5}
+
+    curve = time_to_accuracy.Curve(SlowToEvaluate())
+    curve.on_train_begin(None, None, None)
+    for step in range(1, 17):
+        now[0] += 2  # until the images are there
+        curve.on_step_begin(None, None, None)
+        now[0] += 1
+        curve.on_step_end(None, SimpleNamespace(global_step=step, max_steps=16), None)
+    assert [seconds for seconds, _ in curve.points] == [0, *range(6, 49, 6)]
 
 
 @pytest.fixture
