@@ -1,4 +1,6 @@
-"""From a data set's folder, zip or Hub id to a checked DatasetDict.
+"""What is said of a data set before anything is trained on it.
+
+From a data set's folder, zip or Hub id to a checked DatasetDict.
 
     python data_loading.py PATH [--classes_file FILE]   # say what was understood; exit 2 if it cannot be used
     python data_loading.py make-100 SRC DEST            # tiny-imagenet-100 from the public Tiny ImageNet-200
@@ -16,13 +18,12 @@ from pathlib import Path
 
 import datasets
 
-from transfer import UserError, exits_cleanly
-from transfer.data.archive import extract_zip
-from transfer.data.classes import name_classes, read_class_order, read_glosses
-from transfer.data.description import describe_images, describe_layout
+from transfer.data.images import scan_images
+from transfer.data.labels import check_template, name_classes, read_class_order, read_synonyms, read_template
 from transfer.data.layouts import (
     EXPECTED,
-    ImageFolder,
+    TEMPLATE_NAME,
+    DatasetFiles,
     check_class_folders,
     find_root,
     find_template,
@@ -33,10 +34,106 @@ from transfer.data.layouts import (
     name_layout,
     name_test_images,
 )
+from transfer.data.sources import extract_zip
 from transfer.data.splits import split_fold, split_validation, take_evenly
-from transfer.data.tiny_imagenet import make_100
-from transfer.offline import sample_data
-from transfer.submission import check_template, read_template
+from transfer.data.tiny_imagenet import make_100, sample_data
+from transfer.errors import UserError, exits_cleanly
+
+
+def folder_patterns(folder: DatasetFiles) -> list[str]:
+    """Where images were found, such as train/<wnid>/images/*."""
+    class_ids, sign = set(folder.class_ids), "<wnid>" if folder.label_order == "wnids.txt" else "<class>"
+    places = dict.fromkeys(file.rpartition("/")[0] for file in folder.files)
+    return list(
+        dict.fromkeys("/".join(sign if p in class_ids else p for p in place.split("/")) + "/*" for place in places)
+    )
+
+
+def _describe_order(folder: DatasetFiles) -> str:
+    is_sorted = folder.class_ids == sorted(folder.class_ids)
+    if folder.label_order != "wnids.txt":
+        return f"labels by {folder.label_order}{'' if is_sorted else ', which is not the sorted order'}"
+    return "wnids.txt is sorted" if is_sorted else "wnids.txt is not the sorted order: labels follow wnids.txt"
+
+
+def _describe_template(folder: DatasetFiles) -> str:
+    tested = len(folder.test_files)
+    if folder.left_out:
+        return "test images may show any class, those left out too: there will be no submission"
+    if not folder.test_files:
+        return "no test images: there will be no submission"
+    if folder.template_path is None:
+        return f"no {TEMPLATE_NAME}: a submission will list the test images by name"
+    named = len(read_template(folder.template_path))
+    if named < tested:
+        return f"{folder.template_path.name} names {named} of the {tested} test images; a submission names all"
+    return f"{folder.template_path.name} names exactly the {tested} test images"
+
+
+def _describe_counts(folder: DatasetFiles) -> str:
+    train, published = len(folder.train_files), len(folder.validation_files)
+    if not published:
+        return f"{train} to train and validate, {len(folder.test_files)} to predict"
+    return (
+        f"{train} to train, {published} to validate (as published, nothing is held out of train), "
+        f"{len(folder.test_files)} to predict"
+    )
+
+
+def describe_layout(folder: DatasetFiles) -> list[str]:
+    """What was understood from names alone, a line each."""
+    kind = f"{folder.kind}: " if folder.kind else ""
+    counts = Counter(folder.train_labels)
+    sizes = [counts[label] for label in range(len(folder.class_ids))]
+    ignored = ", ".join(f"{count} {name}" for name, count in sorted(folder.ignored.items())) or "nothing"
+    named = zip(folder.class_ids, folder.class_names, strict=True)
+    labels = [
+        f"{label} = {class_id}" + f" {name}" * (name != class_id) for label, (class_id, name) in enumerate(named)
+    ]
+    left_out = f"; {folder.left_out} more in train are left out" * (folder.left_out > 0)
+    return [
+        f"data set    {folder.root}",
+        f"layout      {kind}{', '.join(folder_patterns(folder))}, labels from {folder.label_order}",
+        f"classes     {len(folder.class_ids)}, {min(sizes)} to {max(sizes)} training images each; "
+        f"{_describe_order(folder)}{left_out}",
+        f"labels      {', '.join(labels[:3])} ...",
+        f"images      {_describe_counts(folder)}",
+        f"ignored     {ignored}",
+        f"template    {_describe_template(folder)}",
+    ]
+
+
+def describe_duplicates(digests: dict[str, str], folder: DatasetFiles) -> str:
+    """How many images have identical bytes: within train, and between train and what it is measured on."""
+    train = {digests[file] for file in folder.train_files}
+    shared = [
+        f"{sum(digests[file] in train for file in files)} {name} images also in train"
+        for name, files in (("validation", folder.validation_files), ("test", folder.test_files))
+        if files or name == "test"
+    ]
+    return f"{len(folder.train_files) - len(train)} repeated within train, {', '.join(shared)}"
+
+
+def describe_images(folder: DatasetFiles) -> list[str]:
+    """What decoding every image shows, a line each. Raises `UserError` naming the unreadable ones."""
+    files = folder.files
+    records = list(scan_images(folder.root, files, show_progress=True))
+    faults = [f"{folder.root / r.file}: {r.fault}" for r in records if r.fault]
+    if faults:
+        raise UserError(f"{faults[0]}; {len(faults)} of {len(files)} images cannot be read" + _and_others(faults))
+    modes = ", ".join(f"{n} {mode}" for mode, n in Counter(r.mode for r in records).most_common())
+    sizes = Counter(f"{r.size[0]}x{r.size[1]}" for r in records).most_common()
+    shown = ", ".join(f"{n} of {size}" for size, n in sizes[:5]) + (
+        f", {len(sizes) - 5} more sizes" * (len(sizes) > 5)
+    )
+    return [
+        f"pixels      every image decodes; modes {modes} (all become RGB); sizes {shown}",
+        f"duplicates  {describe_duplicates({r.file: r.digest for r in records}, folder)} (identical bytes)",
+    ]
+
+
+def _and_others(faults: Sequence[str]) -> str:
+    return f": {'; '.join(faults[1:10])}" if len(faults) > 1 else ""
 
 
 def open_test(root: Path, template_path: Path | None, ignored: Counter) -> tuple[list[str], list[str]]:
@@ -51,27 +148,27 @@ def open_test(root: Path, template_path: Path | None, ignored: Counter) -> tuple
     return files, ids
 
 
-def open_image_folder(path: Path, classes_file: Path | None = None) -> ImageFolder:
+def open_image_folder(path: Path, classes_file: Path | None = None) -> DatasetFiles:
     """Understand and check a data set folder (names only; pixels are checked when they are decoded)."""
     root = find_root(path)
     if not (root / "train").is_dir():
         raise UserError(f"{root}: no train folder; expected {EXPECTED}")
     template_path = find_template(root)
-    wnids, label_order = read_class_order(root, classes_file, has_template=template_path is not None)
-    left_out = check_class_folders(root, wnids, label_order, is_subset=classes_file is not None)
+    class_ids, label_order = read_class_order(root, classes_file, has_template=template_path is not None)
+    left_out = check_class_folders(root, class_ids, label_order, is_subset=classes_file is not None)
     if left_out:  # which test images show the chosen classes is not known
         template_path = None
     ignored = Counter(list_folder(root / "train")[0])
-    by_class = [list_class(root, wnid, ignored, label_order) for wnid in wnids]
-    validation = list_validation(root, wnids, left_out, ignored)
+    by_class = [list_class(root, class_id, ignored, label_order) for class_id in class_ids]
+    validation = list_validation(root, class_ids, left_out, ignored)
     test_files, test_ids = ([], []) if left_out else open_test(root, template_path, ignored)
-    glosses = read_glosses(root, wnids, label_order)
-    return ImageFolder(
-        kind=name_layout(root, wnids),
+    synonyms = read_synonyms(root, class_ids, label_order)
+    return DatasetFiles(
+        kind=name_layout(root, class_ids),
         root=root,
-        wnids=wnids,
-        glosses=glosses,
-        class_names=name_classes(wnids, glosses),
+        class_ids=class_ids,
+        synonyms=synonyms,
+        class_names=name_classes(class_ids, synonyms),
         label_order=label_order,
         train_files=[file for files in by_class for file in files],
         train_labels=[label for label, files in enumerate(by_class) for _ in files],
@@ -85,7 +182,7 @@ def open_image_folder(path: Path, classes_file: Path | None = None) -> ImageFold
     )
 
 
-def open_data(data_dir: str, classes_file: str | None = None) -> ImageFolder:
+def open_data(data_dir: str, classes_file: str | None = None) -> DatasetFiles:
     """Understand `--data_dir`: a folder, the zip as downloaded, or `sample`. Raises `UserError`.
 
     `classes_file` lists the classes to use, a line each, in label order.
@@ -98,7 +195,7 @@ def open_data(data_dir: str, classes_file: str | None = None) -> ImageFolder:
 
 
 def draw_splits(
-    folder: ImageFolder,
+    folder: DatasetFiles,
     validation_fraction: float,
     split_seed: int,
     max_train_samples: int | None,
@@ -124,7 +221,7 @@ def draw_splits(
 
 
 def load_dataset(
-    folder: ImageFolder,
+    folder: DatasetFiles,
     validation_fraction: float = 0.1,
     split_seed: int = 0,
     max_train_samples: int | None = None,
@@ -136,7 +233,7 @@ def load_dataset(
     images, holds image, image_id and file. Images decode to RGB.
     """
     image, text = datasets.Image(mode="RGB"), datasets.Value("string")
-    labelled = datasets.Features(image=image, label=datasets.ClassLabel(names=folder.wnids), file=text)
+    labelled = datasets.Features(image=image, label=datasets.ClassLabel(names=folder.class_ids), file=text)
     unlabelled = datasets.Features(image=image, image_id=text, file=text)
 
     def paths(files: Sequence[str]) -> list[str]:

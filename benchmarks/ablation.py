@@ -23,26 +23,25 @@ from tqdm import tqdm
 from benchmarks.time_to_accuracy import QUIET
 from data_loading import load_dataset
 from finetune_vit import find_data
-from transfer.command_line import parse_command_line
-from transfer.preparation import make_trainer, prepare_model
-from transfer.probe import fit_probe
-from transfer.record import describe_device
-from transfer.task import Task
-from transfer.training.trainer import keep_freed_memory, settle_precision, use_all_cores
+from transfer.cli import parse_command_line
+from transfer.runs.record import describe_device
+from transfer.runs.single import RunContext, make_trainer, prepare_model
+from transfer.runtime import resolve_mixed_precision, tune_malloc, use_all_cores
+from transfer.training.linear_probe import fit_probe
 
 VARIANTS = {
     "the recipe": [],
     "a new head": ["--head_warm_start", "false"],
-    "the probe's head": ["--probe", "true"],
+    "the probe's head": ["--linear_probe", "true"],
     "one learning rate for all levels": ["--layer_decay", "1"],
     "no warm-up": ["--warmup_steps", "0"],
     "a constant learning rate": ["--lr_scheduler_type", "constant_with_warmup"],
     "no weight decay": ["--weight_decay", "0"],
-    "batch norms follow the crops": ["--hold_batch_norms", "false"],
-    "nothing frozen": ["--freeze_levels", "0"],
-    "the lowest two levels frozen": ["--freeze_levels", "2"],
+    "batch norms follow the crops": ["--freeze_batch_norm_stats", "false"],
+    "nothing frozen": ["--freeze_layers", "0"],
+    "the lowest two levels frozen": ["--freeze_layers", "2"],
     "full size from the start": ["--train_image_size"],
-    "smaller crops of the image": ["--min_crop_area", "0.08"],
+    "smaller crops of the image": ["--min_crop_scale", "0.08"],
     "a moving average": ["--ema_decay", "0.99"],
     "label smoothing": ["--label_smoothing_factor", "0.1"],
     "mixup": ["--mixup_alpha", "0.2"],
@@ -60,12 +59,12 @@ def train_once(words: list[str], folder_cache: dict) -> float:
         folder_cache[run.data_dir] = find_data(run)
     folder = folder_cache[run.data_dir]
     dataset = load_dataset(folder, run.validation_fraction, run.split_seed, run.max_train_samples)
-    task = Task(run, {}, "", folder, dataset)
+    context = RunContext(run, {}, "", folder, dataset)
     for name, value in QUIET.items():
         setattr(args, name, {"report_to": []}.get(name, value))
-    trainer, store = make_trainer(task, args, prepare_model(task, args))
-    if run.probe:
-        fit_probe(trainer, store, dataset["train"], trainer.evaluation_view.geometry.rule)
+    trainer, store = make_trainer(context, args, prepare_model(context, args))
+    if run.linear_probe:
+        fit_probe(trainer, store, dataset["train"], trainer.eval_transform.geometry.rule)
     trainer.train()
     measured = trainer.evaluate()
     return max(measured["eval_accuracy"], measured.get("eval_ema_accuracy", 0.0))
@@ -93,9 +92,9 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--json", type=Path, help="where to write the scores")
     options, flags = parser.parse_known_args()
-    print(settle_precision(), describe_device(), sep="\n")
+    print(resolve_mixed_precision(), describe_device(), sep="\n")
     use_all_cores()
-    keep_freed_memory()
+    tune_malloc()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     names = list(dict.fromkeys(["the recipe", *options.variants]))

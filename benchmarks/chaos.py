@@ -34,10 +34,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import finetune_vit
 from data_loading import load_dataset, open_data
-from transfer import UserError
-from transfer.data.pixels import open_pixel_store
-from transfer.record import digest_of_folder
-from transfer.submission import find_faults, open_template, render_submission
+from transfer.data.images import open_pixel_store
+from transfer.data.labels import open_template, render_submission
+from transfer.errors import UserError
+from transfer.files import digest_of_folder
+from transfer.submission import find_faults
 
 SIZE = 32
 WNIDS = ["n00000007", "n00000003", "n00000009", "n00000001"]
@@ -63,19 +64,19 @@ RESUME = ["--resume_from_checkpoint", "true"]
 def write_data_set(root: Path, per_class: int, test_images: int, rng: np.random.Generator) -> Path:
     """Noise in the competition's layout; most of it JPEG, the first images of each class in other formats."""
     kinds = ["PNG", "GIF", "BMP", "TIFF", "WEBP"]
-    for wnid in WNIDS:
-        (root / "train" / wnid / "images").mkdir(parents=True)
+    for class_id in WNIDS:
+        (root / "train" / class_id / "images").mkdir(parents=True)
         for i in range(per_class):
             kind = kinds[i] if i < min(len(kinds), per_class // 2) else "JPEG"
             pixels = rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", format=kind)
+            Image.fromarray(pixels).save(root / "train" / class_id / "images" / f"{class_id}_{i}.JPEG", format=kind)
     (root / "test" / "images").mkdir(parents=True)
     ids = [f"{rng.integers(2**60):015x}" for _ in range(test_images)]
     for i in ids:
         pixels = rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "test" / "images" / f"{i}.JPEG")
     (root / "wnids.txt").write_text("\n".join(WNIDS) + "\n")
-    (root / "words.txt").write_text("".join(f"{wnid}\tthing {wnid}\n" for wnid in sorted(WNIDS)))
+    (root / "words.txt").write_text("".join(f"{class_id}\tthing {class_id}\n" for class_id in sorted(WNIDS)))
     (root / "submission_sample.csv").write_text("image_id,label\n" + "".join(f"{i},0\n" for i in ids))
     return root
 

@@ -25,12 +25,13 @@ from tqdm import tqdm
 
 from benchmarks.throughput import CASES, GPU_CASES, project_trainer, quiet, train_timed
 from data_loading import load_dataset, open_data
-from transfer.backbones.gates import skip_open_gates
-from transfer.backbones.geometry import read_geometry
-from transfer.data.pixels import open_pixel_store
-from transfer.modeling import quicken
-from transfer.record import describe_device, describe_versions
-from transfer.training.trainer import FinetuningTrainer, keep_freed_memory, settle_precision, use_all_cores
+from transfer.data.images import open_pixel_store
+from transfer.models.build import apply_cpu_speedups
+from transfer.models.cpu_kernels import skip_open_gates
+from transfer.models.load import read_geometry
+from transfer.runs.record import describe_device, describe_versions
+from transfer.runtime import resolve_mixed_precision, tune_malloc, use_all_cores
+from transfer.training.trainer import FinetuningTrainer
 
 # name: TrainingArguments that it changes; the other switches are read by `measure`.
 SETTINGS: dict[str, dict] = {
@@ -62,15 +63,15 @@ def in_contiguous_format(trainer: FinetuningTrainer) -> None:
 
 def measure(case: str, setting: str, data_dir: str) -> float:
     """Median seconds of a step."""
-    settle_precision()
+    resolve_mixed_precision()
     use_all_cores()
     if "mallopt" not in setting:
-        keep_freed_memory()
+        tune_malloc()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     _, build, batch, steps = (CASES | GPU_CASES)[case]
     model, processor = build()
-    (skip_open_gates if "depthwise" in setting else quicken)(model)
+    (skip_open_gates if "depthwise" in setting else apply_cpu_speedups)(model)
     if "attention" in setting:
         model.set_attn_implementation("eager")
     folder = open_data(data_dir)
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the seconds of every repeat")
     options = parser.parse_args()
     use_all_cores()  # as every measurement does
-    print(settle_precision(), describe_device(), sep="\n")
+    print(resolve_mixed_precision(), describe_device(), sep="\n")
     spawn, results = multiprocessing.get_context("spawn"), {}
     for case in options.cases:
         names = [name for name in [PROJECT, *options.settings] if applies(case, name)]

@@ -44,15 +44,17 @@ from transformers import (
 
 from benchmarks.stock import stock_trainer
 from data_loading import load_dataset, open_data
-from transfer.arguments import FinetuningArguments
-from transfer.augmentation import EvaluationView, TrainingView
-from transfer.backbones.geometry import read_geometry
-from transfer.data.pixels import PixelDataset, open_pixel_store
-from transfer.estimate import StepTimer
-from transfer.modeling import Classifier, quicken
-from transfer.offline import offline_backbone
-from transfer.record import describe_device, describe_versions
-from transfer.training.trainer import FinetuningTrainer, keep_freed_memory, settle_precision, use_all_cores
+from transfer.config import FinetuningArguments
+from transfer.data.images import PixelDataset, open_pixel_store
+from transfer.models.build import Classifier, apply_cpu_speedups
+from transfer.models.load import read_geometry
+from transfer.models.offline import offline_backbone
+from transfer.runs.record import describe_device, describe_versions
+from transfer.runs.timing import StepTimer
+from transfer.runtime import resolve_mixed_precision, tune_malloc, use_all_cores
+from transfer.training.trainer import FinetuningTrainer
+from transfer.transforms.evaluation import EvaluationTransform
+from transfer.transforms.training import TrainTransform
 
 CLASSES = 100
 
@@ -182,8 +184,8 @@ def quiet(folder: str, batch: int, steps: int) -> dict:
 
 
 def project_trainer(model, processor, store, dataset, arguments: dict) -> FinetuningTrainer:
-    view = EvaluationView(read_geometry(processor))
-    training = TrainingView(view, [view.geometry.crop[0]], 0.35)
+    view = EvaluationTransform(read_geometry(processor))
+    training = TrainTransform(view, [view.geometry.crop[0]], 0.35)
     args = FinetuningArguments(**arguments, load_best_model_at_end=False)
     train, test = PixelDataset(store, dataset["train"]), PixelDataset(store, dataset["test"])
     return FinetuningTrainer(
@@ -230,7 +232,7 @@ def measure_case(name: str, repeats: int, dataset, folder, data_dir: str) -> dic
     """One model: training against both, prediction against the ceiling."""
     title, build, batch, steps = (CASES | GPU_CASES)[name]
     model, processor = build()
-    quicken(model)
+    apply_cpu_speedups(model)
     geometry = read_geometry(processor)
     size = geometry.crop[0]
     store = open_pixel_store(folder.root, folder.files, geometry.apply, geometry.crop, geometry.rule)
@@ -331,9 +333,9 @@ def main() -> None:
     parser.add_argument("--data_dir", default="sample", help="images to train on, and for the data case")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
-    print(settle_precision())
+    print(resolve_mixed_precision())
     use_all_cores()
-    keep_freed_memory()
+    tune_malloc()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     folder = open_data(options.data_dir)

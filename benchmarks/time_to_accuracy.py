@@ -32,13 +32,12 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 from benchmarks.stock import stock_trainer
 from data_loading import load_dataset
 from finetune_vit import find_data
-from transfer.backbones.pretrained import locate_checkpoint
-from transfer.command_line import parse_command_line
-from transfer.estimate import StepTimer
-from transfer.preparation import make_trainer, prepare_model
-from transfer.record import describe_device, describe_versions
-from transfer.task import Task
-from transfer.training.trainer import keep_freed_memory, settle_precision, use_all_cores
+from transfer.cli import parse_command_line
+from transfer.models.load import locate_checkpoint
+from transfer.runs.record import describe_device, describe_versions
+from transfer.runs.single import RunContext, make_trainer, prepare_model
+from transfer.runs.timing import StepTimer
+from transfer.runtime import resolve_mixed_precision, tune_malloc, use_all_cores
 
 try:
     from matplotlib import pyplot
@@ -103,10 +102,10 @@ def train_for(make, minutes: float) -> list[list[float]]:
     return curve.points
 
 
-def stock_maker(task: Task, args, scratch: str, learning_rate: float):
+def stock_maker(context: RunContext, args, scratch: str, learning_rate: float):
     """make(steps) is the stock recipe's trainer for so many steps."""
-    source = locate_checkpoint(task.run.model_name_or_path)
-    size = (task.run.train_image_size or [task.run.image_size])[0]
+    source = locate_checkpoint(context.run.model_name_or_path)
+    size = (context.run.train_image_size or [context.run.image_size])[0]
     batches = {
         name: getattr(args, name) for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "seed")
     }
@@ -114,16 +113,16 @@ def stock_maker(task: Task, args, scratch: str, learning_rate: float):
     def make(steps: int) -> Trainer:
         set_seed(args.seed)
         model = AutoModelForImageClassification.from_pretrained(
-            source, num_labels=len(task.folder.wnids), ignore_mismatched_sizes=True, dtype="float32"
+            source, num_labels=len(context.folder.class_ids), ignore_mismatched_sizes=True, dtype="float32"
         )
         settings = QUIET | batches | {"output_dir": scratch, "max_steps": steps, "learning_rate": learning_rate}
         processor = AutoImageProcessor.from_pretrained(source)
-        return stock_trainer(model, processor, size or processor.size["height"], task.dataset, settings)
+        return stock_trainer(model, processor, size or processor.size["height"], context.dataset, settings)
 
     return make
 
 
-def project_maker(task: Task, args, scratch: str):
+def project_maker(context: RunContext, args, scratch: str):
     """make(steps) is this project's trainer for so many steps."""
 
     def make(steps: int) -> Trainer:
@@ -131,7 +130,7 @@ def project_maker(task: Task, args, scratch: str):
         for name, value in QUIET.items():
             setattr(own, name, {"report_to": []}.get(name, value))
         own.output_dir, own.max_steps = scratch, steps
-        return make_trainer(task, own, prepare_model(task, own))[0]
+        return make_trainer(context, own, prepare_model(context, own))[0]
 
     return make
 
@@ -175,21 +174,23 @@ def draw(results: dict, path: Path) -> None:
     figure.savefig(path, bbox_inches="tight", dpi=150)
 
 
-def measure(task: Task, args, minutes: list[float], learning_rates: list[float]) -> Iterator[dict]:
+def measure(context: RunContext, args, minutes: list[float], learning_rates: list[float]) -> Iterator[dict]:
     """Both contenders at every budget: all that is known, after every training."""
     results = {"learning_rates": {}, "budgets": {}}
     with tempfile.TemporaryDirectory() as scratch:
         shortest, curves = min(minutes), {}
         for rate in learning_rates:
             print(f"stock, {shortest:g} min, learning rate {rate:g}", flush=True)
-            curves[rate] = train_for(stock_maker(task, args, scratch, rate), shortest)
+            curves[rate] = train_for(stock_maker(context, args, scratch, rate), shortest)
             results["learning_rates"][f"{rate:g}"] = curves[rate][-1][1]
             yield results
         best = max(curves, key=lambda rate: curves[rate][-1][1])
         for budget in sorted(minutes):
             print(f"project and stock at {best:g}, {budget:g} min", flush=True)
-            ours = train_for(project_maker(task, args, scratch), budget)
-            stock = curves[best] if budget == shortest else train_for(stock_maker(task, args, scratch, best), budget)
+            ours = train_for(project_maker(context, args, scratch), budget)
+            stock = (
+                curves[best] if budget == shortest else train_for(stock_maker(context, args, scratch, best), budget)
+            )
             results["budgets"][f"{budget:g}"] = compare(stock, ours)
             yield results
 
@@ -209,17 +210,17 @@ def main() -> None:
     options, flags = parser.parse_known_args()
     if options.plot and pyplot is None:
         parser.error("--plot: pip install matplotlib")
-    print(settle_precision())
+    print(resolve_mixed_precision())
     use_all_cores()
-    keep_freed_memory()
+    tune_malloc()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     run, args, _ = parse_command_line([options.recipe, *flags])
     folder = find_data(run)
     dataset = load_dataset(folder, run.validation_fraction, run.split_seed, run.max_train_samples)
-    task = Task(run, {}, "", folder, dataset)
+    context = RunContext(run, {}, "", folder, dataset)
     results = {"device": describe_device(), "versions": dict(describe_versions())}
-    for found in measure(task, args, options.minutes, options.learning_rates):
+    for found in measure(context, args, options.minutes, options.learning_rates):
         results |= found
         if options.json:
             options.json.write_text(json.dumps(results, indent=2) + "\n")

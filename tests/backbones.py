@@ -21,9 +21,10 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from transfer.backbones.dinov3 import DINOv3ViTForImageClassification
-from transfer.backbones.geometry import ViewGeometry, read_geometry
-from transfer.backbones.layers import find_blocks, find_heads, parameter_levels
+from transfer.data.images import ImageGeometry
+from transfer.models.dinov3 import DINOv3ViTForImageClassification
+from transfer.models.layers import find_blocks, find_heads, parameter_levels
+from transfer.models.load import read_geometry
 
 SIZE = 32
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -300,7 +301,7 @@ HEADER = [
 ]
 
 
-def _published(kind: str) -> tuple[nn.Module, ViewGeometry]:
+def _published(kind: str) -> tuple[nn.Module, ImageGeometry]:
     """A family at its default size, without weights, and the view of its default processor."""
     family = FAMILIES[kind]
     loaded = family.model if family.model.__name__.endswith("Classification") else _classifier_of(kind)
@@ -319,7 +320,7 @@ def _classifier_of(kind: str) -> type:
     return became.get(kind) or getattr(hf, FAMILIES[kind].model.__name__.replace("Model", "ForImageClassification"))
 
 
-def _name_normalisation(geometry: ViewGeometry) -> str:
+def _name_normalisation(geometry: ImageGeometry) -> str:
     known = {(IMAGENET_DEFAULT_MEAN[0], IMAGENET_DEFAULT_STD[0]): "ImageNet", (0.5, 0.5): "0.5 / 0.5", (0, 1): "none"}
     known |= {(OPENAI_CLIP_MEAN[0], OPENAI_CLIP_STD[0]): "CLIP"}
     name = known[geometry.mean[0], round(geometry.std[0], 8 if geometry.std[0] == OPENAI_CLIP_STD[0] else 3)]
@@ -342,7 +343,7 @@ def describe_families(poolings: dict[str, str]) -> list[str]:
 
 
 def print_table() -> None:
-    from transfer.modeling import build_classifier
+    from transfer.models.build import build_classifier
 
     poolings = {}
     for kind in FAMILIES:

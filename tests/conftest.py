@@ -171,7 +171,7 @@ def model(checkpoints, tmp_path) -> Path:
     trained = AutoModelForImageClassification.from_pretrained(
         checkpoints("convnext"), num_labels=4, ignore_mismatched_sizes=True
     )
-    trained.config.wnids = WNIDS
+    trained.config.class_ids = WNIDS
     trained.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_bytes(
         (checkpoints("convnext") / "preprocessor_config.json").read_bytes()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from transfer.predictions import Predictions
-from transfer.reporting import measure
+from transfer.evaluation.metrics import measure
+from transfer.evaluation.predictions import Predictions
 
 # Without a test of their own in these tests: what run.json holds besides the arguments.
 RECORD = {

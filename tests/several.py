@@ -13,6 +13,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import ROOT
 
+from transfer import runtime
+from transfer.transforms import training
+
 CONFIGS = ROOT / "recipes" / "accelerate"
 
 # Forks of a process that has everything imported and has computed nothing.
@@ -27,14 +30,13 @@ def whole_images(batch, height, width, min_area, generator):
 
 
 def see_whole_images() -> None:
-    from transfer import augmentation
 
-    augmentation.draw_crops = whole_images
+    training.draw_crops = whole_images
 
 
 def run_out_of_memory() -> None:
     """The second process alone, in its fourth step."""
-    import transfer
+    from transfer import errors
     from transfer.training.trainer import FinetuningTrainer
 
     original = FinetuningTrainer.compute_loss
@@ -45,12 +47,12 @@ def run_out_of_memory() -> None:
         return original(self, model, *args, **kwargs)
 
     FinetuningTrainer.compute_loss = compute
-    transfer.FIRST_SPEAKS = 0.1
+    errors.FIRST_SPEAKS = 0.1
 
 
 def be_slow_in_the_second_process() -> None:
     """So that the two would not agree on how many steps fit into `--max_minutes`."""
-    from transfer.training.budget import TimeBudget
+    from transfer.runs.timing import TimeBudget
 
     original = TimeBudget._count_steps
 
@@ -64,8 +66,6 @@ def shard_on_cpus() -> None:
     """accelerate shards models on accelerators alone, though gloo can: take the CPU for one."""
     from accelerate.state import DistributedType, PartialState
 
-    from transfer.training import processes
-
     original = PartialState.__init__
 
     def start(self, *args, **kwargs):
@@ -74,7 +74,7 @@ def shard_on_cpus() -> None:
             self.distributed_type = DistributedType.MULTI_GPU
 
     PartialState.__init__ = start
-    processes.can_shard = lambda: True
+    runtime.can_shard = lambda: True
 
 
 def _work(environment: dict, cache: str, log: str, argv: list[str], changes: list) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock, Timeout
 
-from transfer import UserError
-from transfer.data import archive
-from transfer.data.archive import extract_zip
+from transfer.data import sources
+from transfer.data.sources import extract_zip
+from transfer.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 FILES = {"set/wnids.txt": b"n00000001\n", "set/train/a.JPEG": bytes(range(256)), "set/empty.txt": b""}
@@ -102,7 +102,7 @@ def test_what_a_mac_adds_is_left_out(tmp_path, cache):
 def test_a_second_call_returns_the_folder_without_unpacking(tmp_path, cache, monkeypatch):
     packed = write_zip(tmp_path / "a.zip")
     folder = extract_zip(packed, cache)
-    monkeypatch.setattr(archive, "_extract", lambda *_: pytest.fail("it was unpacked again"))
+    monkeypatch.setattr(sources, "_extract", lambda *_: pytest.fail("it was unpacked again"))
     assert extract_zip(packed, cache) == folder
 
 
@@ -110,7 +110,7 @@ def test_an_unpacked_zip_is_found_without_the_lock(tmp_path, cache, monkeypatch)
     packed = write_zip(tmp_path / "a.zip")
     folder = extract_zip(packed, cache)
     # A cache that others filled may be read-only.
-    monkeypatch.setattr(archive, "FileLock", lambda _: pytest.fail("it asked for the lock"))
+    monkeypatch.setattr(sources, "FileLock", lambda _: pytest.fail("it asked for the lock"))
     assert extract_zip(packed, cache) == folder
 
 
@@ -206,12 +206,12 @@ def test_two_members_of_one_name_are_refused(tmp_path, refused):
 
 
 def test_more_than_the_limit_in_total_is_refused(tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(archive, "MAX_TOTAL_BYTES", 265)  # the files have 10 + 256
+    monkeypatch.setattr(sources, "MAX_TOTAL_BYTES", 265)  # the files have 10 + 256
     refused(write_zip(tmp_path / "a.zip"), "would unpack to")
 
 
 def test_a_large_member_that_grows_too_much_is_refused(tmp_path, refused):
-    bomb = {"set/bomb": bytes(archive.RATIO_CHECKED_FROM + 1)}  # deflate shrinks zeros a thousandfold
+    bomb = {"set/bomb": bytes(sources.RATIO_CHECKED_FROM + 1)}  # deflate shrinks zeros a thousandfold
     refused(write_zip(tmp_path / "a.zip", FILES | bomb, zipfile.ZIP_DEFLATED), "set/bomb", "200-fold")
 
 
@@ -224,11 +224,11 @@ def test_too_little_space_is_refused(tmp_path, cache, monkeypatch):
     usage = namedtuple("usage", "total used free")
     packed = write_zip(tmp_path / "a.zip")
     # Two files with content take a block of 4 KiB each.
-    monkeypatch.setattr(archive.shutil, "disk_usage", lambda _: usage(10**6, 0, 2 * 4096 - 1))
+    monkeypatch.setattr(sources.shutil, "disk_usage", lambda _: usage(10**6, 0, 2 * 4096 - 1))
     with pytest.raises(UserError, match=r"a\.zip: needs .* MiB are free"):
         extract_zip(packed, cache)
     assert not [p for p in cache.iterdir() if p.is_dir()]
-    monkeypatch.setattr(archive.shutil, "disk_usage", lambda _: usage(10**6, 0, 2 * 4096))
+    monkeypatch.setattr(sources.shutil, "disk_usage", lambda _: usage(10**6, 0, 2 * 4096))
     assert contents(extract_zip(packed, cache)) == FILES
 
 
@@ -271,7 +271,7 @@ def test_an_extraction_that_breaks_off_leaves_no_folder(tmp_path, cache, monkeyp
         raise failure
 
     with monkeypatch.context() as patch:
-        patch.setattr(archive, "_write_members", write_one_and_fail)
+        patch.setattr(sources, "_write_members", write_one_and_fail)
         with pytest.raises(type(failure)):
             extract_zip(packed, cache)
     assert not [p for p in cache.iterdir() if p.is_dir()]
@@ -281,15 +281,15 @@ def test_an_extraction_that_breaks_off_leaves_no_folder(tmp_path, cache, monkeyp
 KILLED_HALFWAY = """
 import os, signal, sys
 from pathlib import Path
-from transfer.data import archive
+from transfer.data import sources
 
 def write_and_be_killed(path, members, target):
     (target / "set").mkdir(parents=True)
     (target / "set" / "half").write_bytes(b"x")
     os.kill(os.getpid(), signal.SIGKILL)
 
-archive._write_members = write_and_be_killed
-archive.extract_zip(Path(sys.argv[1]), Path(sys.argv[2]))
+sources._write_members = write_and_be_killed
+sources.extract_zip(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
@@ -307,13 +307,13 @@ def test_the_folder_appears_only_when_it_is_whole(tmp_path, cache, monkeypatch):
     packed = write_zip(tmp_path / "a.zip")
     target = extract_zip(packed, cache)
     shutil.rmtree(target)
-    seen, write = [], archive._write_members
+    seen, write = [], sources._write_members
 
     def write_and_look(*arguments):
         write(*arguments)
         seen.append(target.exists())
 
-    monkeypatch.setattr(archive, "_write_members", write_and_look)
+    monkeypatch.setattr(sources, "_write_members", write_and_look)
     assert extract_zip(packed, cache) == target
     assert seen == [False]
 
@@ -323,7 +323,7 @@ def test_while_another_process_unpacks_this_one_waits(tmp_path, cache, monkeypat
     target = extract_zip(packed, cache)
     shutil.rmtree(target)
     impatient = lambda path: FileLock(path, timeout=0.05)  # noqa: E731
-    monkeypatch.setattr(archive, "FileLock", impatient)
+    monkeypatch.setattr(sources, "FileLock", impatient)
     with FileLock(f"{target}.lock"), pytest.raises(Timeout):
         extract_zip(packed, cache)
     assert contents(extract_zip(packed, cache)) == FILES
@@ -332,7 +332,7 @@ def test_while_another_process_unpacks_this_one_waits(tmp_path, cache, monkeypat
 def test_processes_that_start_together_all_get_the_whole_folder(tmp_path, cache):
     packed = write_zip(tmp_path / "a.zip", {f"set/{i}.txt": str(i).encode() for i in range(2000)})
     code = (
-        "import sys; from pathlib import Path; from transfer.data.archive import extract_zip;"
+        "import sys; from pathlib import Path; from transfer.data.sources import extract_zip;"
         "print(len(list(extract_zip(Path(sys.argv[1]), Path(sys.argv[2])).rglob('*.txt'))))"
     )
     command = [sys.executable, "-c", code, packed, cache]

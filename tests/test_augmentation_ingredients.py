@@ -7,10 +7,10 @@ import torch
 from conftest import WNIDS, draw_picture
 from test_views import PROCESSORS, batch_of
 
-from transfer.augmentation import EvaluationView, TrainingView, seeded_generator
-from transfer.backbones.geometry import read_geometry
-from transfer.mixing import Mixing
-from transfer.policies import OPERATIONS, erase, trivial_augment
+from transfer.models.load import read_geometry
+from transfer.transforms.evaluation import EvaluationTransform
+from transfer.transforms.mixing import Mixing
+from transfer.transforms.training import OPERATIONS, TrainTransform, erase, seeded_generator, trivial_augment
 
 
 def photographs(count: int) -> torch.Tensor:
@@ -51,7 +51,7 @@ def test_mixing_changes_the_training_and_stops_when_told(pristine_data, checkpoi
         for name, arguments in {
             "plain": {},
             "mixed": {"mixup_alpha": 0.4},
-            "never": {"mixup_alpha": 0.4, "strong_until": 0.0},
+            "never": {"mixup_alpha": 0.4, "augment_until": 0.0},
         }.items()
     }
     weights = {name: (out / "model" / "model.safetensors").read_bytes() for name, out in runs.items()}
@@ -93,8 +93,8 @@ def test_erasing_blanks_one_box_of_the_asked_share_of_views():
 
 
 def test_sizes_follow_each_other_and_strong_augmentation_ends():
-    view = TrainingView(
-        EvaluationView(read_geometry(PROCESSORS["vit"]())), [16, 24, 32], 0.5, True, 1.0, strong_until=0.5
+    view = TrainTransform(
+        EvaluationTransform(read_geometry(PROCESSORS["vit"]())), [16, 24, 32], 0.5, True, 1.0, augment_until=0.5
     )
     images = photographs(3).byte()
 
@@ -102,5 +102,5 @@ def test_sizes_follow_each_other_and_strong_augmentation_ends():
         return view(images, seeded_generator(1), progress)
 
     assert [draw(view, p).shape[-1] for p in (0, 0.32, 0.34, 0.65, 0.67, 0.999, 1.0)] == [16, 16, 24, 24, 32, 32, 32]
-    plain = TrainingView(view.evaluation, [16, 24, 32], 0.5)
+    plain = TrainTransform(view.evaluation, [16, 24, 32], 0.5)
     assert torch.equal(draw(view, 0.6), draw(plain, 0.6)) and not torch.equal(draw(view, 0.4), draw(plain, 0.4))

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from transfer.training import trainer
 from transfer.training.averaging import average_weights, greedy_soup, weights_of
 
 
@@ -64,9 +65,8 @@ def test_a_soup_takes_what_helps_and_leaves_what_hurts():
 
 def test_the_average_is_what_is_saved_where_it_is_better(pristine_data, checkpoints, finetune, monkeypatch):
     """The live weights are wrecked before the evaluation, the average is not."""
-    from transfer.training import trainer as training_module
 
-    original = training_module.FinetuningTrainer.evaluate
+    original = trainer.FinetuningTrainer.evaluate
 
     def evaluate_wrecked(self, *args, **kwargs):
         with torch.no_grad():
@@ -74,8 +74,8 @@ def test_the_average_is_what_is_saved_where_it_is_better(pristine_data, checkpoi
                 parameter.zero_()
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(training_module.FinetuningTrainer, "evaluate", evaluate_wrecked)
-    arguments = {"learning_rate": "1e-2", "layer_decay": 1, "min_crop_area": 0.9, "num_train_epochs": 1}
+    monkeypatch.setattr(trainer.FinetuningTrainer, "evaluate", evaluate_wrecked)
+    arguments = {"learning_rate": "1e-2", "layer_decay": 1, "min_crop_scale": 0.9, "num_train_epochs": 1}
     out = finetune(pristine_data, checkpoints("vit"), ema_decay=0.9, **arguments)
     (checkpoint,) = out.glob("checkpoint-*")
     live, average, kept = (

@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification, Siglip2ImageProcessor, pipeline
 
-from transfer import UserError
-from transfer.augmentation import EvaluationView, check_view
-from transfer.backbones.geometry import read_geometry
-from transfer.backbones.layers import find_blocks, freeze_levels, head_names, parameter_groups, parameter_levels
-from transfer.modeling import build_classifier, load_trained
+from transfer.errors import UserError
+from transfer.models.build import build_classifier, load_trained
+from transfer.models.layers import find_blocks, freeze_layers, head_names, parameter_groups, parameter_levels
+from transfer.models.load import read_geometry
+from transfer.transforms.evaluation import EvaluationTransform, check_transform
 
 NAMES = [GLOSSES[wnid].split(",")[0] for wnid in WNIDS]
 
@@ -75,7 +75,7 @@ def test_the_view_is_what_the_saved_processor_makes_at_any_size(kind, image_size
     again = load_trained(str(tmp_path), WNIDS)
     geometry = read_geometry(again.processor)
     assert geometry.crop == (image_size or 32,) * 2
-    check_view(again.processor, EvaluationView(geometry))
+    check_transform(again.processor, EvaluationTransform(geometry))
     pixels = torch.rand(2, 3, *geometry.crop)
     with torch.no_grad():
         torch.testing.assert_close(again.model.eval()(pixels).logits, built.model.eval()(pixels).logits)
@@ -105,7 +105,7 @@ def test_learning_rates_fall_from_the_head_to_the_stem(kind, checkpoints):
 
 
 def test_a_run_says_how_fast_each_level_learns(pristine_data, checkpoints, finetune, capsys):
-    finetune(pristine_data, checkpoints("vit"), learning_rate="1e-3", layer_decay=0.5, freeze_levels=1)
+    finetune(pristine_data, checkpoints("vit"), learning_rate="1e-3", layer_decay=0.5, freeze_layers=1)
     finetune(pristine_data, checkpoints("vit"), learning_rate="1e-3", layer_decay=1, output_dir="same")
     said = capsys.readouterr().out
     assert "rates       0.001 for the head, by level down 0.0005, 0.00025, 0.000125\n" in said
@@ -127,7 +127,7 @@ def test_deep_backbones_share_levels_so_that_their_stems_learn():
 def test_frozen_levels_and_their_batch_norms_stay_as_they_are(kind, pristine_data, checkpoints, finetune, capsys):
     frozen = 2
     out = finetune(
-        pristine_data, checkpoints(kind), learning_rate="1e-2", freeze_levels=frozen, hold_batch_norms="false"
+        pristine_data, checkpoints(kind), learning_rate="1e-2", freeze_layers=frozen, freeze_batch_norm_stats="false"
     )
     start, trained = build(checkpoints(kind)).model, load_trained(str(out / "model"), WNIDS).model
     levels, before, after = parameter_levels(start), start.state_dict(), trained.state_dict()
@@ -144,8 +144,8 @@ def test_frozen_levels_and_their_batch_norms_stay_as_they_are(kind, pristine_dat
 
 
 def test_freezing_more_levels_than_there_are_is_refused(checkpoints):
-    with pytest.raises(UserError, match="--freeze_levels 9: ViTForImageClassification has 4 levels below its head"):
-        freeze_levels(build(checkpoints("vit")).model, 9)
+    with pytest.raises(UserError, match="--freeze_layers 9: ViTForImageClassification has 4 levels below its head"):
+        freeze_layers(build(checkpoints("vit")).model, 9)
 
 
 def test_an_encoder_without_a_class_of_its_own_computes_the_same_in_the_one_it_gets(checkpoints):

@@ -16,10 +16,11 @@ from transformers import AutoModelForImageClassification
 from transformers.models.convnext import ConvNextConfig
 
 from data_loading import load_dataset, main, open_data
-from transfer import UserError
-from transfer.backbones.pretrained import load_checkpoint
-from transfer.data.pixels import open_pixel_store, read_image
-from transfer.submission import find_faults, read_template, render_submission
+from transfer.data.images import open_pixel_store, read_image
+from transfer.data.labels import read_template, render_submission
+from transfer.errors import UserError
+from transfer.models.load import load_checkpoint
+from transfer.submission import find_faults
 
 SECRET = "hf_" + "thisIsASecretTokenThatNobodyMaySee"  # in two parts: no file may hold what looks like one
 

@@ -12,10 +12,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
 from data_loading import load_dataset, open_data, split_fingerprint
-from transfer.predictions import Predictions
-from transfer.submission import find_faults, read_template
-from transfer.training import budget
-from transfer.training.budget import Deadline, TimeBudget, steps_that_fit
+from transfer.data.labels import read_template
+from transfer.evaluation.predictions import Predictions
+from transfer.runs import timing
+from transfer.runs.timing import Deadline, TimeBudget, steps_that_fit
+from transfer.submission import find_faults
 
 
 def test_steps_that_fit_leave_time_for_every_pause_on_the_way():
@@ -29,8 +30,8 @@ def test_steps_that_fit_leave_time_for_every_pause_on_the_way():
 
 def test_held_out_images_that_fit_leave_time_to_train():
     # 2/3 of 69 s, at 1.15 s an image with slack, seen 4 times
-    assert budget.images_that_fit(69, 1.0, passes=4) == 10
-    assert budget.images_that_fit(-5, 1.0, passes=4) == 0
+    assert timing.images_that_fit(69, 1.0, passes=4) == 10
+    assert timing.images_that_fit(-5, 1.0, passes=4) == 0
 
 
 class Machine:
@@ -38,7 +39,7 @@ class Machine:
 
     def __init__(self, monkeypatch, tmp_path, seconds: float, steps: int = 100):
         self.now, self.rates = 0.0, []
-        monkeypatch.setattr(budget.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
         self.args = TrainingArguments(str(tmp_path), eval_strategy="epoch", save_strategy="epoch", use_cpu=True)
         self.state, self.control = TrainerState(max_steps=steps), TrainerControl()
         self.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -96,18 +97,18 @@ def test_a_schedule_that_cannot_be_moved_is_left_alone_and_training_still_ends(m
 
 def test_time_for_the_final_figures_is_put_aside():
     deadline = Deadline(time.time() + 100, images_afterwards=1000)
-    assert deadline.seconds_to_train(0.01) == pytest.approx(100 - budget.SLACK * 10 - budget.FIXED_SECONDS, abs=0.5)
+    assert deadline.seconds_to_train(0.01) == pytest.approx(100 - timing.SLACK * 10 - timing.FIXED_SECONDS, abs=0.5)
 
 
 def test_the_process_started_before_now():
-    assert 0 < time.time() - budget.process_start() < 24 * 3600
+    assert 0 < time.time() - timing.process_start() < 24 * 3600
 
 
 @pytest.mark.parametrize(("seconds", "late"), [(0.4, False), (9.0, True)])
 def test_where_evaluation_takes_too_long_fewer_held_out_images_are_evaluated(
     seconds, late, pristine_data, checkpoints, finetune, monkeypatch, capsys
 ):
-    monkeypatch.setattr(budget, "time_evaluation", lambda *args: seconds)
+    monkeypatch.setattr(timing, "time_evaluation", lambda *args: seconds)
     out = finetune(pristine_data, checkpoints("vit"), num_train_epochs=1, max_minutes=0.5)
     said, metrics = capsys.readouterr().out, json.loads((out / "metrics.json").read_text())
     [images] = re.findall(r"validation  on (\d+) of 12 images: --max_minutes leaves no time for more", said)
@@ -122,7 +123,7 @@ def test_where_evaluation_takes_too_long_fewer_held_out_images_are_evaluated(
 
 
 def test_a_run_ends_in_time_with_a_valid_csv(pristine_data, checkpoints, finetune, monkeypatch):
-    monkeypatch.setattr(budget, "FIXED_SECONDS", 1.0)
+    monkeypatch.setattr(timing, "FIXED_SECONDS", 1.0)
     start = time.time()
     out = finetune(pristine_data, checkpoints("vit"), num_train_epochs=100000, max_minutes=0.08, logging_steps=50)
     assert time.time() - start < 30  # 5 on a machine that does nothing else

@@ -13,8 +13,8 @@ from huggingface_hub.repocard import metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
-from transfer.predictions import Predictions
-from transfer.reporting import write_card
+from transfer.evaluation.predictions import Predictions
+from transfer.reporting.card import write_card
 
 NAMES = ["red thing", "green | thing", "<blue> [thing]", "grey_thing"]
 LABELS = np.arange(40) % 4
@@ -28,7 +28,7 @@ SEEDS = {
 }
 
 
-def make_card(folder: Path, record=None, wnids=WNIDS, **metrics) -> tuple[Path, dict, dict]:
+def make_card(folder: Path, record=None, class_ids=WNIDS, **metrics) -> tuple[Path, dict, dict]:
     """A card of a made-up run; returns its path, and the metrics and the record that it was made from."""
     logits = some_logits(LABELS, 4, sharpness=1.5)
     write_run(folder, "x", [f"{i}.JPEG" for i in range(40)], LABELS, NAMES, logits, **metrics)
@@ -89,12 +89,12 @@ def test_a_card_of_three_seeds_gives_mean_and_standard_deviation(tmp_path):
 
 def test_a_card_says_of_which_weights_and_views_its_figures_are(tmp_path):
     views = {"kept": ["plain", "flip"], "accuracy": {"plain": 0.7012, "flip": 0.69}}
-    arguments = {"seeds": [3, 5, 8], "freeze_levels": 4}
-    soup = SEEDS | {"soup": {"accuracy": 0.7345, "members": [3, 8]}, "test_time_views": views}
+    arguments = {"seeds": [3, 5, 8], "freeze_layers": 4}
+    soup = SEEDS | {"soup": {"accuracy": 0.7345, "members": [3, 8]}, "tta": views}
     text = make_card(tmp_path / "run", record={"arguments": arguments}, **soup)[0].read_text()
     assert "This model is the mean of the weights of seeds 3, 8 (greedy soup)." in text
     assert "average the views plain, flip of each image" in text and "has validation accuracy 0.7012." in text
-    assert "| seeds | 3, 5, 8 |" in text and "| seed |" not in text and "| freeze_levels | 4 |" in text
+    assert "| seeds | 3, 5, 8 |" in text and "| seed |" not in text and "| freeze_layers | 4 |" in text
 
 
 def test_a_measured_calibration_is_what_the_card_says(tmp_path):

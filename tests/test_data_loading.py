@@ -10,8 +10,8 @@ from conftest import ROOT, WNIDS, write_data_set
 from PIL import Image
 
 from data_loading import load_dataset, main, open_data, split_fingerprint
-from transfer import UserError
 from transfer.data.layouts import image_id_of
+from transfer.errors import UserError
 
 
 def zip_folder(folder, path):
@@ -88,7 +88,7 @@ def test_windows_line_ends_and_a_byte_order_mark_change_nothing(data):
         text = (data / name).read_text()
         (data / name).write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
     after = open_data(str(data))
-    assert (after.wnids, after.test_files) == (before.wnids, before.test_files)
+    assert (after.class_ids, after.test_files) == (before.class_ids, before.test_files)
 
 
 def test_ids_are_file_names_without_their_ending():

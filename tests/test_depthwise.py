@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import ConvNextConfig, ConvNextForImageClassification
 
-from transfer.backbones.depthwise import DepthwiseConv2d, quicken_depthwise, weight_gradient
+from transfer.models.cpu_kernels import DepthwiseConv2d, use_fast_depthwise, weight_gradient
 
 SHAPES = [  # kernel, stride, padding, height and width of the image
     (5, 1, 2, (9, 9)),
@@ -41,7 +41,7 @@ def results(convolution: nn.Conv2d, images: torch.Tensor, mixed: bool) -> list[t
 def test_outputs_and_gradients_are_those_of_a_plain_convolution(kernel, stride, padding, size, bias, mixed):
     plain = depthwise(kernel, stride, padding, bias)
     quick = copy.deepcopy(plain)
-    assert quicken_depthwise(nn.Sequential(quick)) == 1
+    assert use_fast_depthwise(nn.Sequential(quick)) == 1
     images = torch.randn(3, 6, *size).contiguous(memory_format=torch.channels_last)
     expected, got = results(plain, images, mixed), results(quick, images, mixed)
     assert torch.equal(got[0], expected[0])
@@ -70,13 +70,13 @@ def test_convolutions_of_another_kind_are_left_alone():
         nn.Conv2d(6, 6, 5, groups=6, padding=2, padding_mode="reflect"),
         nn.Conv2d(6, 6, 4, groups=6, padding="same"),
     ]
-    assert quicken_depthwise(nn.Sequential(*others)) == 0
+    assert use_fast_depthwise(nn.Sequential(*others)) == 0
     assert all(type(module) is nn.Conv2d for module in others)
 
 
 def test_frozen_kernels_get_no_gradient():
     convolution = depthwise(5, 1, 2)
-    quicken_depthwise(nn.Sequential(convolution))
+    use_fast_depthwise(nn.Sequential(convolution))
     convolution.weight.requires_grad_(False)
     images = torch.randn(2, 6, 8, 8, requires_grad=True)
     convolution(images).sum().backward()
@@ -90,7 +90,7 @@ def test_a_quickened_model_is_saved_and_copied_as_it_was(tmp_path):
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         before = model(images).logits
-    assert quicken_depthwise(model) == 2
+    assert use_fast_depthwise(model) == 2
     model.save_pretrained(tmp_path)
     reloaded = ConvNextForImageClassification.from_pretrained(tmp_path).eval()
     with torch.no_grad():

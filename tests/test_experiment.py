@@ -14,12 +14,12 @@ from conftest import WNIDS, draw_picture
 from safetensors.torch import load_file
 from scipy.special import softmax
 
-from transfer import UserError
-from transfer.experiment import average_probabilities, choose_submission, choose_views, summarise
-from transfer.predictions import Predictions
-from transfer.probe import fit_head
+from transfer.errors import UserError
+from transfer.evaluation.predictions import Predictions, average_probabilities, choose_views
+from transfer.runs.repeats import choose_submission, summarise
+from transfer.training.linear_probe import fit_head
 
-LEARNING = {"learning_rate": "1e-2", "layer_decay": 1, "min_crop_area": 0.8}
+LEARNING = {"learning_rate": "1e-2", "layer_decay": 1, "min_crop_scale": 0.8}
 
 
 def metrics_of(out) -> dict:
@@ -138,7 +138,7 @@ def test_a_finished_training_of_other_data_is_noticed_before_the_next_one(seeds_
         (["--seeds", "1"], "two or more different seeds"),
         (["--seeds", "1", "1"], "two or more different seeds"),
         (["--seeds", "1", "2", "--do_train", "false"], "does not go with --do_train false"),
-        (["--test_time_views", "upside_down"], "must be of flip"),
+        (["--tta", "upside_down"], "must be of flip"),
         (["--ema_decay", "1"], "must be at least 0 and below 1"),
         (["--mixup_alpha", "-1"], "must be 0 or above"),
         (["--train_image_size", "32", "4"], "must be at least 8"),
@@ -155,8 +155,8 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_read(words, me
 
 
 def test_views_are_tried_and_kept_views_decide_the_submission(pristine_data, checkpoints, finetune):
-    out = finetune(pristine_data, checkpoints("convnext"), test_time_views="flip", **LEARNING)
-    views = metrics_of(out)["test_time_views"]
+    out = finetune(pristine_data, checkpoints("convnext"), tta="flip", **LEARNING)
+    views = metrics_of(out)["tta"]
     assert set(views["accuracy"]) == {"plain", "flip"} and views["kept"][0] == "plain"
     assert metrics_of(out)["validation"]["accuracy"] >= views["accuracy"]["plain"]
 
@@ -174,9 +174,9 @@ def test_a_probe_separates_what_is_separable_and_keeps_its_start_under_a_strong_
 
 @pytest.mark.parametrize("kind", ["deit", "convnext"])
 def test_a_probe_alone_hands_in_a_submission_and_leaves_the_backbone(kind, pristine_data, checkpoints, finetune):
-    out = finetune(pristine_data, checkpoints(kind), probe_only="true")
+    out = finetune(pristine_data, checkpoints(kind), linear_probe_only="true")
     metrics = metrics_of(out)
-    assert metrics["validation"]["accuracy"] == metrics["probe"]["accuracy"] > metrics["zero_epoch"]["accuracy"]
+    assert metrics["validation"]["accuracy"] == metrics["linear_probe"]["accuracy"] > metrics["zero_epoch"]["accuracy"]
     before, after = (load_file(place / "model.safetensors") for place in (checkpoints(kind), out / "model"))
     backbone = [name for name in before if "classifier" not in name]
     assert backbone and all(torch.equal(before[name], after[name]) for name in backbone)
@@ -185,9 +185,9 @@ def test_a_probe_alone_hands_in_a_submission_and_leaves_the_backbone(kind, prist
 
 def test_fine_tuning_starts_from_the_probe(pristine_data, checkpoints, finetune):
     arguments = {"learning_rate": "1e-12", "num_train_epochs": 1, "warmup_steps": 0}
-    out = finetune(pristine_data, checkpoints("convnext"), probe="true", **arguments)
+    out = finetune(pristine_data, checkpoints("convnext"), linear_probe="true", **arguments)
     metrics = metrics_of(out)
-    assert metrics["validation"]["accuracy"] == metrics["probe"]["accuracy"]
+    assert metrics["validation"]["accuracy"] == metrics["linear_probe"]["accuracy"]
 
 
 @pytest.fixture(scope="module")

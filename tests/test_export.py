@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from transfer import UserError, export
+from transfer import export
+from transfer.errors import UserError
 
 
 def need_extras():

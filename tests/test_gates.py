@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import EfficientNetConfig, EfficientNetForImageClassification
 
-from transfer.backbones.gates import skip_open_gates
+from transfer.models.cpu_kernels import skip_open_gates
 
 
 def small_efficientnet(pinned: bool) -> EfficientNetForImageClassification:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from transfer import UserError, hand_in, privacy
-from transfer.hand_in import main, pack
+from transfer import bundle, files
+from transfer.bundle import main, pack
+from transfer.errors import UserError
 
 USER = "zapho" + "d"  # in two parts: this file is packed too
 SECRET = "hf_" + 34 * "x"
@@ -59,9 +60,7 @@ def test_the_pack_holds_code_numbers_csv_report_and_link_but_no_data_or_weights(
     files = unpack(tmp_path / "mine.zip")
     own = {"README.md", "submission.csv", "report.html", "metrics.json", "run.json"}
     assert {name for name in files if not name.startswith("code/")} == own
-    assert {"code/finetune_vit.py", "code/transfer/hand_in.py", "code/README.md", "code/requirements.txt"} <= set(
-        files
-    )
+    assert {"code/finetune_vit.py", "code/transfer/bundle.py", "code/README.md", "code/requirements.txt"} <= set(files)
     assert not any(name.endswith((".safetensors", ".onnx", ".JPEG", ".zip")) for name in files)
     assert files["submission.csv"] == (run / "submission.csv").read_bytes()
     cover = files["README.md"].decode()
@@ -78,11 +77,11 @@ def test_the_packed_code_is_that_of_the_runs_commit(run, tmp_path):
 
 
 def test_code_without_git_is_packed_as_it_lies(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(hand_in, "_git", lambda *words: None)
+    monkeypatch.setattr(bundle, "run_git", lambda *words: None)
     pack(run, tmp_path / "mine.zip")
     files = unpack(tmp_path / "mine.zip")
     assert files["code/finetune_vit.py"] == (ROOT / "finetune_vit.py").read_bytes()
-    assert {"code/recipes/sample.yaml", "code/tests/conftest.py", "code/transfer/imagenet_1k.txt"} <= set(files)
+    assert {"code/recipes/sample.yaml", "code/tests/conftest.py", "code/transfer/models/imagenet_1k.txt"} <= set(files)
 
 
 def test_no_token_home_path_or_user_name_is_in_any_packed_file(run, tmp_path):
@@ -103,7 +102,7 @@ def test_a_token_in_a_report_is_refused_and_nothing_is_written(run, tmp_path):
 def test_changes_since_the_commit_are_packed_as_a_patch(run, tmp_path, monkeypatch):
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(record | {"code": {"commit": "abc", "clean": False}}))
-    monkeypatch.setattr(hand_in, "_git", lambda *words: b"+ mine\n" if words == ("diff", "abc") else None)
+    monkeypatch.setattr(bundle, "run_git", lambda *words: b"+ mine\n" if words == ("diff", "abc") else None)
     pack(run, tmp_path / "mine.zip")
     files = unpack(tmp_path / "mine.zip")
     assert files["changes.patch"] == b"+ mine\n" and "abc with changes.patch" in files["README.md"].decode()
@@ -150,4 +149,4 @@ def test_a_run_packs_itself_when_asked(pristine_data, checkpoints, finetune, tmp
     ],
 )
 def test_places_lose_their_folders_and_everything_else_stays(text, expected):
-    assert privacy.anonymise(text) == expected
+    assert files.anonymise(text) == expected

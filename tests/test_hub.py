@@ -19,12 +19,12 @@ from huggingface_hub import SpaceCard
 from transformers import AutoModelForImageClassification
 
 from finetune_vit import main
-from transfer import UserError
-from transfer import hub as link
-from transfer.command_line import parse_command_line
-from transfer.hand_in import pack
+from transfer import hub
+from transfer.bundle import pack
+from transfer.cli import parse_command_line
+from transfer.errors import UserError
 from transfer.hub import check_push, push_model, push_space
-from transfer.publishing import command_to_push
+from transfer.runs.single import command_to_push
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_a_model_that_names_images_otherwise_is_noticed(model, images, tmp_path)
     other.save_pretrained(tmp_path / "other")
     shutil.copy(model / "preprocessor_config.json", tmp_path / "other")
     with pytest.raises(UserError, match="what was pushed takes"):
-        link._check_predictions(model, tmp_path / "other", images)
+        hub._check_predictions(model, tmp_path / "other", images)
 
 
 def test_a_folder_with_a_token_in_it_is_not_pushed(hub, model):

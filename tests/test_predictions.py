@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from transfer import UserError
-from transfer.predictions import Predictions
-from transfer.reporting import measure
+from transfer.errors import UserError
+from transfer.evaluation.metrics import measure
+from transfer.evaluation.predictions import Predictions
 
 
 def some_predictions(**changes) -> Predictions:

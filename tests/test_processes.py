@@ -11,9 +11,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, write_data_set
 from safetensors.torch import load_file
 
-import transfer
-from transfer import UserError, augmentation, exits_cleanly
-from transfer.training.processes import share_batch
+from transfer import errors
+from transfer.errors import UserError, exits_cleanly
+from transfer.runtime import share_batch
+from transfer.transforms import training
 
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--main_process_port", "0"]
 
@@ -48,7 +49,7 @@ def test_two_processes_train_and_predict_what_one_does(tmp_path, checkpoints, fi
         "max_steps": "20",
         "per_device_eval_batch_size": "7",
     }
-    monkeypatch.setattr(augmentation, "draw_crops", several.whole_images)
+    monkeypatch.setattr(training, "draw_crops", several.whole_images)
     alone = finetune(data, checkpoints("convnext"), output_dir="alone", **recipe)
     code, said = launch(data, checkpoints("convnext"), "together", several.see_whole_images, **recipe)
     together = tmp_path / "together"
@@ -72,11 +73,11 @@ def test_two_processes_agree_on_all_that_is_decided_on_the_way(tmp_path, pristin
         "out",
         several.be_slow_in_the_second_process,
         seeds="0 1",
-        probe="true",
-        hold_batch_norms="false",
+        linear_probe="true",
+        freeze_batch_norm_stats="false",
         ema_decay="0.9",
         mixup_alpha="0.2",
-        test_time_views="flip",
+        tta="flip",
         max_minutes="30",
     )
     assert code == 0, said
@@ -89,7 +90,7 @@ def test_two_processes_agree_on_all_that_is_decided_on_the_way(tmp_path, pristin
     again = finetune(pristine_data, tmp_path / "out" / "seed-1" / "model", output_dir="again", do_train="false")
     one = json.loads((again / "metrics.json").read_text())["validation"]
     two = metrics["seeds"][1]
-    assert one["accuracy"] == two["test_time_views"]["accuracy"]["plain"]
+    assert one["accuracy"] == two["tta"]["accuracy"]["plain"]
 
 
 def test_two_processes_resume_to_the_weights_that_they_would_have_had(tmp_path, pristine_data, checkpoints, launch):
@@ -151,7 +152,7 @@ def test_a_mistake_is_said_once_and_ends_all_processes(pristine_data, checkpoint
 def test_a_process_that_fails_alone_says_so_too(rank, monkeypatch, capsys):
     waited = []
     monkeypatch.setenv("LOCAL_RANK", rank)
-    monkeypatch.setattr(transfer.time, "sleep", waited.append)
+    monkeypatch.setattr(errors.time, "sleep", waited.append)
 
     @exits_cleanly
     def fail():

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from transfer.command_line import parse_command_line
+from transfer.cli import parse_command_line
 
 README = (ROOT / "README.md").read_text()
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -53,7 +53,7 @@ def test_computed_figures_are_those_of_the_recipes_headers_and_said_to_be_comput
 
 
 def test_flags_in_the_readme_are_arguments():
-    from transfer.command_line import known_names
+    from transfer.cli import known_names
 
     known = {"help", *known_names()}
     for script in [*(ROOT / "benchmarks").glob("*.py"), ROOT / "transfer" / "submission.py"]:

@@ -8,17 +8,18 @@ import pytest
 from conftest import WNIDS
 from huggingface_hub import ModelCard
 
-from transfer import UserError, record
-from transfer.reporting import measure
+from transfer import files
+from transfer.errors import UserError
+from transfer.evaluation.metrics import measure
 
 
 def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "metrics.json"
-    record.write_whole(path, "old")
+    files.write_atomically(path, "old")
     with monkeypatch.context() as patch:
-        patch.setattr(record.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr(files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
-            record.write_whole(path, "new")
+            files.write_atomically(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -31,22 +32,22 @@ def test_a_kill_while_a_folder_is_replaced_leaves_no_half_of_it(tmp_path, monkey
             (Path(path) / "config").unlink()
             raise KeyboardInterrupt
 
-    record.save_whole_folder(tmp_path / "model", write("old"))
+    files.write_folder_atomically(tmp_path / "model", write("old"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(record.shutil, "rmtree", delete_a_half_and_be_killed)
-        record.save_whole_folder(tmp_path / "model", write("new"))
+        patch.setattr(files.shutil, "rmtree", delete_a_half_and_be_killed)
+        files.write_folder_atomically(tmp_path / "model", write("new"))
     assert {path.name: path.read_text() for path in (tmp_path / "model").iterdir()} == {
         "config": "new",
         "weights": "new",
     }
-    record.save_whole_folder(tmp_path / "model", write("newer"))
+    files.write_folder_atomically(tmp_path / "model", write("newer"))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--output_dir .*file/out: cannot be written"):
-        record.claim_output_dir(tmp_path / "file" / "out", resuming=False)
+        files.claim_output_dir(tmp_path / "file" / "out", resuming=False)
 
 
 def test_metrics_are_right_on_a_case_counted_by_hand():
@@ -73,4 +74,4 @@ def test_the_card_states_the_runs_own_numbers_and_loads_as_a_card(pristine_data,
 
 def test_wnids_are_kept_in_the_saved_config(pristine_data, checkpoints, finetune):
     out = finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
-    assert json.loads((out / "model" / "config.json").read_text())["wnids"] == WNIDS
+    assert json.loads((out / "model" / "config.json").read_text())["class_ids"] == WNIDS

@@ -13,7 +13,7 @@ from conftest import WNIDS, draw_picture
 from fabricated import ARGUMENTS, write_history, write_run
 
 from transfer.reporting import __main__ as command
-from transfer.reporting import charts, report
+from transfer.reporting import charts, page
 
 NAMES = ["red thing", "green thing", "blue thing", "grey"]
 
@@ -79,7 +79,7 @@ def test_a_report_that_cannot_be_drawn_does_not_lose_the_run(
     def fail(*_):
         raise ZeroDivisionError("no picture\ntoday")
 
-    monkeypatch.setattr(report, "write_page", fail)
+    monkeypatch.setattr(page, "write_page", fail)
     out = finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
     said = capsys.readouterr().err
     assert (
@@ -172,7 +172,7 @@ def test_pictures_come_from_the_place_that_is_named_and_from_a_zip(data, tmp_pat
 
 
 def test_a_file_name_that_leads_out_of_the_data_set_is_not_shown(data, tmp_path):
-    from transfer.reporting.pictures import Album
+    from transfer.reporting.findings import Album
 
     draw_picture(WNIDS[0], 1).save(tmp_path / "secret.JPEG")
     album = Album(data)
@@ -205,7 +205,7 @@ def test_seeds_and_stages_stand_in_the_report_with_mean_and_spread(pristine_data
         seeds=seeds,
         mean={"validation": {"accuracy": 0.71, "loss": 1.5}},
         std={"validation": {"accuracy": 0.01, "loss": 0.0}},
-        probe={"accuracy": 0.4375},
+        linear_probe={"accuracy": 0.4375},
         soup={"accuracy": 0.75, "members": [5, 7]},
         ensemble={"accuracy": 0.76},
         submission={"from": "ensemble", "validation_accuracy": 0.76},
@@ -230,7 +230,7 @@ def test_the_views_of_a_soup_stand_before_the_ensemble_that_they_are_no_part_of(
         mean={"accuracy": 0.7},
         soup={"accuracy": 0.78, "members": [0]},
         ensemble={"accuracy": 0.76},
-        test_time_views=views,
+        tta=views,
     )
     steps = (
         "soup of the seeds, one plain view 75.0% (+5.0) soup of the seeds, kept, with views plain, flip 78.0% (+3.0)"
@@ -243,7 +243,7 @@ def test_curves_begin_with_what_was_measured_before_training(pristine_data, tmp_
     write_history(run)
     assert "validation accuracy: 6.2% at 0 epoch" in draw(run).text
     (run / "metrics.json").write_text(
-        json.dumps(json.loads((run / "metrics.json").read_text()) | {"probe": {"accuracy": 0.25}})
+        json.dumps(json.loads((run / "metrics.json").read_text()) | {"linear_probe": {"accuracy": 0.25}})
     )
     assert "validation accuracy: 25.0% at 0 minutes" in draw(run).text
 
@@ -266,7 +266,7 @@ def test_no_number_of_an_axis_is_cut_off_where_letters_are_large(pristine_data, 
 
 def test_views_and_averaged_weights_stand_in_the_report(pristine_data, tmp_path):
     views = {"kept": ["plain", "flip"], "accuracy": {"plain": 0.25, "flip": 0.125}}
-    run = run_on(pristine_data, tmp_path / "run", test_time_views=views)
+    run = run_on(pristine_data, tmp_path / "run", tta=views)
     logged = {"epoch": 1, "eval_accuracy": 0.5, "eval_ema_accuracy": 0.6}
     (run / "trainer_state.json").write_text(json.dumps({"log_history": [logged]}))
     page = draw(run)
@@ -315,7 +315,7 @@ def test_a_damaged_file_of_a_run_is_named(name, pristine_data, tmp_path, capsys)
 
 
 def test_the_command_that_is_shown_names_no_folder_of_this_machine():
-    from transfer.reporting.results import leave_out_places
+    from transfer.files import leave_out_places
 
     command_line = (
         "python finetune_vit.py recipes/a.yaml --data_dir '/home/me/my data/tiny.zip' --output_dir=/home/me/x"
@@ -333,8 +333,9 @@ def test_a_run_with_seeds_and_every_ingredient_is_drawn_and_carded(
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     recipe, out = tmp_path / "all.yaml", tmp_path / "out"
     recipe.write_text(
-        "num_train_epochs: 1\nvalidation_fraction: 0.25\nper_device_train_batch_size: 8\nseeds: [3, 5]\nprobe: true\n"
-        "ema_decay: 0.5\ntest_time_views: [flip]\n"
+        "num_train_epochs: 1\nvalidation_fraction: 0.25\nper_device_train_batch_size: 8\nseeds: [3, 5]\n"
+        "linear_probe: true\n"
+        "ema_decay: 0.5\ntta: [flip]\n"
     )
     places = ["--data_dir", pristine_data, "--model_name_or_path", checkpoints("convnext"), "--output_dir", out]
     main([str(recipe), *map(str, places)])

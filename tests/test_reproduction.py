@@ -8,7 +8,9 @@ from conftest import WNIDS, draw_picture, write_data_set
 
 import finetune_vit
 from finetune_vit import main
-from transfer import UserError, record, reproduction
+from transfer.errors import UserError
+from transfer.models import load
+from transfer.runs import record
 
 
 @pytest.fixture
@@ -164,10 +166,10 @@ def test_a_run_that_cannot_be_reproduced_is_refused(words, message, capsys):
 def test_the_spread_over_seeds_comes_before_the_interval_of_one_run():
     metrics = {"validation": {"accuracy": 0.8, "accuracy_ci95": [0.5, 0.9]}, "train": {"seconds": 3.0}}
     alone = {"metrics": metrics, "submission_sha256": "a"}
-    [accuracy, csv] = reproduction.compare(alone, alone | {"submission_sha256": "b"})
+    [accuracy, csv] = record.compare(alone, alone | {"submission_sha256": "b"})
     assert (accuracy.verdict, accuracy.spread, csv.verdict) == ("same", (0.5, 0.9), "differs")
     seeded = {"metrics": metrics | {"std": {"validation": {"accuracy": 0.01}}}}
-    found = {c.name: c for c in reproduction.compare(seeded, {"metrics": {"validation": {"accuracy": 0.83}}})}
+    found = {c.name: c for c in record.compare(seeded, {"metrics": {"validation": {"accuracy": 0.83}}})}
     assert found["validation.accuracy"].spread == pytest.approx((0.78, 0.82))
     assert found["validation.accuracy"].verdict == "differs"
 
@@ -177,14 +179,14 @@ def test_weights_that_differ_in_one_bit_have_another_fingerprint(checkpoints):
     from transformers import AutoModelForImageClassification
 
     model = AutoModelForImageClassification.from_pretrained(checkpoints("convnext"))
-    before = record.fingerprint_of_weights(model)
-    assert record.fingerprint_of_weights(model.to(memory_format=torch.channels_last)) == before
+    before = load.fingerprint_of_weights(model)
+    assert load.fingerprint_of_weights(model.to(memory_format=torch.channels_last)) == before
     with torch.no_grad():
         model.classifier.bias[0] = model.classifier.bias[0].nextafter(torch.tensor(9.0))
-    assert record.fingerprint_of_weights(model) != before
+    assert load.fingerprint_of_weights(model) != before
 
 
 def test_a_record_without_its_parts_is_refused(tmp_path):
     (tmp_path / "run.json").write_text('{"arguments": {}}')
     with pytest.raises(UserError, match=r"is no run\.json of this project"):
-        reproduction.read_record(tmp_path / "run.json")
+        record.read_record(tmp_path / "run.json")

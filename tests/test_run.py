@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, TrainerCallback, pipeline
 
 from finetune_vit import main
+from transfer import runtime
+from transfer.training import trainer
 
 
 def labels_of(submission) -> dict[str, int]:
@@ -36,7 +38,6 @@ def test_the_saved_model_is_the_best_checkpoint_bit_for_bit(kind, pristine_data,
 
 def test_a_worse_last_epoch_is_not_what_is_kept(pristine_data, checkpoints, finetune, monkeypatch):
     """The encoder, not the head alone, must come back from the better epoch (ViT's checkpoints use older names)."""
-    from transfer.training import trainer as training_module
 
     class Wreck(TrainerCallback):
         def on_epoch_begin(self, args, state, control, model=None, **kwargs):
@@ -45,15 +46,15 @@ def test_a_worse_last_epoch_is_not_what_is_kept(pristine_data, checkpoints, fine
                     for parameter in model.parameters():
                         parameter.normal_()
 
-    original = training_module.FinetuningTrainer.__init__
+    original = trainer.FinetuningTrainer.__init__
 
     def with_wreck(self, *args, **kwargs):
         original(self, *args, **kwargs)
         self.add_callback(Wreck())
 
-    monkeypatch.setattr(training_module.FinetuningTrainer, "__init__", with_wreck)
+    monkeypatch.setattr(trainer.FinetuningTrainer, "__init__", with_wreck)
     out = finetune(
-        pristine_data, checkpoints("vit"), learning_rate="1e-2", num_train_epochs=3, layer_decay=1, min_crop_area=1
+        pristine_data, checkpoints("vit"), learning_rate="1e-2", num_train_epochs=3, layer_decay=1, min_crop_scale=1
     )
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     accuracies = [entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry]
@@ -93,7 +94,7 @@ def test_the_model_learns_the_right_labels_for_unsorted_wnids(pristine_data, che
         learning_rate="2e-2",
         num_train_epochs=12,
         layer_decay=1,
-        min_crop_area=0.8,
+        min_crop_scale=0.8,
     )
     assert json.loads((out / "metrics.json").read_text())["validation"]["accuracy"] > 0.9
     for image_id, label in labels_of(out / "submission.csv").items():
@@ -313,7 +314,7 @@ def test_a_faulty_recipe_is_refused_by_name(text, message, tmp_path, capsys):
 
 
 def test_flags_override_the_recipe(tmp_path):
-    from transfer.command_line import parse_command_line
+    from transfer.cli import parse_command_line
 
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("data_dir: sample\nlearning_rate: 1.0e-3\nseed: 1\n")
@@ -322,16 +323,16 @@ def test_flags_override_the_recipe(tmp_path):
 
 
 def test_a_list_in_a_recipe_is_emptied_by_its_flag_or_by_an_empty_list(tmp_path, capsys):
-    from transfer.command_line import parse_command_line
+    from transfer.cli import parse_command_line
 
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text("data_dir: sample\ntest_time_views: [flip]\ntrain_image_size: [96, 128]\nseeds: [1, 2]\n")
-    lists = ("test_time_views", "train_image_size", "seeds")
+    recipe.write_text("data_dir: sample\ntta: [flip]\ntrain_image_size: [96, 128]\nseeds: [1, 2]\n")
+    lists = ("tta", "train_image_size", "seeds")
     run, _, _ = parse_command_line([str(recipe), *(f"--{name}" for name in lists), "--seed", "5"])
     assert [getattr(run, name) for name in lists] == [[], [], []]
-    recipe.write_text("data_dir: sample\ntest_time_views: []\nreport_to: []\n")
+    recipe.write_text("data_dir: sample\ntta: []\nreport_to: []\n")
     run, args, _ = parse_command_line([str(recipe)])
-    assert run.test_time_views == args.report_to == []
+    assert run.tta == args.report_to == []
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "A flag with nothing after it,\nor [] in a recipe, empties a list" in capsys.readouterr().out
@@ -380,11 +381,10 @@ def test_accelerate_launch_sets_the_precision_and_the_figures_are_those_of_fp32(
 
 
 def test_training_is_in_mixed_precision_after_figures_in_fp32(pristine_data, checkpoints, finetune, monkeypatch):
-    from transfer.training import trainer as training_module
 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    monkeypatch.setattr(training_module, "_has_bf16_units", lambda: True)
-    seen, step = set(), training_module.FinetuningTrainer.training_step
+    monkeypatch.setattr(runtime, "_has_bf16_units", lambda: True)
+    seen, step = set(), trainer.FinetuningTrainer.training_step
 
     def watched(self, model, *args, **kwargs):
         hook = model.classifier.register_forward_hook(lambda head, inputs, logits: seen.add(logits.dtype))
@@ -392,7 +392,7 @@ def test_training_is_in_mixed_precision_after_figures_in_fp32(pristine_data, che
         hook.remove()
         return result
 
-    monkeypatch.setattr(training_module.FinetuningTrainer, "training_step", watched)
+    monkeypatch.setattr(trainer.FinetuningTrainer, "training_step", watched)
     finetune(pristine_data, checkpoints("convnext"))
     assert seen == {torch.bfloat16}
 
@@ -405,19 +405,18 @@ def test_a_mistake_under_quiet_accelerate_launch_shows_no_traceback(pristine_dat
 
 
 def test_plain_python_says_that_it_runs_in_fp32(monkeypatch):
-    from transfer.training.trainer import settle_precision
+    from transfer.runtime import resolve_mixed_precision
 
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    assert "fp32, because the script was not started by `accelerate launch" in settle_precision()
+    assert "fp32, because the script was not started by `accelerate launch" in resolve_mixed_precision()
 
 
 def test_a_device_without_fast_units_gets_another_precision(monkeypatch):
-    from transfer.training import trainer as training_module
 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert training_module.settle_precision().startswith("precision: fp16, not the accelerate config's bf16")
+    assert runtime.resolve_mixed_precision().startswith("precision: fp16, not the accelerate config's bf16")
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == "fp16"
 
 
@@ -445,7 +444,7 @@ def test_an_estimate_of_a_batch_that_does_not_fit_says_what_to_do(
 
 
 def test_every_core_is_used_where_the_launcher_allows_one(monkeypatch):
-    from transfer.training.trainer import use_all_cores
+    from transfer.runtime import use_all_cores
 
     before, asked = torch.get_num_threads(), []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transfer.data.sample_data import PATTERNS, SHAPES, _mask, draw_image, generate_sample_data, sample_classes
+from transfer.data.tiny_imagenet import PATTERNS, SHAPES, _mask, draw_image, generate_sample_data, sample_classes
 
 TRAIN_PER_CLASS, TEST_IMAGES = 3, 310
 

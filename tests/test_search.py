@@ -5,9 +5,9 @@ import json
 import pytest
 import yaml
 
-from transfer import UserError
-from transfer.command_line import known_names
-from transfer.search import SearchSpace
+from transfer.cli import known_names
+from transfer.errors import UserError
+from transfer.runs.search import SearchSpace
 from transfer.training.trainer import FinetuningTrainer
 
 optuna = pytest.importorskip("optuna", reason="--search is tested where Optuna is installed")
@@ -32,7 +32,7 @@ def searching(pristine_data, checkpoints, finetune):
         defaults = {
             "search": 8,
             "search_space": space(learning_rate=RATES, layer_decay=[0.5, 1.0]),
-            "min_crop_area": 0.8,
+            "min_crop_scale": 0.8,
         }
         return finetune(pristine_data, checkpoints("convnext"), **(defaults | arguments))
 
@@ -45,7 +45,7 @@ def test_a_search_finds_the_learning_rate_that_learns_and_writes_a_recipe(
     out = searching()
     best = yaml.safe_load((out / "best.yaml").read_text())
     assert best["learning_rate"] == 1e-2
-    assert best["layer_decay"] in (0.5, 1.0) and best["min_crop_area"] == 0.8
+    assert best["layer_decay"] in (0.5, 1.0) and best["min_crop_scale"] == 0.8
     assert not {"search", "disable_tqdm"} & best.keys()
     assert best["model_name_or_path"] == str(checkpoints("convnext"))
     said = capsys.readouterr().out

@@ -9,17 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from transfer import UserError
-from transfer.submission import (
-    balance_warning,
-    check_template,
-    digest_of,
-    find_faults,
-    main,
-    make_template,
-    read_template,
-    render_submission,
-)
+from transfer.data.labels import check_template, make_template, read_template, render_submission
+from transfer.errors import UserError
+from transfer.submission import balance_warning, digest_of, find_faults, main
 
 ROOT = Path(__file__).parent.parent
 IDS = ["zk3", "NaN", "007", "1e5", "null", "a b"]  # each one text, in no order

@@ -18,10 +18,12 @@ from conftest import ROOT, WNIDS, draw_picture, write_data_set
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from transfer import UserError, results
-from transfer.data import pixels
+from transfer.data import images
+from transfer.errors import UserError
+from transfer.runs import single
 from transfer.training import checkpoints as checkpoint_files
-from transfer.training import endurance
+from transfer.training import fault_tolerance
+from transfer.training.checkpoints import last_checkpoint
 from transfer.training.trainer import FinetuningTrainer
 
 
@@ -127,7 +129,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_one_usable(
     )
     assert done.returncode == -signal.SIGKILL
     assert {path.name for path in (tmp_path / "killed").glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-10"}
-    assert checkpoint_files.last_checkpoint(tmp_path / "killed").name == "checkpoint-5"
+    assert last_checkpoint(tmp_path / "killed").name == "checkpoint-5"
     resumed = finetune(pristine_data, checkpoints("convnext"), output_dir="killed", resume_from_checkpoint="true")
     assert same_results(resumed, whole)
 
@@ -145,7 +147,7 @@ def make_checkpoint(folder: Path, step: int) -> Path:
 def test_a_half_deleted_checkpoint_is_passed_over(missing, tmp_path):
     make_checkpoint(tmp_path, 9)
     (make_checkpoint(tmp_path, 10) / missing).unlink()
-    assert checkpoint_files.last_checkpoint(tmp_path).name == "checkpoint-9"
+    assert last_checkpoint(tmp_path).name == "checkpoint-9"
 
 
 def test_a_finished_training_evaluates_again_from_its_last_checkpoint_in_a_moved_folder(
@@ -231,7 +233,7 @@ def test_lost_permission_while_results_are_written_is_one_line(
     def refuse(path, content):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(results, "write_whole", refuse)
+    monkeypatch.setattr(single, "write_atomically", refuse)
     with pytest.raises(SystemExit) as stop:
         finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
     message = capsys.readouterr().err
@@ -256,7 +258,7 @@ def test_the_blocks_of_the_pixel_store_are_taken_before_it_is_filled(tmp_path, m
     asked = []
     monkeypatch.setattr(os, "posix_fallocate", lambda fd, start, size: asked.append(size), raising=False)
     (tmp_path / "pixels.npy").write_bytes(b"x" * 100)
-    pixels._reserve(tmp_path / "pixels.npy")
+    images._reserve(tmp_path / "pixels.npy")
     assert asked == [100]
 
 
@@ -348,8 +350,8 @@ def test_one_image_that_does_not_fit_is_an_error_that_says_what_to_do(
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
-    assert not endurance.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert endurance.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not fault_tolerance.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert fault_tolerance.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
 
 
 def test_memory_does_not_grow_with_epochs(pristine_data, checkpoints, finetune, when):
@@ -377,6 +379,6 @@ def test_memory_does_not_grow_with_test_images(pristine_data, checkpoints, finet
         return views
 
     monkeypatch.setattr(FinetuningTrainer, "_prepare_inputs", watch)
-    settings = {"probe_only": "true", "test_time_views": "flip", "per_device_eval_batch_size": 1}
+    settings = {"linear_probe_only": "true", "tta": "flip", "per_device_eval_batch_size": 1}
     finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1, **settings)
     assert len(seen) > 100 and max(alive) <= 4  # this batch and the one before

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers.integrations import is_tensorboard_available
 
-from transfer.training import tracking
+from transfer import config
 
 
 def history_of(out) -> list[dict]:
@@ -22,16 +22,16 @@ def test_every_entry_of_the_log_has_its_seconds_and_a_resumed_run_counts_on(pris
 
 
 def test_tensorboard_is_the_default_where_it_is_installed_and_nothing_elsewhere(monkeypatch):
-    monkeypatch.setattr(tracking, "is_tensorboard_available", lambda: True)
-    assert tracking.default_trackers() == ["tensorboard"]
-    monkeypatch.setattr(tracking, "is_tensorboard_available", lambda: False)
-    assert tracking.default_trackers() == []
+    monkeypatch.setattr(config, "is_tensorboard_available", lambda: True)
+    assert config.default_trackers() == ["tensorboard"]
+    monkeypatch.setattr(config, "is_tensorboard_available", lambda: False)
+    assert config.default_trackers() == []
 
 
 def test_without_tensorboard_a_run_goes_on_and_says_nothing_of_it(
     pristine_data, checkpoints, finetune, monkeypatch, capsys
 ):
-    monkeypatch.setattr(tracking, "is_tensorboard_available", lambda: False)
+    monkeypatch.setattr(config, "is_tensorboard_available", lambda: False)
     out = finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
     assert not (out / "runs").exists() and "tensorboard" not in capsys.readouterr().err.lower()
     assert json.loads((out / "run.json").read_text())["arguments"]["report_to"] == []
@@ -51,8 +51,8 @@ def missing_tracker() -> str:
     """A tracker that this environment does not have."""
     for name in ("wandb", "trackio", "comet_ml", "clearml"):
         try:
-            tracking.check_trackers([name])
-        except tracking.UserError:
+            config.check_trackers([name])
+        except config.UserError:
             return name
     pytest.skip("every tracker is installed")
 

@@ -10,20 +10,12 @@ from PIL import Image
 from transformers import CLIPImageProcessor, ConvNextImageProcessor, DeiTImageProcessor, ViTImageProcessor
 
 from data_loading import load_dataset, open_data
-from transfer import UserError
-from transfer.augmentation import (
-    EvaluationView,
-    TrainingView,
-    check_view,
-    draw_crops,
-    resample,
-    resampling_weights,
-    resize_as_pil,
-    seeded_generator,
-)
-from transfer.backbones.geometry import read_geometry, set_view_size
-from transfer.data import pixels
-from transfer.data.pixels import PixelDataset, open_pixel_store
+from transfer.data import images
+from transfer.data.images import PixelDataset, open_pixel_store
+from transfer.errors import UserError
+from transfer.models.load import read_geometry, set_image_size
+from transfer.transforms.evaluation import EvaluationTransform, check_transform, resize_as_pil
+from transfer.transforms.training import TrainTransform, draw_crops, resample, resampling_weights, seeded_generator
 
 PROCESSORS = {
     "vit": lambda: ViTImageProcessor(size={"height": 40, "width": 40}),
@@ -44,7 +36,7 @@ def test_the_evaluation_view_is_the_processors_own(kind, size):
     processor = PROCESSORS[kind]()
     image = draw_picture(WNIDS[0], 3, size)
     expected = processor(image, return_tensors="pt")["pixel_values"]
-    view = EvaluationView(read_geometry(processor))(batch_of(image))
+    view = EvaluationTransform(read_geometry(processor))(batch_of(image))
     assert view.shape == expected.shape
     # Both compute with integers, each its own: a pixel may round to another neighbour.
     assert (view - expected).abs().max() < 2.1 / 255 / min(processor.image_std)
@@ -66,19 +58,19 @@ def test_an_accelerators_resize_is_the_cpus(interpolation):
 @pytest.mark.parametrize("kind", ["vit", "convnext", "deit", "clip"])
 def test_a_processor_set_to_another_size_feeds_that_size(kind):
     processor = PROCESSORS[kind]()
-    set_view_size(processor, 80)
-    view = EvaluationView(read_geometry(processor))
-    check_view(processor, view)
+    set_image_size(processor, 80)
+    view = EvaluationTransform(read_geometry(processor))
+    check_transform(processor, view)
     assert view.geometry.crop == (80, 80)
     assert processor(draw_picture(WNIDS[0], 0), return_tensors="pt")["pixel_values"].shape[-2:] == (80, 80)
 
 
 def test_a_processor_that_does_more_is_refused():
     processor = PROCESSORS["vit"]()
-    view = EvaluationView(read_geometry(processor))
+    view = EvaluationTransform(read_geometry(processor))
     processor.image_mean = [0.1, 0.2, 0.3]
     with pytest.raises(UserError, match="prepares images in a way that is not supported"):
-        check_view(processor, view)
+        check_transform(processor, view)
 
 
 def test_the_whole_image_resampled_is_torchs_antialiased_resize():
@@ -108,7 +100,7 @@ def test_crops_stay_inside_keep_their_area_and_half_are_mirrored():
 
 
 def test_training_views_differ_by_image_and_repeat_with_the_seed():
-    view = TrainingView(EvaluationView(read_geometry(PROCESSORS["vit"]())), [24], 0.3)
+    view = TrainTransform(EvaluationTransform(read_geometry(PROCESSORS["vit"]())), [24], 0.3)
     images = batch_of(draw_picture(WNIDS[0], 0)).repeat(6, 1, 1, 1)
 
     def draw(*parts):
@@ -150,13 +142,13 @@ def test_mixed_sizes_are_brought_to_the_views_size_by_its_own_rule(data, tmp_pat
     assert store.cropped and store.pixels.shape[1:] == (48, 48, 3)
     stored = torch.from_numpy(store.pixels[store.rows[odd]]).permute(2, 0, 1)[None]
     expected = processor(Image.open(data / odd), return_tensors="pt")["pixel_values"]
-    assert (EvaluationView(geometry, store.cropped)(stored) - expected).abs().max() < 1.1 / 255 / 0.5
+    assert (EvaluationTransform(geometry, store.cropped)(stored) - expected).abs().max() < 1.1 / 255 / 0.5
 
 
 def test_a_store_is_reused_until_the_data_change(data, tmp_path, monkeypatch):
     first = open_store(open_data(str(data)), tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(pixels, "_build", None)
+        patch.setattr(images, "_build", None)
         open_store(open_data(str(data)), tmp_path)
     changed = data / "test" / "images" / first_image(data)
     draw_picture(WNIDS[0], 99).save(changed)
@@ -178,7 +170,7 @@ def test_the_data_fingerprint_is_the_same_in_another_place(pristine_data, data, 
 def test_an_interrupted_build_leaves_no_store_and_the_next_one_is_whole(data, tmp_path, monkeypatch):
     folder = open_data(str(data))
     with monkeypatch.context() as patch:
-        patch.setattr(pixels, "_refuse_faults", lambda root, records: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(images, "_refuse_faults", lambda root, records: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             open_store(folder, tmp_path)
     assert not [p for p in (tmp_path / "store").iterdir() if p.is_dir()]
@@ -187,8 +179,8 @@ def test_an_interrupted_build_leaves_no_store_and_the_next_one_is_whole(data, tm
 
 def test_two_builders_at_once_build_one_store(pristine_data, tmp_path, monkeypatch):
     folder, built = open_data(str(pristine_data)), []
-    original = pixels._build
-    monkeypatch.setattr(pixels, "_build", lambda *args: (built.append(1), original(*args)))
+    original = images._build
+    monkeypatch.setattr(images, "_build", lambda *args: (built.append(1), original(*args)))
     threads = [threading.Thread(target=open_store, args=(folder, tmp_path)) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -229,7 +221,7 @@ def test_sixteen_bit_images_are_refused_not_blackened(data, tmp_path):
 
 
 def test_a_full_disk_is_noticed_before_decoding(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(pixels.shutil, "disk_usage", lambda _: pixels.shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(images.shutil, "disk_usage", lambda _: images.shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(UserError, match="HF_DATASETS_CACHE names another place"):
         open_store(open_data(str(data)), tmp_path)
 
@@ -237,5 +229,5 @@ def test_a_full_disk_is_noticed_before_decoding(data, tmp_path, monkeypatch):
 def test_another_image_size_shares_the_store_of_whole_images(data, tmp_path, monkeypatch):
     folder = open_data(str(data))
     open_store(folder, tmp_path)
-    monkeypatch.setattr(pixels, "_build", None)
+    monkeypatch.setattr(images, "_build", None)
     assert not open_store(folder, tmp_path, (64, 64)).cropped

@@ -8,7 +8,7 @@ from hub_server import CUT, LOST, TOKEN
 from huggingface_hub import constants
 from transformers import pipeline
 
-from transfer import UserError
+from transfer.errors import UserError
 from transfer.hub import push_model
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
 
-from transfer import UserError
-from transfer.backbones.geometry import read_geometry
-from transfer.data.pixels import decode
+from transfer.data.images import decode
+from transfer.errors import UserError
+from transfer.models.load import read_geometry
 
 FORMATS = ("onnx",)
 EXTRAS = ("onnx", "onnxscript", "onnxruntime")

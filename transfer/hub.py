@@ -22,12 +22,12 @@ from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import sha_fileobj
 from transformers import pipeline
 
-from transfer import UserError
-from transfer.privacy import refuse_secrets
+from transfer.errors import UserError
+from transfer.files import refuse_secrets
 
 # Seconds before another try where the client does not try again itself; its own 23 s come on top where it does.
 WAITS = (2, 8, 20)
-PASSING_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 # hf_xet, which transfers large files, tells only in words what went wrong.
 XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3}) ")
 XET_CUT = re.compile(r"error (?:sending request|decoding response body)")
@@ -57,11 +57,11 @@ def _status_of(fault: BaseException) -> int | None:
     return int(told[1]) if told else None
 
 
-def is_passing(fault: BaseException | None) -> bool:
+def is_transient(fault: BaseException | None) -> bool:
     """Whether trying again may help: the fault is the network's or the server's, not the request's."""
     while fault is not None:
         if status := _status_of(fault):
-            return status in PASSING_STATUS
+            return status in TRANSIENT_STATUS
         if isinstance(fault, OfflineModeIsEnabled):
             return False
         if isinstance(fault, (HTTPError, ConnectionError, TimeoutError)) or XET_CUT.search(str(fault)):
@@ -92,13 +92,13 @@ def explain(fault: BaseException) -> str:
     return f"{said} ({explain(cause)})" if cause else said
 
 
-def persist(action: Callable, say: Callable[[str], None]):
+def retry(action: Callable, say: Callable[[str], None]):
     """What `action` returns; after a fault that may pass it is called again, so it must be harmless to repeat."""
     for wait in (*WAITS, None):
         try:
             return action()
         except Exception as fault:
-            if wait is None or not is_passing(fault):
+            if wait is None or not is_transient(fault):
                 raise
             say(f"hub         {explain(fault)}; trying again in {wait} s")
             time.sleep(wait)
@@ -124,7 +124,7 @@ def check_push(repo_id: str, space_id: str | None = None, say: Callable[[str], N
     try:
         who = HfApi().whoami()
     except Exception as fault:
-        if not is_passing(fault):
+        if not is_transient(fault):
             raise UserError(f"--push_to_hub {repo_id}: {explain(fault)}") from None
         say(f"hub         cannot be reached now ({explain(fault)}); the push is tried when the run is done")
         return
@@ -150,7 +150,7 @@ def _refuse_foreign(api: HfApi, info: ModelInfo) -> None:
     try:
         with tempfile.TemporaryDirectory() as place:
             config = Path(api.hf_hub_download(info.id, "config.json", revision=info.sha, local_dir=place))
-            ours = "wnids" in json.loads(config.read_text(encoding="utf-8"))
+            ours = not {"class_ids", "wnids"}.isdisjoint(json.loads(config.read_text(encoding="utf-8")))
     except (RemoteEntryNotFoundError, ValueError):
         ours = False
     if not ours:
@@ -246,13 +246,13 @@ def push_model(
     api, files = HfApi(), _list_files(folder)
     try:
         refuse_secrets(files)
-        info = persist(lambda: _open_model(api, repo_id, private, revision), say)
+        info = retry(lambda: _open_model(api, repo_id, private, revision), say)
         if private and not info.private:
             raise UserError(f"--hub_private_repo true: {repo_id} exists and is public; give another name")
-        persist(lambda: _refuse_foreign(api, info), say)
+        retry(lambda: _refuse_foreign(api, info), say)
         say(f"hub         {repo_id} is {_describe_visibility(info, private)}")
-        oid = persist(lambda: _commit(api, repo_id, files, revision), say)
-        persist(lambda: read_back(api, repo_id, oid, folder, images), say)
+        oid = retry(lambda: _commit(api, repo_id, files, revision), say)
+        retry(lambda: read_back(api, repo_id, oid, folder, images), say)
     except UserError as fault:
         raise UserError(str(fault) if str(fault).startswith("--") else f"--push_to_hub {repo_id}: {fault}") from None
     except Exception as fault:  # whatever client and network raise, a finished run must not end in a traceback
@@ -285,7 +285,7 @@ def push_space(space_id: str, link: ModelLink, say: Callable[[str], None] = prin
         _commit(api, space_id, files, kind="space")
 
     try:
-        persist(push, say)
+        retry(push, say)
     except Exception as fault:
         reason = fault if isinstance(fault, UserError) else explain(fault)
         raise UserError(f"--hub_space_id {space_id}: {reason}") from None

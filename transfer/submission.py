@@ -4,23 +4,19 @@ python -m transfer.submission CSV --template T     # exit 2 with every fault lis
 """
 
 import argparse
-import csv
 import hashlib
-import io
-import operator
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from transfer import UserError, exits_cleanly
+from transfer.data.labels import _first, _read_rows, _read_text, open_template, read_template
 from transfer.data.layouts import list_test, name_test_images
-
-HEADER = ["image_id", "label"]
+from transfer.errors import UserError, exits_cleanly
 
 # Share of predictions in a wrong place against equal classes. A classifier of 0.8 accuracy on 5,000 images of 100
 # classes has about 0.08; one that never predicts a quarter of the classes has at least 0.25.
@@ -28,87 +24,6 @@ IMBALANCE_LIMIT = 0.2
 
 # As the writer writes it: '03', '+3' and '3.0' are other texts. int() raises over 4,300 digits.
 INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
-
-
-def _first(values: Sequence[str], count: int = 3) -> str:
-    return ", ".join(repr(v) for v in values[:count]) + (", ..." if len(values) > count else "")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as fault:
-        raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not a text file") from None
-
-
-def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """(line number in an editor, cells) of every row that is not blank. Raises `UserError`."""
-    reader = csv.reader(io.StringIO(_read_text(path)))
-    try:
-        return [(reader.line_num, row) for row in reader if row]
-    except csv.Error as fault:
-        raise UserError(f"{path}: is not a csv file (line {reader.line_num}: {fault})") from None
-
-
-def read_template(path: Path) -> pd.DataFrame:
-    """The template as text: an id column and a label column, in its own order. Raises `UserError`."""
-    # Not pandas' reader: it drops a third cell of a row with a warning, and renames equal columns.
-    rows = _read_rows(path)
-    if not rows:
-        raise UserError(f"{path}: is empty; a template has a header, {','.join(HEADER)}, and a row for each id")
-    for line, cells in rows:
-        if len(cells) != 2:
-            raise UserError(f"{path}: line {line} has {len(cells)} columns; a template has two, {','.join(HEADER)}")
-    table = pd.DataFrame([cells for _, cells in rows[1:]], columns=rows[0][1], dtype=str)
-    ids = table.iloc[:, 0]
-    if table.empty or (ids.str.strip() == "").any():
-        raise UserError(f"{path}: has {'no rows' if table.empty else 'a row without an id'}")
-    if ids.duplicated().any():
-        raise UserError(f"{path}: id {ids[ids.duplicated()].iloc[0]!r} stands there twice")
-    return table
-
-
-def make_template(ids: Sequence[str]) -> pd.DataFrame:
-    """A template for test images that came without one."""
-    return pd.DataFrame({HEADER[0]: list(ids), HEADER[1]: "0"}, dtype=str)
-
-
-def open_template(path: Path | None, test_ids: Sequence[str]) -> pd.DataFrame:
-    """What is to be filled in: the template's rows, then one for each test image that it leaves out."""
-    if path is None:
-        return make_template(test_ids)
-    template = read_template(path)
-    listed = set(template.iloc[:, 0])
-    rest = [[image_id, "0"] for image_id in test_ids if image_id not in listed]
-    return pd.concat([template, pd.DataFrame(rest, columns=template.columns, dtype=str)], ignore_index=True)
-
-
-def check_template(template: pd.DataFrame, test_ids: Sequence[str], path: Path, may_be_short: bool = False) -> None:
-    """Refuse a template whose ids are not exactly those of the test images, or some of them if it `may_be_short`."""
-    ids = set(template.iloc[:, 0])
-    unlisted, unfound = sorted(set(test_ids) - ids), sorted(ids - set(test_ids))
-    faults = []
-    if unfound:
-        faults.append(f"{len(unfound)} ids have no test image ({_first(unfound)})")
-    if unlisted and not may_be_short:
-        faults.append(f"{len(unlisted)} test images have no row ({_first(unlisted)})")
-    if faults:
-        raise UserError(f"{path}: does not match the test images: {' and '.join(faults)}")
-
-
-def render_submission(template: pd.DataFrame, label_of_id: Mapping[str, int]) -> bytes:
-    """The csv's bytes: the template's header, ids and order, with labels joined by id. Raises `UserError`."""
-    ids = list(template.iloc[:, 0])
-    missing = [i for i in ids if i not in label_of_id]
-    if missing:
-        raise UserError(f"{len(missing)} ids of the template have no prediction ({_first(missing)})")
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(template.columns)
-    writer.writerows((i, operator.index(label_of_id[i])) for i in ids)
-    return text.getvalue().encode()
 
 
 def digest_of(content: bytes) -> str:

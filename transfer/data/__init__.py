@@ -1,1 +1,1 @@
-"""Files on a disk or a Hub -> what they are, which label each has, and their pixels."""
+"""From a folder, zip, csv or Hub id to lists of files and labels, their splits and their decoded images."""

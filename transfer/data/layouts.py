@@ -7,7 +7,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from transfer import UserError
+from transfer.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 TEMPLATE_NAME = "submission_sample.csv"
@@ -16,19 +16,19 @@ ALSO_EXPECTED = "or train/<class>/* alone, with val/<class>/* and test/* where t
 
 NATURAL_ORDER = "folder names, numbers as numbers"
 VALIDATION_FOLDERS = ("val", "valid", "validation")
-ANNOTATIONS_NAME = "val_annotations.txt"  # Tiny ImageNet's: file name, wnid and a box on every line
+ANNOTATIONS_NAME = "val_annotations.txt"  # Tiny ImageNet's: file name, class_id and a box on every line
 
 
 @dataclass(frozen=True)
-class ImageFolder:
+class DatasetFiles:
     """A data set whose layout was understood; files are relative to root, with forward slashes."""
 
     kind: str  # the layout in words; none for the competition's
     root: Path
-    wnids: list[str]  # the classes' own names; the label of a class is its position here
-    glosses: list[str]  # all synonyms of each class, as words.txt has them
+    class_ids: list[str]  # the classes' own names; the label of a class is its position here
+    synonyms: list[str]  # all synonyms of each class, as words.txt has them
     class_names: list[str]  # first synonyms, made unique, to show to people
-    label_order: str  # what gave the order of wnids
+    label_order: str  # what gave the order of class_ids
     train_files: list[str]
     train_labels: list[int]
     validation_files: list[str]  # as published; none where validation images have to be held out of train
@@ -87,11 +87,11 @@ def find_root(path: Path) -> Path:
     raise UserError(f"{path}: is not this data set; expected {EXPECTED}, {ALSO_EXPECTED}")
 
 
-def name_layout(root: Path, wnids: Sequence[str]) -> str:
+def name_layout(root: Path, class_ids: Sequence[str]) -> str:
     """The layout of a data set in words; none for the competition's own."""
     if (root / "wnids.txt").is_file():
         return "Tiny ImageNet as published" if (root / "val" / ANNOTATIONS_NAME).is_file() else ""
-    return "numbered class folders" if all(wnid.isdecimal() for wnid in wnids) else "class folders"
+    return "numbered class folders" if all(class_id.isdecimal() for class_id in class_ids) else "class folders"
 
 
 def find_template(root: Path) -> Path | None:
@@ -109,11 +109,11 @@ def list_class_folders(root: Path, split: str) -> list[str]:
     return [name for name in list_folder(root / split)[1] if not name.startswith(".")]
 
 
-def check_class_folders(root: Path, wnids: Sequence[str], listed_in: str, is_subset: bool) -> set[str]:
+def check_class_folders(root: Path, class_ids: Sequence[str], listed_in: str, is_subset: bool) -> set[str]:
     """Refuse a train folder whose classes are not those listed; returns the ones that a subset leaves out."""
     folders = list_class_folders(root, "train")
-    missing = sorted(set(wnids) - set(folders))
-    extra = sorted(set(folders) - set(wnids))
+    missing = sorted(set(class_ids) - set(folders))
+    extra = sorted(set(folders) - set(class_ids))
     if missing:
         raise UserError(f"{root / 'train' / missing[0]}: class folder is missing ({len(missing)} missing in all)")
     if extra and not is_subset:
@@ -121,9 +121,9 @@ def check_class_folders(root: Path, wnids: Sequence[str], listed_in: str, is_sub
             f"{root / 'train' / extra[0]}: class folder is not in {listed_in} ({len(extra)} extra in all); "
             "without a line there it has no label"
         )
-    if len(wnids) < 2:
+    if len(class_ids) < 2:
         raise UserError(
-            f"{root / 'train'}: {len(wnids)} class folders to tell apart ({', '.join(wnids) or 'none'}); expected two "
+            f"{root / 'train'}: {len(class_ids)} class folders to tell apart ({', '.join(class_ids) or 'none'}); expected two "
             "or more, train/<class>/*"
         )
     return set(extra)
@@ -156,12 +156,12 @@ def list_images_here_or_below(root: Path, folder: str, ignored: Counter) -> list
     return nested + direct
 
 
-def list_class(root: Path, wnid: str, ignored: Counter, listed_in: str) -> list[str]:
+def list_class(root: Path, class_id: str, ignored: Counter, listed_in: str) -> list[str]:
     """Images of one class: train/<wnid>/images/*, or train/<wnid>/* where there is no images folder."""
-    files = list_images_here_or_below(root, f"train/{wnid}", ignored)
+    files = list_images_here_or_below(root, f"train/{class_id}", ignored)
     if not files:
         why = "every folder of train/ is a class" if listed_in == NATURAL_ORDER else f"yet {listed_in} lists the class"
-        raise UserError(f"{root / 'train' / wnid}: has no images, {why}")
+        raise UserError(f"{root / 'train' / class_id}: has no images, {why}")
     return files
 
 
@@ -187,7 +187,9 @@ def name_test_images(root: Path, files: Sequence[str], template_ids: Set[str] = 
     return ids
 
 
-def list_validation(root: Path, wnids: Sequence[str], left_out: Set[str], ignored: Counter) -> list[tuple[str, int]]:
+def list_validation(
+    root: Path, class_ids: Sequence[str], left_out: Set[str], ignored: Counter
+) -> list[tuple[str, int]]:
     """(file, label) of the published validation images; none where there is no such folder.
 
     They lie in val/images/* with val_annotations.txt, or in val/<class>/*. Images of classes in `left_out` are left
@@ -197,18 +199,18 @@ def list_validation(root: Path, wnids: Sequence[str], left_out: Set[str], ignore
     if split is None:
         return []
     if (root / split / ANNOTATIONS_NAME).is_file():
-        return _list_annotated(root, split, wnids, left_out, ignored)
-    folders = [name for name in list_class_folders(root, split) if name != "images" or name in wnids]
-    strange = sorted(set(folders) - set(wnids) - left_out)
+        return _list_annotated(root, split, class_ids, left_out, ignored)
+    folders = [name for name in list_class_folders(root, split) if name != "images" or name in class_ids]
+    strange = sorted(set(folders) - set(class_ids) - left_out)
     if strange or not folders:
         found = f"{strange[0]} is no class of train/" if strange else "it holds no class folders"
         raise UserError(f"{root / split}: {found}; expected val/<class>/*, or val/images/* and {ANNOTATIONS_NAME}")
     ignored.update(list_folder(root / split)[0])
     found = [
         (file, label)
-        for label, wnid in enumerate(wnids)
-        if wnid in folders
-        for file in list_images_here_or_below(root, f"{split}/{wnid}", ignored)
+        for label, class_id in enumerate(class_ids)
+        if class_id in folders
+        for file in list_images_here_or_below(root, f"{split}/{class_id}", ignored)
     ]
     if not found:
         raise UserError(f"{root / split}: has no images; remove the folder and they are held out of train/")
@@ -216,17 +218,17 @@ def list_validation(root: Path, wnids: Sequence[str], left_out: Set[str], ignore
 
 
 def _list_annotated(
-    root: Path, split: str, wnids: Sequence[str], left_out: Set[str], ignored: Counter
+    root: Path, split: str, class_ids: Sequence[str], left_out: Set[str], ignored: Counter
 ) -> list[tuple[str, int]]:
     """(file, label) of images whose classes stand in val_annotations.txt."""
     path = root / split / ANNOTATIONS_NAME
-    label_of = {wnid: label for label, wnid in enumerate(wnids)}
-    wnid_of = _read_annotations(path)
+    label_of = {class_id: label for label, class_id in enumerate(class_ids)}
+    class_of = _read_annotations(path)
     files = list_images_here_or_below(root, split, ignored)
     del ignored[ANNOTATIONS_NAME]
-    unlabelled = [file for file in files if name_of(file) not in wnid_of]
-    absent = sorted(set(wnid_of) - {name_of(file) for file in files})
-    strange = sorted(set(wnid_of.values()) - set(wnids) - left_out)
+    unlabelled = [file for file in files if name_of(file) not in class_of]
+    absent = sorted(set(class_of) - {name_of(file) for file in files})
+    strange = sorted(set(class_of.values()) - set(class_ids) - left_out)
     for faults, what in (
         (unlabelled, "has no line for the image"),
         (absent, "has a line for an image that is not there,"),
@@ -234,17 +236,17 @@ def _list_annotated(
     ):
         if faults:
             raise UserError(f"{path}: {what} {faults[0]} ({len(faults)} in all)")
-    labels = [label_of.get(wnid_of[name_of(file)]) for file in files]
+    labels = [label_of.get(class_of[name_of(file)]) for file in files]
     return [(file, label) for file, label in zip(files, labels, strict=True) if label is not None]
 
 
 def _read_annotations(path: Path) -> dict[str, str]:
     """File name -> class."""
-    wnid_of = {}
+    class_of = {}
     for number, line in enumerate(read_lines(path), 1):
         cells = line.split("\t")
-        if len(cells) < 2 or cells[0] in wnid_of:
+        if len(cells) < 2 or cells[0] in class_of:
             fault = "is no `file<TAB>class ...`" if len(cells) < 2 else f"names {cells[0]} a second time"
             raise UserError(f"{path}: line {number} {fault}")
-        wnid_of[cells[0]] = cells[1]
-    return wnid_of
+        class_of[cells[0]] = cells[1]
+    return class_of

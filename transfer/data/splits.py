@@ -4,7 +4,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 
-from transfer import UserError
+from transfer.errors import UserError
 
 
 def draw_order(files: Sequence[str], seed: int) -> list[int]:

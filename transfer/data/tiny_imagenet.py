@@ -1,22 +1,300 @@
-"""tiny-imagenet-100, as the competition hands it out, rebuilt from the public Tiny ImageNet-200."""
+"""What a machine without a hub starts from: a real ImageNet backbone from PyPI, and generated sample data.
+
+Generated pictures in the layout of tiny-imagenet-100, for a machine without the real data.
+
+A class is one shape in one pattern (`striped star`). Colour, place, size, rotation, background, clutter,
+occlusion, light and sharpness vary freely within a class, so that none of them gives the class away.
+
+tiny-imagenet-100, as the competition hands it out, rebuilt from the public Tiny ImageNet-200.
+"""
 
 import hashlib
+import math
 import shutil
+import string
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
 from tqdm.auto import tqdm
 
-from transfer import UserError
-from transfer.data.layouts import TEMPLATE_NAME, ImageFolder, image_id_of, name_of
-from transfer.submission import make_template, render_submission
+from transfer.data.labels import make_template, render_submission
+from transfer.data.layouts import TEMPLATE_NAME, DatasetFiles, image_id_of, name_of
+from transfer.errors import UserError
+from transfer.files import _built_once, cache_folder
+
+
+def sample_data(
+    cache_dir: Path | None = None, seed: int = 0, train_per_class: int = 36, test_images: int = 500
+) -> Path:
+    """Return a folder `tiny-imagenet-100` of generated pictures, built once: see `generate_sample_data`."""
+    name = f"sample-data-seed{seed}-{train_per_class}-per-class-{test_images}-test"
+    parent = _built_once(
+        (cache_dir or cache_folder()) / name,
+        lambda root: generate_sample_data(root, seed, train_per_class, test_images),
+    )
+    return parent / "tiny-imagenet-100"
+
+
+IMAGE_SIZE = 64
+CANVAS_SIZE = 2 * IMAGE_SIZE  # drawn at twice the size and averaged down: smooth edges
+GREYSCALE_SHARE = 0.02
+LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, the weights of PIL's mode L
+TRAIN, TEST, LAYOUT = range(3)  # the random streams of one seed
+
+Classes = dict[str, tuple[str, str]]  # wnid -> (shape, pattern)
+
+
+def _curve(radius, n: int = 96) -> np.ndarray:
+    """Closed curve with `radius(angle)` around the origin: (n, 2) vertices."""
+    angle = np.linspace(0, 2 * np.pi, n, endpoint=False)
+    return np.stack([np.sin(angle), -np.cos(angle)], axis=1) * np.broadcast_to(radius(angle), n)[:, None]
+
+
+def _heart(n: int = 96) -> np.ndarray:
+    t = np.linspace(0, 2 * np.pi, n, endpoint=False)
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([16 * np.sin(t) ** 3, -y - 2], axis=1) / 15
+
+
+def _crescent() -> np.ndarray:
+    """A disc less a smaller one at its side: the outer arc there, the inner arc back."""
+    outer, inner = np.linspace(0.7, 2 * np.pi - 0.7, 64), np.linspace(2 * np.pi - 1.08, 1.08, 64)
+    radius = np.sin(0.7) / np.sin(1.08)  # both arcs end in the same two tips
+    shift = np.cos(0.7) - radius * np.cos(1.08)
+    rim = np.stack([np.cos(outer), np.sin(outer)], axis=1)
+    bite = np.stack([shift + radius * np.cos(inner), radius * np.sin(inner)], axis=1)
+    return np.concatenate([rim, bite]) + np.array([0.2, 0])
+
+
+def _cross(arm: float = 0.36) -> np.ndarray:
+    """Three corners, four times, a quarter turn further each time."""
+    corners, quarter_turn = np.array([[-arm, -1], [arm, -1], [arm, -arm]]), np.array([[0, 1], [-1, 0]])
+    return np.concatenate([corners @ np.linalg.matrix_power(quarter_turn, k) for k in range(4)])
+
+
+CIRCLE = _curve(lambda angle: 0.92)
+# Outline first, then its holes; vertices (n, 2) in a frame where the shape fills about [-1, 1], y down.
+SHAPES = {
+    "circle": [CIRCLE],
+    "square": [0.84 * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])],
+    "triangle": [1.15 * _curve(lambda angle: 1.0, 3)],
+    "star": [1.1 * _curve(lambda angle: np.tile([1.0, 0.42], 5), 10)],
+    "ring": [1.05 * CIRCLE, 0.52 * CIRCLE],
+    "cross": [_cross()],
+    "heart": [_heart()],
+    "crescent": [1.1 * _crescent()],
+    "arrow": [1.05 * np.array([[0, -1], [0.9, 0], [0.38, 0], [0.38, 1], [-0.38, 1], [-0.38, 0], [-0.9, 0]])],
+    "flower": [_curve(lambda angle: 0.75 + 0.3 * np.cos(5 * angle))],
+}
+
+
+def _blotches(u, v, f, rng) -> np.ndarray:
+    """Irregular patches: a sum of plane waves in random directions."""
+    direction, phase = rng.uniform(0, 2 * np.pi, (2, 6)).tolist()
+    waves = (np.sin(0.8 * f * (u * math.cos(d) + v * math.sin(d)) + p) for d, p in zip(direction, phase, strict=True))
+    return sum(waves) > 0.6
+
+
+# Where the second colour goes: (u, v) are (S, S) coordinates in the shape's frame, `f` radians per unit.
+PATTERNS = {
+    "plain": lambda u, v, f, rng: np.zeros(u.shape, bool),
+    "striped": lambda u, v, f, rng: np.sin(f * u) > 0,
+    "dotted": lambda u, v, f, rng: np.cos(f * u) + np.cos(f * v) > 0.75,
+    "checkered": lambda u, v, f, rng: np.sin(0.8 * f * u) * np.sin(0.8 * f * v) > 0,
+    "wavy": lambda u, v, f, rng: np.sin(f * u + 1.8 * np.sin(0.9 * f * v)) > 0,
+    "ringed": lambda u, v, f, rng: np.sin(1.1 * f * np.hypot(u, v)) > 0,
+    "rayed": lambda u, v, f, rng: np.sin(7 * np.arctan2(v, u)) > 0,
+    "netted": lambda u, v, f, rng: np.maximum(np.cos(f * u), np.cos(f * v)) > 0.8,
+    "blotched": _blotches,
+    "halved": lambda u, v, f, rng: u > 0,
+}
+
+
+def _colour(rng, luminance: float) -> np.ndarray:
+    """A random RGB colour (3,) in 0..255 of a luminance in 0..1: what it stays in greyscale."""
+    chroma = rng.uniform(-1, 1, 3)
+    chroma -= chroma @ LUMA
+    return np.clip(255 * (luminance + 0.33 * chroma), 0, 255)
+
+
+def _place(rng) -> np.ndarray:
+    """Random place, size, rotation and a little shear: (2, 3), from the shape's frame to canvas pixels."""
+    angle = rng.uniform(-0.6, 0.6)
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    squeeze = np.array([[rng.uniform(0.85, 1.1), rng.uniform(-0.12, 0.12)], [0, rng.uniform(0.85, 1.1)]])
+    radius = CANVAS_SIZE * rng.uniform(0.27, 0.44)
+    centre = CANVAS_SIZE * (0.5 + rng.uniform(-0.13, 0.13, 2))
+    return np.column_stack([radius * rotation @ squeeze, centre])
+
+
+def _mask(shape: str, place: np.ndarray) -> Image.Image:
+    """The shape at its place: mode L, 0 or 255."""
+    mask = Image.new("L", (CANVAS_SIZE, CANVAS_SIZE))
+    draw = ImageDraw.Draw(mask)
+    for fill, outline in zip((255, 0), SHAPES[shape], strict=False):
+        draw.polygon((outline @ place[:, :2].T + place[:, 2]).ravel().tolist(), fill=fill)
+    return mask
+
+
+def _texture(pattern: str, place: np.ndarray, colours, rng) -> Image.Image:
+    """The pattern over the whole canvas in two colours, turned and shifted at random in the shape's frame."""
+    angle = rng.uniform(-0.5, 0.5) + rng.integers(4) * np.pi / 2
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    (a, b), (c, d) = (turn @ np.linalg.inv(place[:, :2])).tolist()
+    pixels = np.arange(CANVAS_SIZE, dtype=np.float32)
+    columns, rows = pixels[None, :] - float(place[0, 2]), pixels[:, None] - float(place[1, 2])
+    shift_u, shift_v = rng.uniform(-0.15, 0.15, 2).tolist()
+    u = a * columns + b * rows + shift_u  # (S, S)
+    v = c * columns + d * rows + shift_v
+    second = PATTERNS[pattern](u, v, rng.uniform(9, 13), rng)
+    return Image.fromarray(np.array(colours, np.uint8)[second.astype(np.intp)])  # (S, S, 3)
+
+
+def _clutter(draw: ImageDraw.ImageDraw, luminance: float, n: int, rng) -> None:
+    """Draw `n` random ellipses, bars and lines in colours near the background's."""
+    for kind, (x, y), (w, h) in zip(
+        rng.integers(3, size=n), rng.uniform(0, CANVAS_SIZE, (n, 2)), rng.uniform(6, 30, (n, 2)), strict=True
+    ):
+        fill = tuple(_colour(rng, luminance + rng.uniform(-0.1, 0.1)).astype(int))
+        if kind == 0:
+            draw.ellipse((x - w, y - h, x + w, y + h), fill=fill)
+        elif kind == 1:
+            draw.rectangle((x - w, y - h / 2, x + w, y + h / 2), fill=fill)
+        else:
+            draw.line((x - 2 * w, y - 2 * h, x + 2 * w, y + 2 * h), fill=fill, width=int(2 + w / 5))
+
+
+def _background(luminance: float, rng) -> Image.Image:
+    """Four random corner colours, blended, with clutter on them."""
+    corners = [[_colour(rng, luminance + rng.uniform(-0.07, 0.07)) for _ in range(2)] for _ in range(2)]
+    canvas = Image.fromarray(np.array(corners, np.uint8))  # (2, 2, 3)
+    canvas = canvas.resize((CANVAS_SIZE, CANVAS_SIZE), Image.Resampling.BILINEAR)
+    _clutter(ImageDraw.Draw(canvas), luminance, rng.integers(3, 9), rng)
+    return canvas
+
+
+def _occlude(canvas: Image.Image, place: np.ndarray, luminance: float, rng) -> None:
+    """Lay a bar over the shape's rim, off its centre, so that most of the shape stays in sight."""
+    angle = rng.uniform(0, 2 * np.pi)
+    along, across = np.array([np.cos(angle), np.sin(angle)]), np.array([-np.sin(angle), np.cos(angle)])
+    middle = place[:, 2] + across * CANVAS_SIZE * rng.uniform(0.15, 0.32)
+    ends = np.concatenate([middle - 2 * CANVAS_SIZE * along, middle + 2 * CANVAS_SIZE * along])
+    fill = tuple(_colour(rng, luminance).astype(int))
+    ImageDraw.Draw(canvas).line(ends.tolist(), fill=fill, width=int(rng.integers(6, 15)))
+
+
+def _photograph(canvas: Image.Image, rng) -> Image.Image:
+    """Blur, exposure, shading from one side, noise: from the canvas to a picture of 64 x 64."""
+    image = canvas.reduce(CANVAS_SIZE // IMAGE_SIZE)
+    if rng.random() < 0.5:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.0)))
+    side = np.linspace(-1, 1, IMAGE_SIZE, dtype=np.float32)
+    slope_x, slope_y = rng.uniform(-0.2, 0.2, 2).tolist()
+    light = rng.uniform(0.8, 1.2) + slope_x * side[None, :] + slope_y * side[:, None]  # (S, S)
+    noise = rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32) * rng.uniform(2, 12)
+    return Image.fromarray(np.clip(np.asarray(image) * light[..., None] + noise, 0, 255).astype(np.uint8))
+
+
+def draw_image(shape: str, pattern: str, rng: np.random.Generator) -> tuple[Image.Image, tuple[int, ...]]:
+    """Draw one picture of a class: 64 x 64, mode RGB or (2%) L, and its box (x_min, y_min, x_max, y_max)."""
+    # Dark, middle and light in random roles: shape and pattern stay visible without colour.
+    levels = rng.permutation([0.2, 0.52, 0.84]) + rng.uniform(-0.07, 0.07, 3)
+    place = _place(rng)
+    mask = _mask(shape, place)
+    canvas = _background(levels[2], rng)
+    canvas.paste(_texture(pattern, place, [_colour(rng, level) for level in levels[:2]], rng), mask=mask)
+    if rng.random() < 0.3:
+        _occlude(canvas, place, levels[2], rng)
+    image = _photograph(canvas, rng)
+    left, top, right, bottom = mask.getbbox()
+    box = (left // 2, top // 2, (right - 1) // 2, (bottom - 1) // 2)
+    return image.convert("L") if rng.random() < GREYSCALE_SHARE else image, box
+
+
+def sample_classes() -> Classes:
+    """The 100 invented wnids in label order, each with its (shape, pattern): the same for every seed."""
+    rng = np.random.default_rng(100)
+    drawn = [(shape, pattern) for shape in SHAPES for pattern in PATTERNS]
+    numbers = 90_000_000 + rng.choice(10_000_000, len(drawn), replace=False)  # WordNet's nouns end below n16
+    return {f"n{number}": drawn[i] for number, i in zip(numbers, rng.permutation(len(drawn)), strict=True)}
+
+
+def _write_words(path: Path, classes: Classes) -> None:
+    """`wnid<TAB>name, synonym` sorted by wnid, no newline at the end, with lines that belong to no class."""
+    words = {wnid: f"{pattern} {shape}, {shape} in {pattern}" for wnid, (shape, pattern) in classes.items()}
+    words |= {f"n8000{i:04}": shape for i, shape in enumerate(SHAPES)}
+    words |= {f"n8001{i:04}": f"{pattern} pattern" for i, pattern in enumerate(PATTERNS)}
+    path.write_text("\n".join(f"{wnid}\t{words[wnid]}" for wnid in sorted(words)))
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    image.save(path, format="JPEG", quality=85)
+
+
+def _write_train(folder: Path, classes: Classes, seed: int, per_class: int) -> None:
+    """`train/<wnid>/images/<wnid>_<k>.JPEG`, and their boxes in `train/<wnid>/<wnid>_boxes.txt`."""
+    for label, (wnid, drawn) in enumerate(classes.items()):
+        (folder / wnid / "images").mkdir(parents=True)
+        boxes = []
+        for k in range(per_class):
+            image, box = draw_image(*drawn, np.random.default_rng([seed, TRAIN, label, k]))
+            name = f"{wnid}_{k}.JPEG"
+            _save(image, folder / wnid / "images" / name)
+            boxes.append("\t".join(map(str, (name, *box))) + "\n")
+        (folder / wnid / f"{wnid}_boxes.txt").write_text("".join(boxes))
+
+
+def _random_ids(n: int, rng: np.random.Generator) -> list[str]:
+    """`n` random strings of 16 characters in 0-9a-z, in random order."""
+    alphabet = np.array(list(string.digits + string.ascii_lowercase))
+    return ["".join(row) for row in rng.choice(alphabet, (n, 16))]  # 36**16 of them: no two are equal
+
+
+def _write_test(folder: Path, classes: Classes, seed: int, ids: list[str], labels: np.ndarray) -> None:
+    """`test/images/<id>.JPEG`; what they show is recorded nowhere."""
+    (folder / "images").mkdir(parents=True)
+    (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    drawn = list(classes.values())
+    for i, label in enumerate(labels):
+        # The competition's test set repeats three training images.
+        stream = [seed, TRAIN, label, 0] if i % 150 == 149 else [seed, TEST, i]
+        image, _ = draw_image(*drawn[label], np.random.default_rng(stream))
+        _save(image, folder / "images" / f"{ids[i]}.JPEG")
+
+
+def generate_sample_data(root: Path, seed: int = 0, train_per_class: int = 36, test_images: int = 500) -> Path:
+    """Write `root/tiny-imagenet-100` in the competition's layout and return it: same seed, same bytes.
+
+    100 classes of `train_per_class` 64 x 64 JPEGs each, the same classes for every seed, and `test_images`
+    without a label, spread evenly over them; about 1.2 ms of one core an image.
+    The competition's quirks are kept: wnids.txt is not sorted, words.txt names more than the classes, all
+    images lie in folders called `images`, test files have random ids, listed by the template in another order
+    with label 0, some images are greyscale, some test images repeat training images, there is a .DS_Store.
+    Raises FileExistsError where the folder exists.
+    """
+    folder = root / "tiny-imagenet-100"
+    folder.mkdir(parents=True)
+    classes = sample_classes()
+    rng = np.random.default_rng([seed, LAYOUT])
+    ids = _random_ids(test_images, rng)
+    labels = rng.permutation(np.arange(test_images) % len(classes))
+    (folder / "wnids.txt").write_text("".join(f"{wnid}\n" for wnid in classes))
+    _write_words(folder / "words.txt", classes)
+    _write_train(folder / "train", classes, seed, train_per_class)
+    _write_test(folder / "test", classes, seed, ids, labels)
+    rows = [f"{ids[i]},0\n" for i in rng.permutation(test_images)]
+    (folder / "submission_sample.csv").write_text("image_id,label\n" + "".join(rows))
+    return folder
+
 
 CLASSES = 100
 ANSWERS_NAME = "answers.csv"
 
 
-def _check_source(folder: ImageFolder, destination: Path) -> None:
-    if folder.label_order != "wnids.txt" or len(folder.wnids) <= CLASSES or not folder.validation_files:
+def _check_source(folder: DatasetFiles, destination: Path) -> None:
+    if folder.label_order != "wnids.txt" or len(folder.class_ids) <= CLASSES or not folder.validation_files:
         raise UserError(
             f"{folder.root}: is not Tiny ImageNet-200 as published: expected wnids.txt with 200 lines, "
             "train/<wnid>/images/*.JPEG and val/images/*.JPEG with val/val_annotations.txt"
@@ -25,7 +303,7 @@ def _check_source(folder: ImageFolder, destination: Path) -> None:
         raise UserError(f"{destination}: is there already; name a new folder")
 
 
-def _pair_files(folder: ImageFolder) -> Iterator[tuple[str, str]]:
+def _pair_files(folder: DatasetFiles) -> Iterator[tuple[str, str]]:
     """(source, destination) of every image of the chosen classes, relative to the two roots."""
     for file, label in zip(folder.train_files, folder.train_labels, strict=True):
         if label < CLASSES:
@@ -35,7 +313,7 @@ def _pair_files(folder: ImageFolder) -> Iterator[tuple[str, str]]:
             yield file, f"test/images/{name_of(file)}"
 
 
-def _copy_images(folder: ImageFolder, destination: Path) -> None:
+def _copy_images(folder: DatasetFiles, destination: Path) -> None:
     pairs = list(_pair_files(folder))
     for place in {(destination / new).parent for _, new in pairs}:
         place.mkdir(parents=True, exist_ok=True)
@@ -43,9 +321,9 @@ def _copy_images(folder: ImageFolder, destination: Path) -> None:
         shutil.copyfile(f"{folder.root}/{old}", f"{destination}/{new}")
 
 
-def _write_tables(folder: ImageFolder, destination: Path) -> None:
+def _write_tables(folder: DatasetFiles, destination: Path) -> None:
     """wnids.txt, words.txt, the template and what it asks for."""
-    (destination / "wnids.txt").write_text("".join(f"{wnid}\n" for wnid in folder.wnids[:CLASSES]))
+    (destination / "wnids.txt").write_text("".join(f"{wnid}\n" for wnid in folder.class_ids[:CLASSES]))
     if (folder.root / "words.txt").is_file():
         shutil.copyfile(folder.root / "words.txt", destination / "words.txt")
     labelled = zip(folder.validation_files, folder.validation_labels, strict=True)
@@ -56,7 +334,7 @@ def _write_tables(folder: ImageFolder, destination: Path) -> None:
     (destination / ANSWERS_NAME).write_bytes(render_submission(template, answers))
 
 
-def make_100(folder: ImageFolder, destination: Path) -> Path:
+def make_100(folder: DatasetFiles, destination: Path) -> Path:
     """Build tiny-imagenet-100 from Tiny ImageNet-200; returns `destination`, which exists only whole.
 
     Its classes are the first 100 lines of wnids.txt. The published test images have no labels, not even which of the

@@ -4,10 +4,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from transfer import UserError, exits_cleanly
-from transfer.reporting.comparison import compare_runs, describe_comparison
-from transfer.reporting.report import redraw_report
-from transfer.reporting.results import RunResults
+from transfer.errors import UserError, exits_cleanly
+from transfer.evaluation.comparison import RunResults, compare_runs, describe_comparison
+from transfer.reporting.page import redraw_report
 
 
 def _say_comparison(first: Path, second: Path) -> None:

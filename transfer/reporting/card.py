@@ -9,16 +9,23 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 from scipy.special import softmax
 
-from transfer.predictions import Predictions
-from transfer.reporting import diagnosis
-from transfer.reporting.progress import STAGES, read_accuracy
-from transfer.reporting.results import leave_out_places, look_up, name_base
+from transfer.evaluation.comparison import look_up, name_base
+from transfer.evaluation.metrics import (
+    CALIBRATION_BINS,
+    count_confusions,
+    find_confused_pairs,
+    judge_confidence,
+    score_classes,
+)
+from transfer.evaluation.predictions import Predictions
+from transfer.files import leave_out_places
+from transfer.reporting.curves import STAGES, read_accuracy
 
 # What a reader needs to judge a training recipe, in this order; those that a run does not have are passed over.
 RECIPE_SETTINGS = [
     "image_size",
     "train_image_size",
-    "min_crop_area",
+    "min_crop_scale",
     "head_warm_start",
     "drop_path_rate",
     "layer_decay",
@@ -40,17 +47,17 @@ RECIPE_SETTINGS = [
 ]
 # What a recipe adds to plain fine-tuning; shown where it is on.
 INGREDIENTS = [
-    "freeze_levels",
+    "freeze_layers",
     "lora_r",
-    "probe",
-    "probe_only",
+    "linear_probe",
+    "linear_probe_only",
     "ema_decay",
     "mixup_alpha",
     "cutmix_alpha",
     "trivial_augment",
     "erasing_probability",
-    "strong_until",
-    "test_time_views",
+    "augment_until",
+    "tta",
 ]
 
 UNPUSHED = "path/to/model"  # how a card names a model that is not on the Hub
@@ -148,18 +155,18 @@ def _say_calibration(metrics: Mapping, predictions: Predictions) -> str:
         figures = [f"{k.replace('_', ' ')} {v:.4f}" for k, v in measured.items() if look_up(measured, k) is not None]
         return f"- Calibration on the validation images: {', '.join(figures)}."
     probabilities = softmax(predictions.validation_logits.astype(np.float64), axis=1)
-    ece = diagnosis.judge_confidence(probabilities, predictions.validation_labels).ece
-    return f"- Expected calibration error on the validation images: {ece:.4f} ({diagnosis.CALIBRATION_BINS} bins)."
+    ece = judge_confidence(probabilities, predictions.validation_labels).ece
+    return f"- Expected calibration error on the validation images: {ece:.4f} ({CALIBRATION_BINS} bins)."
 
 
 def _say_which_model(metrics: Mapping) -> list[str]:
     """What the figures are of, where it is not one training seen through one plain view."""
-    lines, views = [], (metrics.get("test_time_views") or {}).get("kept") or []
+    lines, views = [], (metrics.get("tta") or {}).get("kept") or []
     members = (metrics.get("soup") or {}).get("members")
     if members:
         of = "the mean of the weights of seeds" if len(members) > 1 else "that of seed"
         lines.append(f"- This model is {of} {', '.join(map(str, members))} (greedy soup).")
-    plain = look_up(metrics, "test_time_views", "accuracy", "plain")
+    plain = look_up(metrics, "tta", "accuracy", "plain")
     if len(views) > 1 and plain is not None:
         lines.append(
             f"- The figures average the views {', '.join(views)} of each image; one plain view, as `pipeline` "
@@ -183,9 +190,9 @@ def _remarks(metrics: Mapping, predictions: Predictions) -> str:
 
 def _failures(predictions: Predictions, class_names: Sequence[str]) -> str:
     names, said = [_literal(name) for name in class_names], predictions.validation_logits.argmax(-1)
-    confusions = diagnosis.count_confusions(predictions.validation_labels, said, len(names))
-    worst = diagnosis.score_classes(confusions)[:WORST_CLASSES]
-    pairs = diagnosis.find_confused_pairs(confusions, CONFUSED_PAIRS)
+    confusions = count_confusions(predictions.validation_labels, said, len(names))
+    worst = score_classes(confusions)[:WORST_CLASSES]
+    pairs = find_confused_pairs(confusions, CONFUSED_PAIRS)
     classes = ", ".join(f"{names[s.label]} ({s.right} of {s.images} recognised)" for s in worst)
     lines = [f"- Worst classes on the validation images: {classes}."]
     if pairs:
@@ -226,10 +233,10 @@ def _origin(record: Mapping) -> str:
     return "\n".join(lines)
 
 
-def _limits(data_dir: str | None, wnids: Sequence[str]) -> str:
-    from_imagenet = all(re.fullmatch(r"n\d{8}", wnid) for wnid in wnids)
+def _limits(data_dir: str | None, class_ids: Sequence[str]) -> str:
+    from_imagenet = all(re.fullmatch(r"n\d{8}", class_id) for class_id in class_ids)
     terms = SAMPLE_TERMS if data_dir == "sample" else IMAGENET_TERMS if from_imagenet else OTHER_TERMS
-    return f"{terms} `config.wnids` names the data set's classes in label order."
+    return f"{terms} `config.class_ids` names the data set's classes in label order."
 
 
 def _metadata(title: str, data: str, validation: Mapping, record: Mapping) -> str:
@@ -262,7 +269,7 @@ def write_card(
     metrics: Mapping,
     record: Mapping,
     class_names: Sequence[str],
-    wnids: Sequence[str],
+    class_ids: Sequence[str],
     predictions: Predictions,
 ) -> None:
     """README.md of a trained model's folder, from the run's own numbers; it names no place of this machine."""
@@ -286,7 +293,7 @@ def write_card(
         training=_training_table(metrics, record),
         command=leave_out_places(record["command"]),
         origin=_origin(record),
-        limits=_limits(arguments["data_dir"], wnids),
+        limits=_limits(arguments["data_dir"], class_ids),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 

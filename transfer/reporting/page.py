@@ -1,22 +1,74 @@
-"""report.html: one self-contained page about a run."""
+"""Making report.html: at the end of a run, where nothing in it may harm the run, and from a finished one.
+
+Small pictures of a data set's images, to stand inside the page.
+
+report.html: one self-contained page about a run.
+"""
 
 import base64
 import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from transfer.privacy import anonymise
-from transfer.record import write_whole
-from transfer.reporting import diagnosis
-from transfer.reporting.charts import draw_reliability, percent
-from transfer.reporting.findings import Findings, list_classes, show_mistakes, show_pairs, show_test
-from transfer.reporting.matrix import choose_classes, draw_matrix
-from transfer.reporting.metrics import score_interval
-from transfer.reporting.pictures import Album
-from transfer.reporting.progress import draw_curves, from_the_start, list_repeats, list_steps
-from transfer.reporting.results import RunResults, leave_out_places, look_up, name_base
+from transfer.errors import UserError
+from transfer.evaluation.comparison import RunResults, look_up, name_base
+from transfer.evaluation.metrics import CALIBRATION_BINS, judge_confidence, order_classes, score_interval
+from transfer.files import anonymise, leave_out_places, write_atomically
+from transfer.reporting.charts import choose_classes, draw_matrix, draw_reliability, percent
+from transfer.reporting.curves import draw_curves, from_the_start, list_repeats, list_steps
+from transfer.reporting.findings import (
+    Album,
+    Findings,
+    find_data_root,
+    find_test_files,
+    list_classes,
+    show_mistakes,
+    show_pairs,
+    show_test,
+)
+
+
+def open_album(run: RunResults, root: Path) -> Album:
+    """Pictures of a run's data set."""
+    predictions = run.predictions
+    return Album(root, find_test_files(root, predictions.test_ids.tolist(), predictions.validation_files.tolist()))
+
+
+def draw_report(folder: Path, record: Mapping, root: Path) -> None:
+    """report.html of a run that is about to end; a fault in drawing it is a warning, and the run goes on."""
+    try:
+        run = RunResults.read(folder, record)
+        write_page(run, open_album(run, root))
+    except Exception as fault:  # hours of training are worth more than a picture of them
+        reason = " ".join(f"{type(fault).__name__}: {fault}".split())
+        print(
+            f"warning: {FILE_NAME} could not be drawn ({reason}); the run is whole; "
+            f"`python -m transfer.reporting {folder}` draws it again",
+            file=sys.stderr,
+        )
+
+
+def redraw_report(folder: Path, data_dir: str | None = None) -> tuple[Path, str | None]:
+    """report.html of a finished run; pictures come from `data_dir`, or from where run.json says that the data were.
+
+    Returns its path and why there are no pictures, if there are none. Raises `UserError` where the folder holds no
+    finished run, or where a data_dir that was asked for is not the run's.
+    """
+    run = RunResults.read(folder)
+    place = data_dir or run.record.get("arguments", {}).get("data_dir")
+    try:
+        if place is None:
+            raise UserError("run.json does not say where the data were; --data_dir names the place")
+        root = find_data_root(str(place), str(run.predictions.validation_files[0]))
+    except UserError as absent:
+        if data_dir:
+            raise
+        return write_page(run, Album(None), str(absent)), str(absent)
+    return write_page(run, open_album(run, root)), None
+
 
 HERE = Path(__file__).parent
 FILE_NAME = "report.html"
@@ -139,10 +191,10 @@ def _data_name(run: RunResults) -> str:
 def render_page(run: RunResults, album: Album, without_pictures: str | None = None) -> str:
     """The page; `without_pictures` says why the album is empty."""
     found, script = Findings(run), (HERE / "page.js").read_text(encoding="utf-8")
-    order = diagnosis.order_classes(found.probabilities, found.labels)
+    order = order_classes(found.probabilities, found.labels)
     shown = choose_classes(found.confusions, order)
     matrix, reading = draw_matrix(found.confusions, found.names, shown)
-    reliability = diagnosis.judge_confidence(found.probabilities, found.labels)
+    reliability = judge_confidence(found.probabilities, found.labels)
     leaderboard, arguments = foresee_leaderboard(run), run.record["arguments"]
     return (
         open_templates()
@@ -174,7 +226,7 @@ def render_page(run: RunResults, album: Album, without_pictures: str | None = No
             mistakes=show_mistakes(found, album),
             reliability=reliability,
             reliability_chart=draw_reliability(reliability),
-            bins=diagnosis.CALIBRATION_BINS,
+            bins=CALIBRATION_BINS,
             test=show_test(found, album),
             speeds=list_speeds(run.metrics),
             command=leave_out_places(run.record.get("command", "")),
@@ -188,5 +240,5 @@ def render_page(run: RunResults, album: Album, without_pictures: str | None = No
 def write_page(run: RunResults, album: Album, without_pictures: str | None = None) -> Path:
     """report.html in the run's folder, whole or not at all."""
     path = run.folder / FILE_NAME
-    write_whole(path, render_page(run, album, without_pictures))
+    write_atomically(path, render_page(run, album, without_pictures))
     return path

@@ -1,1 +1,1 @@
-"""The Trainer, and what lets it end in time, outlive a kill and average its weights."""
+"""The Trainer and what it needs: checkpoints, weight averaging, the linear probe."""

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
-from transfer import UserError
+from transfer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def read_state(checkpoint: Path) -> dict:
         return {}
 
 
-def is_whole(checkpoint: Path) -> bool:
+def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end and is not half deleted."""
     return "global_step" in read_state(checkpoint) and all(any(checkpoint.glob(part)) for part in PARTS)
 
@@ -73,7 +73,7 @@ def step_of(checkpoint: Path) -> int:
 
 def last_checkpoint(output_dir: Path) -> Path | None:
     """The newest checkpoint that is whole; one that a kill cut short is passed over."""
-    return max(filter(is_whole, output_dir.glob("checkpoint-*")), key=step_of, default=None)
+    return max(filter(is_complete, output_dir.glob("checkpoint-*")), key=step_of, default=None)
 
 
 def find_checkpoint(output_dir: Path, resume: str | None) -> str | None:
@@ -81,7 +81,7 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> str | None:
     if resume is None or resume.lower() == "false":
         return None
     if resume.lower() != "true":
-        if not is_whole(Path(resume)):
+        if not is_complete(Path(resume)):
             raise UserError(
                 f"--resume_from_checkpoint {resume}: is no whole checkpoint; give `true` or a checkpoint-N folder"
             )
@@ -98,7 +98,7 @@ def discard_checkpoint(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def describe_way_on(output_dir: Path) -> str:
+def describe_resume(output_dir: Path) -> str:
     """What to do after a run broke off."""
     last = last_checkpoint(output_dir)
     if last is None:
@@ -117,11 +117,11 @@ def make_room(output_dir: Path, needed: int, best: str | None) -> None:
     if free < needed:
         raise UserError(
             f"{output_dir}: the next checkpoint needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; "
-            f"free some, then {describe_way_on(output_dir)}"
+            f"free some, then {describe_resume(output_dir)}"
         )
 
 
-class Origin(TrainerCallback, ExportableState):
+class RunProvenance(TrainerCallback, ExportableState):
     """What a run is made from, kept in its checkpoints so that resuming notices what has changed since."""
 
     def __init__(self, data_fingerprint: str, split_fingerprint: str, arguments: Mapping):

@@ -1,10 +1,11 @@
-"""The Trainer subclass: uint8 batches, views made on the device, weights that are loaded for certain."""
+"""What a run tells about itself on its way: wall time in its log, and trackers such as TensorBoard.
+
+The Trainer subclass: uint8 batches, views made on the device, weights that are loaded for certain.
+"""
 
 import contextlib
-import ctypes
 import math
-import os
-import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,80 +18,34 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
-from transfer import UserError
-from transfer.augmentation import TEST_TIME_VIEWS, EvaluationView, TrainingView, seeded_generator
-from transfer.backbones.layers import parameter_groups
-from transfer.backbones.lora import check_same_adapters, holds_adapters, is_adapted, load_adapters, merge_adapters
-from transfer.data.pixels import PixelDataset, take_batch
-from transfer.mixing import Mixing
-from transfer.modeling import Classifier
+from transfer.data.images import PixelDataset, identity_collate
+from transfer.errors import UserError
+from transfer.models.build import Classifier
+from transfer.models.layers import parameter_groups
+from transfer.models.load import load_complete
+from transfer.models.lora import check_same_adapters, holds_adapters, is_adapted, load_adapters, merge_adapters
+from transfer.runtime import shards_model
 from transfer.training.averaging import average_weights, weights_of
-from transfer.training.checkpoints import describe_way_on
-from transfer.training.parallel import ParallelTrainer, load_whole
-from transfer.training.processes import shards_model
-from transfer.training.tracking import StampSeconds
+from transfer.training.checkpoints import describe_resume
+from transfer.training.fault_tolerance import ParallelTrainer
+from transfer.transforms.evaluation import TTA_TRANSFORMS, EvaluationTransform
+from transfer.transforms.mixing import Mixing
+from transfer.transforms.training import TrainTransform, seeded_generator
+
+
+class StampSeconds(TrainerCallback):
+    """Adds to every entry of the log how many seconds of training led to it; a resumed run counts on."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        spent = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
+        self.start = time.perf_counter() - spent
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.log_history and hasattr(self, "start"):
+            state.log_history[-1].setdefault("seconds", round(time.perf_counter() - self.start, 2))
+
 
 AVERAGE_FOLDER = "average"  # in a checkpoint: the moving average of the weights
-PRECISION_VARIABLE = "ACCELERATE_MIXED_PRECISION"  # how accelerate launch tells the script
-
-
-def _has_bf16_units() -> bool:
-    """Whether the device multiplies bf16 in hardware; torch emulates it elsewhere, slower than fp32."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_capability() >= (8, 0)
-    if torch.accelerator.is_available():
-        return True
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
-
-
-def settle_precision() -> str:
-    """Decide the mixed precision before the Trainer reads it; returns one line that says what and why.
-
-    accelerate_config.yaml states it; the launcher passes it on in the environment. What the device cannot do fast is
-    replaced: bf16 by fp16 on a GPU without bf16 units and by fp32 on such a CPU, fp16 by fp32 on any CPU.
-    """
-    asked = os.environ.get(PRECISION_VARIABLE)
-    if asked is None:
-        return (
-            "precision: fp32, because the script was not started by `accelerate launch --config_file "
-            "accelerate_config.yaml`"
-        )
-    if asked == "no":
-        return "precision: fp32 (mixed_precision in the accelerate config)"
-    settled = asked
-    if asked == "bf16" and not _has_bf16_units():
-        settled = "fp16" if torch.cuda.is_available() else "no"
-    elif asked == "fp16" and not torch.accelerator.is_available():
-        settled = "no"
-    os.environ[PRECISION_VARIABLE] = settled
-    shown = "fp32" if settled == "no" else settled
-    if settled == asked:
-        return f"precision: {shown} (mixed_precision in the accelerate config)"
-    return f"precision: {shown}, not the accelerate config's {asked}, which this device has no fast units for"
-
-
-def use_all_cores() -> None:
-    """Let torch compute on every core that this process may use.
-
-    accelerate launch sets OMP_NUM_THREADS=1 where nobody has set it, which halves the speed of two cores. Several
-    processes share the cores; `taskset` gives a run fewer.
-    """
-    if os.environ.get("OMP_NUM_THREADS") == "1" and PRECISION_VARIABLE in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors for the next ones instead of returning it to the system.
-
-    By default every large tensor is mapped anew and its pages are zeroed at first touch, on a CPU a third of the time
-    of a forward pass. Elsewhere than on Linux with glibc nothing is changed.
-    """
-    if torch.accelerator.is_available() or platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
-    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end is kept
 
 
 class StopAtNonFiniteLoss(TrainerCallback):
@@ -133,8 +88,8 @@ class FinetuningTrainer(ParallelTrainer):
         self,
         classifier: Classifier,
         args,
-        evaluation_view: EvaluationView,
-        training_view: TrainingView,
+        eval_transform: EvaluationTransform,
+        train_transform: TrainTransform,
         layer_decay: float = 1.0,
         mixing: Mixing | None = None,
         ema_decay: float = 0.0,
@@ -146,7 +101,7 @@ class FinetuningTrainer(ParallelTrainer):
         super().__init__(
             model=classifier.model.to(memory_format=layout),
             args=args,
-            data_collator=take_batch,
+            data_collator=identity_collate,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             compute_metrics=compute_metrics,
@@ -157,8 +112,8 @@ class FinetuningTrainer(ParallelTrainer):
         self.average = average_weights(self.model, ema_decay) if ema_decay else None
         if self.average is not None:
             self.add_callback(AverageEveryStep(self.average))
-        self.evaluation_view = evaluation_view.to(args.device)
-        self.training_view = training_view.to(args.device)
+        self.eval_transform = eval_transform.to(args.device)
+        self.train_transform = train_transform.to(args.device)
         self.layer_decay, self.mixing = layer_decay, mixing
         self.chosen_weights: Path | None = None  # the folder whose weights the training ended with
         self.shown: Callable = _as_it_is  # what prediction shows of each image
@@ -166,7 +121,7 @@ class FinetuningTrainer(ParallelTrainer):
     def take_over(self, other: "FinetuningTrainer") -> None:
         """Become another trainer, model and recipe, for the next trial of a search; data and callbacks stay."""
         self.callback_handler.pop_callback(AverageEveryStep)
-        for name in ("args", "model", "model_wrapped", "average", "training_view", "layer_decay", "mixing"):
+        for name in ("args", "model", "model_wrapped", "average", "train_transform", "layer_decay", "mixing"):
             setattr(self, name, getattr(other, name))
         if self.average is not None:
             self.add_callback(AverageEveryStep(self.average))
@@ -178,14 +133,14 @@ class FinetuningTrainer(ParallelTrainer):
         if self.model.training:
             views, inputs["labels"] = self._training_views(images, inputs["labels"])
         else:
-            views = self.evaluation_view(self.shown(images))
+            views = self.eval_transform(self.shown(images))
         return {**inputs, "pixel_values": views.contiguous(memory_format=torch.channels_last)}
 
     def _training_views(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Random views with their labels: (B,) classes, or (B, classes) shares where views are mixed."""
         generator, progress = self._view_randomness(), self.progress()
-        views = self.training_view(images, generator, progress)
-        if self.mixing is None or progress >= self.training_view.strong_until:
+        views = self.train_transform(images, generator, progress)
+        if self.mixing is None or progress >= self.train_transform.augment_until:
             return views, labels
         return self.mixing(views, labels, generator)
 
@@ -235,7 +190,7 @@ class FinetuningTrainer(ParallelTrainer):
         """Logits (N, classes) of a split seen "plain", or the mean over the images of a test-time view, in fp32."""
         logits = []
         try:
-            for self.shown in TEST_TIME_VIEWS.get(name, [_as_it_is]):
+            for self.shown in TTA_TRANSFORMS.get(name, [_as_it_is]):
                 logits.append(self.predict(split).predictions)
         finally:
             self.shown = _as_it_is
@@ -309,7 +264,7 @@ class FinetuningTrainer(ParallelTrainer):
             return load_adapters(model, Path(resume_from_checkpoint))
         if holds_adapters(Path(resume_from_checkpoint)):
             raise UserError(f"{resume_from_checkpoint}: holds adapters; go on with the --lora_r that made them")
-        model.load_state_dict(load_whole(type(model), Path(resume_from_checkpoint)).state_dict())
+        model.load_state_dict(load_complete(type(model), Path(resume_from_checkpoint)).state_dict())
 
     def settle_adapters(self) -> None:
         """Merge adapters, where there are any, into the plain model that is measured and saved."""
@@ -326,7 +281,7 @@ class FinetuningTrainer(ParallelTrainer):
             best = Path(self.args.output_dir) / best.name
         self.chosen_weights = best / AVERAGE_FOLDER if self._average_was_better() else best
         if self.is_sharded():
-            self.take_whole_model(self.chosen_weights)
+            self.load_gathered_model(self.chosen_weights)
         else:
             self._load_from_checkpoint(str(self.chosen_weights))
         self.state.best_model_checkpoint = str(best)
@@ -338,7 +293,7 @@ def start_training(trainer: FinetuningTrainer, checkpoint: str | None) -> dict[s
     try:
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
-        advice = describe_way_on(Path(trainer.args.output_dir))
+        advice = describe_resume(Path(trainer.args.output_dir))
         raise UserError(f"interrupted in epoch {trainer.state.epoch or 0:.2f}; {advice}") from None
     trainer.save_state()
     trainer.settle_adapters()

@@ -1,0 +1,162 @@
+"""The csv that is handed in: made from the template by id, and checked against it.
+
+python -m transfer.submission CSV --template T     # exit 2 with every fault listed
+
+Which label a class has, and what it is called.
+"""
+
+import csv
+import io
+import operator
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from transfer.data.layouts import (
+    EXPECTED,
+    NATURAL_ORDER,
+    list_class_folders,
+    natural_key,
+    read_lines,
+)
+from transfer.errors import UserError
+
+HEADER = ["image_id", "label"]
+
+
+def _first(values: Sequence[str], count: int = 3) -> str:
+    return ", ".join(repr(v) for v in values[:count]) + (", ..." if len(values) > count else "")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as fault:
+        raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not a text file") from None
+
+
+def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
+    """(line number in an editor, cells) of every row that is not blank. Raises `UserError`."""
+    reader = csv.reader(io.StringIO(_read_text(path)))
+    try:
+        return [(reader.line_num, row) for row in reader if row]
+    except csv.Error as fault:
+        raise UserError(f"{path}: is not a csv file (line {reader.line_num}: {fault})") from None
+
+
+def read_template(path: Path) -> pd.DataFrame:
+    """The template as text: an id column and a label column, in its own order. Raises `UserError`."""
+    # Not pandas' reader: it drops a third cell of a row with a warning, and renames equal columns.
+    rows = _read_rows(path)
+    if not rows:
+        raise UserError(f"{path}: is empty; a template has a header, {','.join(HEADER)}, and a row for each id")
+    for line, cells in rows:
+        if len(cells) != 2:
+            raise UserError(f"{path}: line {line} has {len(cells)} columns; a template has two, {','.join(HEADER)}")
+    table = pd.DataFrame([cells for _, cells in rows[1:]], columns=rows[0][1], dtype=str)
+    ids = table.iloc[:, 0]
+    if table.empty or (ids.str.strip() == "").any():
+        raise UserError(f"{path}: has {'no rows' if table.empty else 'a row without an id'}")
+    if ids.duplicated().any():
+        raise UserError(f"{path}: id {ids[ids.duplicated()].iloc[0]!r} stands there twice")
+    return table
+
+
+def make_template(ids: Sequence[str]) -> pd.DataFrame:
+    """A template for test images that came without one."""
+    return pd.DataFrame({HEADER[0]: list(ids), HEADER[1]: "0"}, dtype=str)
+
+
+def open_template(path: Path | None, test_ids: Sequence[str]) -> pd.DataFrame:
+    """What is to be filled in: the template's rows, then one for each test image that it leaves out."""
+    if path is None:
+        return make_template(test_ids)
+    template = read_template(path)
+    listed = set(template.iloc[:, 0])
+    rest = [[image_id, "0"] for image_id in test_ids if image_id not in listed]
+    return pd.concat([template, pd.DataFrame(rest, columns=template.columns, dtype=str)], ignore_index=True)
+
+
+def check_template(template: pd.DataFrame, test_ids: Sequence[str], path: Path, may_be_short: bool = False) -> None:
+    """Refuse a template whose ids are not exactly those of the test images, or some of them if it `may_be_short`."""
+    ids = set(template.iloc[:, 0])
+    unlisted, unfound = sorted(set(test_ids) - ids), sorted(ids - set(test_ids))
+    faults = []
+    if unfound:
+        faults.append(f"{len(unfound)} ids have no test image ({_first(unfound)})")
+    if unlisted and not may_be_short:
+        faults.append(f"{len(unlisted)} test images have no row ({_first(unlisted)})")
+    if faults:
+        raise UserError(f"{path}: does not match the test images: {' and '.join(faults)}")
+
+
+def render_submission(template: pd.DataFrame, label_of_id: Mapping[str, int]) -> bytes:
+    """The csv's bytes: the template's header, ids and order, with labels joined by id. Raises `UserError`."""
+    ids = list(template.iloc[:, 0])
+    missing = [i for i in ids if i not in label_of_id]
+    if missing:
+        raise UserError(f"{len(missing)} ids of the template have no prediction ({_first(missing)})")
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(template.columns)
+    writer.writerows((i, operator.index(label_of_id[i])) for i in ids)
+    return text.getvalue().encode()
+
+
+def read_class_list(path: Path) -> list[str]:
+    """The classes that a file lists, one a line, in label order."""
+    class_ids = read_lines(path)
+    if not class_ids:
+        raise UserError(f"{path}: is empty; it must list one class_id a line, in label order")
+    repeated = [class_id for class_id, count in Counter(class_ids).items() if count > 1]
+    if repeated:
+        raise UserError(f"{path}: lists {repeated[0]} more than once ({len(repeated)} repeated in all)")
+    return class_ids
+
+
+def read_class_order(root: Path, classes_file: Path | None, has_template: bool) -> tuple[list[str], str]:
+    """The classes in label order, and what gave the order. The only place where class order is decided.
+
+    The order is the lines of `classes_file` if one is given, else the lines of wnids.txt, else the natural order of
+    the class folders. Raises `UserError` where that last one would be a guess: beside a words.txt, whose wnids.txt
+    must be missing, and beside a template, unless the folders are the labels themselves, 0 to N-1.
+    """
+    if classes_file is not None:
+        return read_class_list(classes_file), classes_file.name
+    if (root / "wnids.txt").is_file():
+        return read_class_list(root / "wnids.txt"), "wnids.txt"
+    names = sorted(list_class_folders(root, "train"), key=natural_key)
+    are_labels = all(name.isdecimal() and int(name) == label for label, name in enumerate(names))
+    if (root / "words.txt").is_file() or (has_template and not are_labels):
+        raise UserError(
+            f"{root}: no wnids.txt, which gives every class its label; expected {EXPECTED}; "
+            "--classes_file gives the order where class folders are not simply 0 to N-1"
+        )
+    return names, NATURAL_ORDER
+
+
+def read_synonyms(root: Path, class_ids: Sequence[str], listed_in: str = "wnids.txt") -> list[str]:
+    """Synonyms of each class from words.txt (`class_id<TAB>synonym, synonym`); the class_ids where there is no such file."""
+    path = root / "words.txt"
+    if not path.is_file():
+        return list(class_ids)
+    synonyms = dict(line.split("\t", 1) for line in read_lines(path) if "\t" in line)
+    unknown = [class_id for class_id in class_ids if class_id not in synonyms]
+    if unknown:
+        raise UserError(
+            f"{root / listed_in}: {unknown[0]} is an unknown class_id: not in words.txt ({len(unknown)} unknown in all)"
+        )
+    return [synonyms[class_id].strip() or class_id for class_id in class_ids]
+
+
+def name_classes(class_ids: Sequence[str], synonyms: Sequence[str]) -> list[str]:
+    """First synonym of each class, with the class_id where two classes share it."""
+    names = [synonym.split(",")[0].strip() or class_id for class_id, synonym in zip(class_ids, synonyms, strict=True)]
+    counts = Counter(names)
+    return [
+        name if counts[name] == 1 else f"{name} ({class_id})" for name, class_id in zip(names, class_ids, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""Metrics, saved predictions and their ensembles, comparison of two runs."""

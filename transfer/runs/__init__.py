@@ -1,0 +1,1 @@
+"""One run, repeated runs, search, time limits, and the record that reproduces a run."""

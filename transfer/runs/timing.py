@@ -1,0 +1,333 @@
+"""What a run would take on this machine, from a few real steps of it: `--estimate`.
+
+The time that a run may take: `--max_minutes`, from the start of the process to the csv.
+"""
+
+import bisect
+import functools
+import logging
+import math
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate.utils import broadcast_object_list
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from transfer.data.images import PixelDataset, PixelStore
+from transfer.data.splits import take_evenly
+from transfer.errors import UserError
+from transfer.runs.single import RunContext
+from transfer.runtime import say
+from transfer.training.trainer import FinetuningTrainer
+
+WARM_UP_STEPS, TIMED_STEPS = 5, 15
+EVALUATION_BATCHES = 6
+
+
+class StepTimer(TrainerCallback):
+    """Seconds from the start of each optimizer step to the start of the next: data, views and everything between."""
+
+    def __init__(self):
+        self.starts: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.starts.append(time.perf_counter())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.starts.append(time.perf_counter())
+
+    def seconds(self, warm_up: int = WARM_UP_STEPS) -> list[float]:
+        """The steps' times after the first `warm_up`."""
+        return [end - start for start, end in zip(self.starts, self.starts[1:], strict=False)][warm_up:]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would take; times in seconds, memory in bytes."""
+
+    images_per_second: float  # in training
+    evaluation_images_per_second: float
+    epoch: float  # training alone
+    run: float  # everything after the images are decoded
+    prediction: float
+    peak_memory: int
+    memory: int
+    largest_batch: int | None  # images a device, extrapolated from two batch sizes; None where they differ too little
+
+
+def leave_no_traces(args: TrainingArguments) -> None:
+    """Switch off what a Trainer evaluates, writes and prints on its own; before the Trainer is made."""
+    args.eval_strategy = args.save_strategy = args.logging_strategy = "no"
+    args.load_best_model_at_end, args.disable_tqdm, args.report_to = False, True, []
+    args.output_dir = tempfile.gettempdir()  # a Trainer makes its folder in any case
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Peak bytes of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of the GPU, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _time_steps(trainer: FinetuningTrainer, batch_size: int, steps: int) -> list[float]:
+    """Seconds of each of `steps` training steps at a batch size. The model changes: it is of no use afterwards."""
+    timer = StepTimer()
+    trainer.add_callback(timer)
+    trainer.args.max_steps, trainer.args.per_device_train_batch_size = steps, batch_size
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.train()
+    trainer.pop_callback(timer)
+    return timer.seconds(min(WARM_UP_STEPS, steps // 2))
+
+
+def time_evaluation(trainer: FinetuningTrainer, split: PixelDataset, images: int) -> float:
+    """Seconds an image of the evaluation view, from that many images."""
+    few = torch.utils.data.Subset(split, range(min(len(split), images)))
+    trainer.predict(few)  # the first call is slower
+    start = time.perf_counter()
+    trainer.predict(few)
+    return (time.perf_counter() - start) / len(few)
+
+
+def estimate(trainer: FinetuningTrainer, epochs: float, test_images: int, views: int = 1) -> Estimate:
+    """Run a few real steps and a few evaluation batches, and say what the whole run would take.
+
+    In the end every validation and test image is seen in so many `views`. The trainer's arguments went through
+    `leave_no_traces`. Raises `UserError` where the batch does not fit.
+    """
+    args, device = trainer.args, trainer.args.device
+    trainer.adapts_to_memory = False
+    trainer.remove_callback(PrinterCallback)  # of steps that train nothing
+    batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    try:
+        _time_steps(trainer, max(1, batch // 2), 3)
+        half = _peak_memory(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        step = statistics.median(_time_steps(trainer, batch, WARM_UP_STEPS + TIMED_STEPS))
+    except torch.OutOfMemoryError:
+        quarter, step_images = max(1, batch // 4), batch * accumulation * args.world_size
+        raise UserError(
+            f"a batch of {batch} does not fit into {_memory(device) / 2**30:.1f} GiB: try "
+            f"--per_device_train_batch_size {quarter} --gradient_accumulation_steps {step_images // quarter}, "
+            "which trains alike, or a smaller --train_image_size"
+        ) from None
+    peak = _peak_memory(device)
+    per_image = time_evaluation(trainer, trainer.eval_dataset, EVALUATION_BATCHES * args.eval_batch_size)
+    growth = (peak - half) / max(1, batch - batch // 2)  # bytes an image
+    room = 0.9 * _memory(device) - peak  # a tenth is left for fragmentation and for what else the machine does
+    images, validated = len(trainer.train_dataset), len(trainer.eval_dataset)
+    epoch = math.ceil(images / (batch * accumulation * args.world_size)) * step
+    # Before training, after each epoch, at the end, and as many training images.
+    each_epoch = 1 if trainer.average is None else 2
+    evaluated = validated * (1 + each_epoch * math.ceil(epochs) + views) + min(validated, images)
+    return Estimate(
+        images_per_second=batch * accumulation * args.world_size / step,
+        evaluation_images_per_second=1 / per_image,
+        epoch=epoch,
+        run=epochs * epoch + (evaluated + views * test_images) * per_image,
+        prediction=views * test_images * per_image,
+        peak_memory=peak,
+        memory=_memory(device),
+        largest_batch=max(1, batch + int(room / growth)) if growth > 2**16 else None,
+    )
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
+
+
+def describe_estimate(e: Estimate, batch: int, images: int, test_images: int) -> list[str]:
+    """The estimate in words, a line each, with advice where memory is short."""
+    share = e.peak_memory / e.memory
+    lines = [
+        f"training    {e.images_per_second:.0f} images/s: {_clock(e.epoch)} an epoch of {images} images",
+        f"prediction  {e.evaluation_images_per_second:.0f} images/s: {_clock(e.prediction)} for {test_images} images",
+        f"whole run   {_clock(e.run)}, with every evaluation",
+        f"memory      {e.peak_memory / 2**30:.1f} of {e.memory / 2**30:.1f} GiB at batch {batch}"
+        + (f"; up to about {e.largest_batch} images a batch would fit" if e.largest_batch else ""),
+    ]
+    if share > 0.9:
+        lines.append(
+            "advice      this is close to the limit: halve --per_device_train_batch_size and double "
+            "--gradient_accumulation_steps, which trains alike"
+        )
+    return lines
+
+
+logger = logging.getLogger(__name__)
+
+TIMED_STEPS = 20  # the steps whose mean time is taken for that of the next ones
+SAID_AFTER = 5  # timed steps, before the first estimate is shown
+FIXED_SECONDS = 10.0  # for loading the best epoch, drawing the report, writing the results and leaving
+SLACK = 1.15  # evaluation is not always as fast as when it was timed
+IMAGES_TIMED = 128  # to foresee how long evaluations take
+EVALUATED_SHARE = 2 / 3  # at most, of the time that predicting the test images leaves
+
+
+def process_start() -> float:
+    """When this process was started, in seconds since the epoch: before its imports."""
+    try:
+        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # ticks since the boot
+        return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK"))
+    except (OSError, AttributeError):
+        return time.time() - time.process_time()  # elsewhere than on Linux: what it has computed so far
+
+
+def share_of_time(ends_by: float | None, trainings: int) -> float | None:
+    """When the first of so many trainings must end, if all get the same time and their combination half of that."""
+    return None if ends_by is None else time.time() + (ends_by - time.time()) / (trainings + 0.5)
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When the csv must be there, and what has to be done for it after training."""
+
+    time: float  # seconds since the epoch
+    images_afterwards: int  # to evaluate and predict after training
+
+    def seconds_to_train(self, seconds_an_image: float) -> float:
+        """What is left for training, its evaluations included."""
+        afterwards = SLACK * seconds_an_image * self.images_afterwards + FIXED_SECONDS
+        return self.time - time.time() - afterwards
+
+
+def images_that_fit(seconds: float, seconds_an_image: float, passes: int) -> int:
+    """How many held-out images may be evaluated, so many times, where predicting the test images leaves `seconds`."""
+    return max(0, int(EVALUATED_SHARE * seconds / (SLACK * seconds_an_image * passes)))
+
+
+def steps_that_fit(seconds: float, remaining: int, step: float, pause: float, until_pause: int, interval: int) -> int:
+    """How many of the remaining steps fit into so many seconds, with every pause (evaluation, checkpoint) on the way.
+
+    The next pause comes `until_pause` steps from now and then every `interval` steps; training ends with one.
+    """
+
+    def seconds_for(steps: int) -> float:
+        pauses = 0 if steps <= until_pause else math.ceil((steps - until_pause) / interval)
+        return steps * step + (pauses + 1) * pause
+
+    return max(0, bisect.bisect_right(range(remaining + 1), seconds, key=seconds_for) - 1)
+
+
+class TimeBudget(TrainerCallback):
+    """Ends training in time, with the learning rate brought to its end by then.
+
+    After every step the schedule moves on by as much as spreads what is left of it over the steps that still fit
+    (Li et al. 2020, Budgeted Training); where all of them fit it is the recipe's, bit for bit. `seconds_left()` is
+    what remains for training; `pause` is the first guess of the seconds of an evaluation with its checkpoint.
+    """
+
+    def __init__(self, seconds_left: Callable[[], float], pause: float):
+        self.seconds_left, self.pause = seconds_left, pause
+        self.steps: deque[float] = deque(maxlen=TIMED_STEPS)
+        self.mark: float | None = None  # when the last step ended
+        self.said = False
+
+    def on_step_end(self, args, state, control, lr_scheduler=None, train_dataloader=None, **kwargs):
+        now = time.perf_counter()
+        if self.mark is not None:
+            self.steps.append(now - self.mark)
+        self.mark = now
+        if not self.steps or state.global_step >= state.max_steps:
+            return
+        fit = self._count_steps(args, state, len(train_dataloader))
+        if args.world_size > 1:  # all stop together, when the first process says
+            [fit] = broadcast_object_list([fit])
+        self._say(fit, state)
+        if isinstance(lr_scheduler, LambdaLR):
+            self._move_schedule(lr_scheduler, fit, state)
+        if fit == 0:
+            control.should_training_stop = True
+            if args.eval_strategy == IntervalStrategy.STEPS:  # by epochs it is done in any case
+                control.should_evaluate = control.should_save = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.mark = time.perf_counter()
+
+    def on_save(self, args, state, control, **kwargs):
+        """A checkpoint follows each evaluation: both took the time since the step, or the epoch, ended."""
+        if self.mark is not None:
+            self.pause = time.perf_counter() - self.mark
+        self.mark = None
+
+    def _count_steps(self, args, state, batches: int) -> int:
+        remaining = state.max_steps - state.global_step
+        interval = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+        if args.eval_strategy == IntervalStrategy.STEPS:
+            interval = max(1, int(state.eval_steps))
+        until_pause = interval - state.global_step % interval
+        step = statistics.mean(self.steps)
+        return steps_that_fit(self.seconds_left(), remaining, step, self.pause, until_pause, interval)
+
+    def _move_schedule(self, schedule: LambdaLR, fit: int, state) -> None:
+        """Let the step that the Trainer has just taken in the schedule be as long as the time wants it."""
+        before = schedule.last_epoch - 1
+        stride = (state.max_steps - before) / (fit + 1)
+        if not math.isclose(stride, 1):
+            schedule.last_epoch = before + stride - 1
+            schedule.step()
+
+    def _say(self, fit: int, state) -> None:
+        total = state.global_step + fit
+        if not self.said and len(self.steps) >= SAID_AFTER and total < state.max_steps:
+            self.said = True
+            logger.warning(
+                "--max_minutes: about %d of %d steps fit; the learning rate is brought to its end by then",
+                total,
+                state.max_steps,
+            )
+
+
+def limit_training(context: RunContext, trainer: FinetuningTrainer, seconds: float) -> None:
+    """Let training end in time for the csv; evaluating the validation images once takes so many seconds."""
+    held_out = len(context.dataset["validation"])
+    afterwards = held_out + context.views * (held_out + context.test_images)  # as many training images, once
+    deadline = Deadline(context.ends_by, afterwards)
+    left = functools.partial(deadline.seconds_to_train, seconds / held_out)
+    trainer.add_callback(TimeBudget(left, pause=seconds if trainer.average is None else 2 * seconds))
+
+
+def limit_evaluation(context: RunContext, trainer: FinetuningTrainer, store: PixelStore) -> RunContext:
+    """Where `--max_minutes` is too short to evaluate all held-out images, hold out some, evenly over the classes."""
+    run, held_out, views = context.run, context.dataset["validation"], context.views
+    seconds = time_evaluation(trainer, trainer.eval_dataset, IMAGES_TIMED)
+    passes = (
+        3 + views + (run.ema_decay > 0) + (run.linear_probe or run.linear_probe_only)
+    )  # before, after an epoch, in the end
+    left = Deadline(context.ends_by, views * context.test_images).seconds_to_train(seconds)
+    if left < 0:
+        late = f"about {-left:.0f} s late: predicting takes longer than --max_minutes"
+        say(trainer.args, f"time        the csv comes {late}")
+    count = max(trainer.model.num_labels, images_that_fit(left, seconds, passes))
+    if trainer.args.world_size > 1:
+        [count] = broadcast_object_list([count])
+    if count >= len(held_out):
+        return context
+    taken = take_evenly(range(len(held_out)), held_out["file"][:], held_out["label"][:], count)
+    dataset = datasets.DatasetDict(context.dataset | {"validation": held_out.select(taken)})
+    trainer.eval_dataset = PixelDataset(store, dataset["validation"])
+    say(trainer.args, f"validation  on {count} of {len(held_out)} images: --max_minutes leaves no time for more")
+    return replace(context, dataset=dataset)

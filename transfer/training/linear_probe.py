@@ -1,0 +1,121 @@
+"""A linear probe: a regularised logistic head on frozen features, a baseline in minutes and a start for fine-tuning.
+
+Fine-tuning from the probe's head instead of a random one distorts the backbone less (Kumar et al. 2022).
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import broadcast, gather_object
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from transfer.data.images import PixelDataset, PixelStore
+from transfer.models.layers import find_heads
+from transfer.models.load import fingerprint_of_weights
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the squared distance from the head that the fit starts from
+HELD_OUT = 10  # every tenth image chooses the penalty
+ITERATIONS = 60
+
+
+@contextlib.contextmanager
+def _without_heads(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model answer with what its head sees: the features, or their mean where there are two heads."""
+    heads = find_heads(model)
+    for name in heads:
+        model.set_submodule(name, nn.Identity())
+    try:
+        yield
+    finally:
+        for name, head in heads.items():
+            model.set_submodule(name, head)
+
+
+def _features_key(model: PreTrainedModel, store: PixelStore, rule: str, files: Sequence[str]) -> str:
+    """Hash of everything that the features depend on."""
+    with _without_heads(model):
+        parts = [fingerprint_of_weights(model), store.data_fingerprint, rule, *files]
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def extract_features(trainer: Trainer, store: PixelStore, split: datasets.Dataset, rule: str) -> torch.Tensor:
+    """(N, D) float32 features of the evaluation view, computed once and kept in the datasets cache.
+
+    `rule` names the view. In the run's mixed precision, as in training. Each machine keeps its own.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    key = _features_key(model, store, f"{rule} {trainer.accelerator.mixed_precision}", split["file"][:])
+    place = Path(datasets.config.HF_DATASETS_CACHE) / "finetune-vit" / "features" / f"{key}.npy"
+    if all(gather_object([place.is_file()])):  # computing them takes every process
+        return torch.from_numpy(np.load(place))
+    with _without_heads(model):
+        unlabelled = PixelDataset(store, split.remove_columns("label"))
+        features = Trainer.predict(trainer, unlabelled).predictions.astype(np.float32)
+    if trainer.args.local_process_index == 0:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = place.with_name(f"{key}.{os.getpid()}.npy")
+        np.save(unfinished, features)
+        unfinished.replace(place)
+    return torch.from_numpy(features)
+
+
+def fit_head(
+    features: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, penalty: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight (classes, D) and bias (classes,) of the logistic head with the least loss on features (N, D).
+
+    The loss is the mean cross-entropy and `penalty` times the squared distance of the weight from the one given, so
+    that a head which already knows the classes is not forgotten.
+    """
+    start = weight.detach()
+    weight, bias = (values.detach().clone().requires_grad_() for values in (weight, bias))
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        total = F.cross_entropy(F.linear(features, weight, bias), labels) + penalty * (weight - start).square().sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    return weight.detach(), bias.detach()
+
+
+def choose_penalty(features: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> float:
+    """The penalty whose head, fitted on the other images, has the least loss on every tenth."""
+    held_out = torch.arange(len(features), device=features.device) % HELD_OUT == 0
+    losses = []
+    for penalty in PENALTIES:
+        head = fit_head(features[~held_out], labels[~held_out], weight, bias, penalty)
+        losses.append(float(F.cross_entropy(F.linear(features[held_out], *head), labels[held_out])))
+    return PENALTIES[int(np.argmin(losses))]
+
+
+def fit_probe(trainer: Trainer, store: PixelStore, split: datasets.Dataset, rule: str) -> float:
+    """Put a logistic head, fitted on frozen features of a labelled split, into the model; returns its penalty."""
+    model, device = trainer.accelerator.unwrap_model(trainer.model), trainer.args.device
+    features = extract_features(trainer, store, split, rule).to(device)
+    labels = torch.tensor(split["label"][:], device=device)
+    # The order of a split follows the classes: every tenth of it would hold out the same place of each.
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(device)
+    features, labels = features[order], labels[order]
+    heads = find_heads(model).values()
+    weight = torch.stack([head.weight for head in heads]).mean(0)
+    bias = torch.stack([head.bias for head in heads]).mean(0)
+    with torch.enable_grad():
+        penalty = choose_penalty(features, labels, weight, bias)
+        head = fit_head(features, labels, weight, bias, penalty)
+    weight, bias = broadcast(list(head))  # rounding differs by process on a GPU, and the model must not
+    with torch.no_grad():
+        for head in heads:
+            head.weight.copy_(weight)
+            head.bias.copy_(bias)
+    return penalty
