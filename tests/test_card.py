@@ -35,7 +35,7 @@ def make_card(folder: Path, record=None, class_ids=WNIDS, **metrics) -> tuple[Pa
     measured = json.loads((folder / "metrics.json").read_text())
     arguments = ARGUMENTS | {"data_dir": "/home/jane/data/tiny-imagenet-100.zip"} | (record or {}).pop("arguments", {})
     record = RECORD | (record or {}) | {"arguments": arguments}
-    write_card(folder / "model", measured, record, NAMES, wnids, Predictions.load(folder))
+    write_card(folder / "model", measured, record, NAMES, class_ids, Predictions.load(folder))
     return folder / "model" / "README.md", measured, record
 
 
@@ -163,5 +163,5 @@ def test_names_of_classes_are_text_and_not_markdown(tmp_path):
     ],
 )
 def test_the_terms_are_those_of_the_data(data_dir, wnids, terms, tmp_path):
-    text = make_card(tmp_path / "run", record={"arguments": {"data_dir": data_dir}}, wnids=wnids)[0].read_text()
+    text = make_card(tmp_path / "run", record={"arguments": {"data_dir": data_dir}}, class_ids=wnids)[0].read_text()
     assert terms in text and text.count("derive from ImageNet") == (data_dir == "tiny-imagenet-100.zip")

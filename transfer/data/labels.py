@@ -140,7 +140,7 @@ def read_class_order(root: Path, classes_file: Path | None, has_template: bool) 
 
 
 def read_synonyms(root: Path, class_ids: Sequence[str], listed_in: str = "wnids.txt") -> list[str]:
-    """Synonyms of each class from words.txt (`class_id<TAB>synonym, synonym`); the class_ids where there is no such file."""
+    """Synonyms of each class from words.txt (`wnid<TAB>synonym, synonym`); without that file the class ids."""
     path = root / "words.txt"
     if not path.is_file():
         return list(class_ids)
@@ -148,7 +148,7 @@ def read_synonyms(root: Path, class_ids: Sequence[str], listed_in: str = "wnids.
     unknown = [class_id for class_id in class_ids if class_id not in synonyms]
     if unknown:
         raise UserError(
-            f"{root / listed_in}: {unknown[0]} is an unknown class_id: not in words.txt ({len(unknown)} unknown in all)"
+            f"{root / listed_in}: {unknown[0]} is an unknown wnid: not in words.txt ({len(unknown)} unknown in all)"
         )
     return [synonyms[class_id].strip() or class_id for class_id in class_ids]
 

@@ -123,8 +123,8 @@ def check_class_folders(root: Path, class_ids: Sequence[str], listed_in: str, is
         )
     if len(class_ids) < 2:
         raise UserError(
-            f"{root / 'train'}: {len(class_ids)} class folders to tell apart ({', '.join(class_ids) or 'none'}); expected two "
-            "or more, train/<class>/*"
+            f"{root / 'train'}: {len(class_ids)} class folders to tell apart ({', '.join(class_ids) or 'none'}); "
+            "expected two or more, train/<class>/*"
         )
     return set(extra)
 

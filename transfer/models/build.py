@@ -204,8 +204,8 @@ def build_classifier(
 ) -> Classifier:
     """A classifier of our classes from any image-classification checkpoint; its head is new, its backbone is not.
 
-    `class_ids`, `class_names` (unique, shown to people) and `synonyms` (to find classes that the checkpoint knows) are in
-    label order. Head rows that are not copied are drawn from torch's global generator. Raises `UserError`.
+    `class_ids`, `class_names` (unique, shown to people) and `synonyms` (to find classes that the checkpoint knows) are
+    in label order. Head rows that are not copied are drawn from torch's global generator. Raises `UserError`.
     """
     model, processor = load_checkpoint(name, revision, trust_remote_code, drop_path_rate)
     matches = {}

@@ -207,7 +207,7 @@ def load_checkpoint(
 
 
 def saved_class_ids(config: PreTrainedConfig) -> list[str] | None:
-    """The classes' own names in label order, as this project saves them; `wnids` in its older models; None elsewhere."""
+    """The class ids in label order of a model that this project saved (older ones call them `wnids`), or None."""
     found = getattr(config, "class_ids", None) or getattr(config, "wnids", None)
     return list(found) if found else None
 

