@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import transformers
@@ -25,10 +26,11 @@ from transfer.data.images import PixelStore
 from transfer.data.layouts import DatasetFiles
 from transfer.data.sources import open_hub_data
 from transfer.errors import exits_cleanly
+from transfer.evaluation.metrics import LinearProbe, RunMetrics, TrainMetrics, ZeroEpoch
 from transfer.files import claim_output_dir, is_finished
 from transfer.models.build import load_trained
 from transfer.models.load import fingerprint_of_weights
-from transfer.runs.record import compare_results, compare_surroundings, describe_arguments, make_record, read_record
+from transfer.runs.record import compare_environment, compare_results, describe_arguments, make_record, read_record
 from transfer.runs.repeats import best_of, combine_folds, combine_seeds, list_folds, list_seeds, start_of
 from transfer.runs.search import (
     BEST_FILE,
@@ -95,32 +97,27 @@ def describe_splits(dataset: datasets.DatasetDict) -> str:
 
 def train_and_measure(
     context: RunContext, trainer: FinetuningTrainer, store: PixelStore, checkpoint: str | None
-) -> dict:
-    """Train, keep the best epoch and measure it on unaugmented training images."""
+) -> dict[str, Any]:
+    """Train, keep the best epoch and measure it on unaugmented training images; returns stages of `RunMetrics`."""
     args, dataset = trainer.args, context.dataset
     start = time.perf_counter()
-    metrics = {"zero_epoch": {"accuracy": evaluate_split(trainer, trainer.eval_dataset)["accuracy"]}}
-    say(args, f"zero epoch  validation accuracy {metrics['zero_epoch']['accuracy']:.4f} before any training")
+    stages: dict[str, Any] = {"zero_epoch": ZeroEpoch(evaluate_split(trainer, trainer.eval_dataset).accuracy)}
+    say(args, f"zero epoch  validation accuracy {stages['zero_epoch'].accuracy:.4f} before training")
     if context.ends_by:
         limit_training(context, trainer, time.perf_counter() - start)
     start = time.perf_counter()
     if context.run.linear_probe or context.run.linear_probe_only:
         penalty = fit_probe(trainer, store, dataset["train"], trainer.eval_transform.geometry.rule)
-        metrics["linear_probe"] = {
-            "accuracy": evaluate_split(trainer, trainer.eval_dataset)["accuracy"],
-            "penalty": penalty,
-            "seconds": time.perf_counter() - start,
-        }
-        say(
-            args,
-            f"probe       validation accuracy {metrics['linear_probe']['accuracy']:.4f} of a head on frozen features",
-        )
+        accuracy = evaluate_split(trainer, trainer.eval_dataset).accuracy
+        stages["linear_probe"] = LinearProbe(accuracy, penalty, time.perf_counter() - start)
+        say(args, f"probe       validation accuracy {accuracy:.4f} of a head on frozen features")
     if context.run.linear_probe_only:
-        seconds = metrics["linear_probe"]["seconds"]
+        seconds = stages["linear_probe"].seconds
         speed = {"seconds": seconds, "samples_per_second": len(trainer.train_dataset) / seconds}
     else:
         speed = start_training(trainer, checkpoint)
-    return metrics | {"train": evaluate_split(trainer, sample_of_train(dataset, store)) | speed}
+    measured = evaluate_split(trainer, sample_of_train(dataset, store))
+    return stages | {"train": TrainMetrics(**vars(measured), **speed)}
 
 
 def start_record(context: RunContext, trainer: FinetuningTrainer, store: PixelStore) -> dict:
@@ -150,8 +147,8 @@ def check_origin(context: RunContext, trainer: FinetuningTrainer, record: dict, 
             if context.parent_split is None
             else record | {"split_fingerprint": split_fingerprint(context.parent_split)}
         )
-        changes = compare_surroundings(Path(context.run.reproduce), now, part=context.parent_split is not None)
-        say(trainer.args, *(f"changed     {line}" for line in changes or ["nothing: the same bits must come out"]))
+        changes = compare_environment(Path(context.run.reproduce), now, part=context.parent_split is not None)
+        say(trainer.args, *(f"changed     {line}" for line in changes))
     origin = RunProvenance(record["data_fingerprint"], record["split_fingerprint"], record["arguments"])
     if checkpoint:
         origin.check(Path(checkpoint))
@@ -167,7 +164,7 @@ def check_finished(context: RunContext, args: FinetuningArguments, folder: Path)
     origin.compare(folder, read_record(folder / "run.json"))
 
 
-def run_once(context: RunContext, args: FinetuningArguments, checkpoint: str | None) -> dict:
+def run_once(context: RunContext, args: FinetuningArguments, checkpoint: str | None) -> RunMetrics:
     """Train one model, or take a trained one, measure it and write its results; returns its metrics."""
     trainer, store = make_trainer(context, args, prepare_model(context, args))
     record = start_record(context, trainer, store)
@@ -178,14 +175,14 @@ def run_once(context: RunContext, args: FinetuningArguments, checkpoint: str | N
         context = limit_evaluation(context, trainer, store)
     training = train_and_measure(context, trainer, store, checkpoint) if args.do_train else {}
     predictions, metrics = predict_and_measure(trainer, context.dataset, store, context.run.tta)
-    metrics |= training
+    metrics = replace(metrics, **training)
     if args.process_index == 0:
         write_results(trainer, context.folder, record, metrics, predictions)
     trainer.accelerator.wait_for_everyone()  # what follows may read them
     return metrics
 
 
-def run_repeats(context: RunContext, args: FinetuningArguments) -> dict:
+def run_repeats(context: RunContext, args: FinetuningArguments) -> RunMetrics:
     """Train with every seed, or on every fold, each in its own folder, and put them together; returns the metrics."""
     resuming = args.resume_from_checkpoint is not None
     repeats = list_folds(context, args, split_data) if context.run.kfold else list_seeds(context, args)
@@ -204,7 +201,7 @@ def run_repeats(context: RunContext, args: FinetuningArguments) -> dict:
     return combine(context, args, folders)
 
 
-def combine(context: RunContext, args: FinetuningArguments, folders: Sequence[Path]) -> dict:
+def combine(context: RunContext, args: FinetuningArguments, folders: Sequence[Path]) -> RunMetrics:
     """Write what the finished trainings come to; the model is the soup of the seeds, or the best fold's."""
     trainer, store = make_trainer(
         context, args, load_trained(str(best_of(folders) / "model"), context.folder.class_ids)

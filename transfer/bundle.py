@@ -5,14 +5,14 @@ python -m transfer.hand_in outputs/sample sample.zip
 
 import argparse
 import io
-import json
 import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transfer.errors import UserError, exits_cleanly
-from transfer.files import PROJECT, anonymise, hide_home, refuse_secrets, run_git, write_atomically
+from transfer.evaluation.metrics import RunMetrics
+from transfer.files import PROJECT, anonymise, hide_home, read_json, refuse_secrets, run_git, write_atomically
 
 # What the project consists of, for a copy without git.
 SOURCES = ("*.py", "*.md", "*.yaml", "*.toml", "requirements*.txt", "constraints.txt", ".ci/*")
@@ -67,24 +67,17 @@ def list_code(commit: str | None) -> dict[str, bytes]:
         return {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{path}: cannot be read; give the folder of a finished run, such as outputs/sample") from None
-
-
-def _write_cover(record: Mapping, metrics: Mapping, title: str, files: Sequence[str]) -> str:
-    validation, code = metrics["validation"], record["code"]
-    low, high = validation["accuracy_ci95"]
+def _write_cover(record: Mapping, metrics: RunMetrics, title: str, files: Sequence[str]) -> str:
+    validation, code = metrics.validation, record["code"]
+    low, high = validation.accuracy_ci95
     listed = [f"- `{name}`: {what}" for name, what in CONTENTS.items() if name in files or name == "code/"]
     return COVER.format(
         title=title,
         link=record.get("model_link", {}).get("url", "not pushed: `--push_to_hub true --hub_model_id me/name` does"),
-        accuracy=validation["accuracy"],
+        accuracy=validation.accuracy,
         low=low,
         high=high,
-        n=validation["n"],
+        n=validation.n,
         digest=record.get("submission_sha256", "no test images, so no submission"),
         commit=(code["commit"] or "no git") + (" with changes.patch" if "changes.patch" in files else ""),
         device=record["device"],
@@ -95,7 +88,8 @@ def _write_cover(record: Mapping, metrics: Mapping, title: str, files: Sequence[
 
 def collect(output_dir: Path) -> dict[str, bytes]:
     """What the pack of a finished run holds, by name. Raises `UserError` for a folder without a finished run."""
-    record, metrics = _read_json(output_dir / "run.json"), _read_json(output_dir / "metrics.json")
+    record = read_json(output_dir / "run.json", "give the folder of a finished run, such as outputs/sample")
+    metrics = RunMetrics.read(output_dir)
     files = {name: (output_dir / name).read_bytes() for name in CONTENTS if (output_dir / name).is_file()}
     files["run.json"] = anonymise(files["run.json"].decode()).encode()
     if "report.html" in files:

@@ -1,30 +1,39 @@
-"""Several trainings of one recipe: their mean and spread, and what they are worth together.
-
-Several trainings of one recipe, with several seeds or on several folds, and what they come to together.
-"""
+"""Several trainings of one recipe, with different seeds or on different folds, and their combined results."""
 
 import copy
+import functools
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
 import numpy as np
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from transfer.config import FinetuningArguments, RunArguments
-from transfer.data.images import PixelStore
+from transfer.data.images import PixelDataset, PixelStore
 from transfer.data.layouts import DatasetFiles
-from transfer.evaluation.metrics import measure, measure_calibration, read_metrics
+from transfer.evaluation.metrics import (
+    LinearProbe,
+    MeanTrainMetrics,
+    RunMetrics,
+    Scores,
+    SoupMetrics,
+    Speed,
+    SplitScores,
+    SubmissionSource,
+    TrainMetrics,
+    ZeroEpoch,
+    measure,
+    measure_calibration,
+)
 from transfer.evaluation.predictions import Predictions, average_probabilities
 from transfer.models.build import load_trained
+from transfer.runs.record import read_record
 from transfer.runs.single import RunContext, evaluate_split, predict_and_measure, sample_of_train
 from transfer.training.averaging import Weights, greedy_soup
 from transfer.training.trainer import FinetuningTrainer
-
-SUMMARISED = {"validation": ("accuracy", "loss"), "train": ("accuracy", "loss")}
 
 
 def seed_arguments(args: TrainingArguments, seed: int) -> TrainingArguments:
@@ -42,33 +51,39 @@ def fold_arguments(args: TrainingArguments, fold: int) -> TrainingArguments:
     return args
 
 
-def summarise(runs: Sequence[Mapping]) -> dict[str, dict]:
-    """Mean and standard deviation (of a sample: n - 1) over the trainings' metrics."""
-    summary = {"mean": {}, "std": {}}
-    for split, names in SUMMARISED.items():
-        values = {name: [run[split][name] for run in runs] for name in names}
-        summary["mean"][split] = {name: float(np.mean(v)) for name, v in values.items()}
-        summary["std"][split] = {name: float(np.std(v, ddof=1)) for name, v in values.items()}
-    return summary
+def _train_metrics(runs: Sequence[RunMetrics]) -> list[TrainMetrics | MeanTrainMetrics]:
+    return [run.train for run in runs if run.train]  # all of them: repeated runs are trained
+
+
+def _summarise_split(metrics: Sequence, statistic: Callable) -> Scores:
+    return Scores(*(float(statistic([getattr(m, name) for m in metrics])) for name in ("accuracy", "loss")))
+
+
+def summarise(runs: Sequence[RunMetrics]) -> tuple[SplitScores, SplitScores]:
+    """Mean, and standard deviation with n - 1 degrees of freedom, of accuracy and loss over several trainings."""
+    validation, train = [run.validation for run in runs], _train_metrics(runs)
+    deviation = functools.partial(np.std, ddof=1)
+    mean = SplitScores(_summarise_split(validation, np.mean), _summarise_split(train, np.mean))
+    return mean, SplitScores(_summarise_split(validation, deviation), _summarise_split(train, deviation))
 
 
 def choose_submission(scores: Mapping[str, float]) -> str:
-    """The name with the best validation accuracy; of equals the first, so name the simpler one first."""
+    """The name with the best validation accuracy, the first of equals: list the simpler ones first."""
     return max(scores, key=lambda name: scores[name])
 
 
-def plain_accuracy(run: Mapping) -> float:
-    """Validation accuracy of a run's model as a plain pipeline shows it the images."""
-    return run.get("tta", {}).get("accuracy", {}).get("plain", run["validation"]["accuracy"])
+def plain_accuracy(run: RunMetrics) -> float:
+    """Validation accuracy of a run's model without test-time augmentation, as in a pipeline."""
+    return run.tta.accuracy["plain"] if run.tta else run.validation.accuracy
 
 
 @dataclass(frozen=True)
 class EnsembleResult:
-    """What goes into the folder of the whole."""
+    """The combined results of several trainings."""
 
-    metrics: dict
+    metrics: RunMetrics
     predictions: Predictions
-    test_scores: np.ndarray  # (M, classes), what the submission is made of
+    test_scores: np.ndarray  # (M, classes), from which the submission is made
 
 
 def list_seeds(context: RunContext, args: FinetuningArguments) -> list[tuple[RunContext, FinetuningArguments]]:
@@ -99,22 +114,49 @@ def list_folds(
 
 
 def start_of(folders: Sequence[Path]) -> str:
-    """Hash of the weights that all trainings started from."""
-    starts = [json.loads((folder / "run.json").read_text())["start_fingerprint"] for folder in folders]
+    """Hash of the initial weights of all trainings."""
+    starts = [read_record(folder / "run.json")["start_fingerprint"] for folder in folders]
     return hashlib.blake2b("\n".join(starts).encode(), digest_size=16).hexdigest()
 
 
 def best_of(folders: Sequence[Path]) -> Path:
-    """The finished run with the best validation accuracy as a plain pipeline has it."""
-    return folders[int(np.argmax([plain_accuracy(read_metrics(folder)) for folder in folders]))]
+    """The finished run with the best validation accuracy without test-time augmentation."""
+    return folders[int(np.argmax([plain_accuracy(RunMetrics.read(folder)) for folder in folders]))]
 
 
-def _training_speed(runs: Sequence[Mapping]) -> dict:
-    """Seconds of all trainings, and images per second of the mean one."""
-    return {
-        "seconds": sum(run["train"]["seconds"] for run in runs),
-        "samples_per_second": float(np.mean([run["train"]["samples_per_second"] for run in runs])),
-    }
+def _training_speed(runs: Sequence[RunMetrics]) -> Speed:
+    """Mean images per second of several trainings, and their seconds in total."""
+    trained = _train_metrics(runs)
+    return Speed(float(np.mean([t.samples_per_second for t in trained])), sum(t.seconds for t in trained))
+
+
+def _mean_probe(runs: Sequence[RunMetrics]) -> LinearProbe | None:
+    probes = [run.linear_probe.accuracy for run in runs if run.linear_probe]
+    return LinearProbe(float(np.mean(probes))) if probes else None
+
+
+def _load_soup(
+    folders: Sequence[Path], accuracies: Sequence[float], trainer: FinetuningTrainer, validation: PixelDataset
+) -> list[int]:
+    """Give the trainer's model the weights of the greedy soup of trained models; returns the positions of its members.
+
+    `accuracies` are the models' own, on the validation images.
+    """
+    assert isinstance(trainer.model, PreTrainedModel)  # not wrapped for several devices yet
+    class_ids = trainer.model.config.class_ids
+    models = [load_trained(str(folder / "model"), class_ids).model.state_dict() for folder in folders]
+
+    def load(weights: Weights) -> None:
+        assert trainer.model is not None  # it is there from the start
+        trainer.model.load_state_dict(weights)
+
+    def validate(weights: Weights) -> float:
+        load(weights)
+        return evaluate_split(trainer, validation).accuracy
+
+    weights, members, _ = greedy_soup(models, accuracies, validate)
+    load(weights)
+    return members
 
 
 def combine_seeds(
@@ -125,74 +167,72 @@ def combine_seeds(
     store: PixelStore,
     tta: Sequence[str] = (),
 ) -> EnsembleResult:
-    """Soup and ensemble of trainings on one split; the trainer, of the best of them, ends with the soup's weights.
+    """The soup and the ensemble of trainings on one split; the trainer's model becomes the soup.
 
-    The submission comes from the best of the single models, the soup and the ensemble, on validation.
+    The submission comes from the single model, the soup or the ensemble, whichever has the best validation accuracy.
     """
-    runs, members = [read_metrics(folder) for folder in folders], [Predictions.load(folder) for folder in folders]
-    singles = [plain_accuracy(run) for run in runs]
-    class_ids = trainer.model.config.class_ids
-    models = [load_trained(str(folder / "model"), class_ids).model.state_dict() for folder in folders]
-
-    def validate(weights: Weights) -> float:
-        trainer.model.load_state_dict(weights)
-        return evaluate_split(trainer, trainer.eval_dataset)["accuracy"]
-
-    weights, chosen, _ = greedy_soup(models, singles, validate)
-    trainer.model.load_state_dict(weights)
-    predictions, metrics = predict_and_measure(trainer, dataset, store, tta)
-    metrics["train"] = evaluate_split(trainer, sample_of_train(dataset, store)) | _training_speed(runs)
-    zero_epoch = runs[folders.index(best_of(folders))]["zero_epoch"]
-    metrics |= {"zero_epoch": zero_epoch, "seeds": runs} | summarise(runs)
-    if all("linear_probe" in run for run in runs):
-        metrics["linear_probe"] = {"accuracy": float(np.mean([run["linear_probe"]["accuracy"] for run in runs]))}
-    metrics["soup"] = metrics["validation"] | {"members": [seeds[i] for i in chosen]}
-    ensemble = average_probabilities([member.validation_logits for member in members])
-    metrics["ensemble"] = measure(ensemble, predictions.validation_labels)
-    tested = average_probabilities([member.test_logits for member in members])
-    first = int(np.argmax([run["validation"]["accuracy"] for run in runs]))  # with its test-time views
-    candidates = {  # name -> validation accuracy, scores of the test images
-        f"seed {seeds[first]}": (runs[first]["validation"]["accuracy"], members[first].test_logits),
-        "soup": (metrics["soup"]["accuracy"], predictions.test_logits),
-        "ensemble": (metrics["ensemble"]["accuracy"], tested),
+    runs, members = [RunMetrics.read(folder) for folder in folders], [Predictions.load(folder) for folder in folders]
+    accuracies = [plain_accuracy(run) for run in runs]
+    chosen = _load_soup(folders, accuracies, trainer, PixelDataset(store, dataset["validation"]))
+    predictions, soup = predict_and_measure(trainer, dataset, store, tta)
+    measured = evaluate_split(trainer, sample_of_train(dataset, store))
+    ensemble_logits = average_probabilities([member.validation_logits for member in members])
+    ensemble = measure(ensemble_logits, predictions.validation_labels)
+    mean, std = summarise(runs)
+    metrics = replace(
+        soup,
+        zero_epoch=runs[int(np.argmax(accuracies))].zero_epoch,
+        linear_probe=_mean_probe(runs),
+        train=TrainMetrics(**vars(measured), **vars(_training_speed(runs))),
+        seeds=runs,
+        mean=mean,
+        std=std,
+        soup=SoupMetrics(**vars(soup.validation), members=[seeds[i] for i in chosen]),
+        ensemble=ensemble,
+    )
+    best = int(np.argmax([run.validation.accuracy for run in runs]))  # with its test-time augmentation
+    candidates = {  # name -> metrics, scores of the test images
+        f"seed {seeds[best]}": (runs[best].validation, members[best].test_logits),
+        "soup": (soup.validation, predictions.test_logits),
+        "ensemble": (ensemble, average_probabilities([member.test_logits for member in members])),
     }
-    source = choose_submission({name: accuracy for name, (accuracy, _) in candidates.items()})
-    accuracy, scores = candidates[source]
-    metrics["submission"] = {"from": source, "validation_accuracy": accuracy}
-    return EnsembleResult(metrics, predictions, scores)
+    source = choose_submission({name: validation.accuracy for name, (validation, _) in candidates.items()})
+    validation, scores = candidates[source]
+    submission = SubmissionSource(source, validation.accuracy)
+    return EnsembleResult(replace(metrics, submission=submission), predictions, scores)
 
 
 def join_folds(members: Sequence[Predictions]) -> Predictions:
-    """Every image as the fold that had not seen it predicts it; test images as the mean of all folds does."""
-    first = members[0]
-    tested = average_probabilities([member.test_logits for member in members])
+    """Out-of-fold predictions: each image by the fold that left it out, test images by the ensemble of all folds."""
     return Predictions(
         np.concatenate([member.validation_files for member in members]),
         np.concatenate([member.validation_labels for member in members]),
         np.concatenate([member.validation_logits for member in members]),
-        first.test_ids,
-        tested,
+        members[0].test_ids,
+        average_probabilities([member.test_logits for member in members]),
     )
 
 
 def combine_folds(folders: Sequence[Path]) -> EnsembleResult:
-    """The accuracy of a cross-validation on all images, and its ensemble, which makes the submission.
+    """The metrics of a cross-validation, and the ensemble of its folds, which makes the submission.
 
-    The ensemble itself has seen every image: that each fold is as good as the others' models on images which are new
-    to it is what is measured, and the ensemble is usually better.
+    The accuracy is that of the folds on the images that each left out. It cannot be measured for the ensemble, which
+    has seen every image, and which is usually better.
     """
-    runs = [read_metrics(folder) for folder in folders]
+    runs = [RunMetrics.read(folder) for folder in folders]
     predictions = join_folds([Predictions.load(folder) for folder in folders])
-    metrics = {
-        "validation": measure(predictions.validation_logits, predictions.validation_labels),
-        "calibration": measure_calibration(predictions.validation_logits, predictions.validation_labels),
-        "zero_epoch": {"accuracy": float(np.mean([run["zero_epoch"]["accuracy"] for run in runs]))},
-        "train": {name: float(np.mean([run["train"][name] for run in runs])) for name in ("accuracy", "loss")}
-        | _training_speed(runs),
-        "folds": runs,
-        "submission": {"from": f"ensemble of {len(runs)} folds"},
-    }
-    if len(predictions.test_ids):
-        seconds = sum(run["prediction"]["seconds"] for run in runs)
-        metrics["prediction"] = {"seconds": seconds, "samples_per_second": len(predictions.test_ids) / seconds}
-    return EnsembleResult(metrics | summarise(runs), predictions, predictions.test_logits)
+    logits, labels = predictions.validation_logits, predictions.validation_labels
+    mean, std = summarise(runs)
+    seconds = sum(run.prediction.seconds for run in runs if run.prediction)
+    metrics = RunMetrics(
+        validation=measure(logits, labels),
+        calibration=measure_calibration(logits, labels),
+        prediction=Speed(len(predictions.test_ids) / seconds, seconds) if seconds else None,
+        zero_epoch=ZeroEpoch(float(np.mean([run.zero_epoch.accuracy for run in runs if run.zero_epoch]))),
+        train=MeanTrainMetrics(**vars(mean.train), **vars(_training_speed(runs))),
+        folds=runs,
+        mean=mean,
+        std=std,
+        submission=SubmissionSource(f"ensemble of {len(runs)} folds"),
+    )
+    return EnsembleResult(metrics, predictions, predictions.test_logits)

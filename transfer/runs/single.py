@@ -27,7 +27,15 @@ from transfer.data.labels import open_template, render_submission
 from transfer.data.layouts import DatasetFiles
 from transfer.data.splits import take_evenly
 from transfer.errors import UserError
-from transfer.evaluation.metrics import measure, measure_calibration, write_metrics
+from transfer.evaluation.metrics import (
+    ClassificationMetrics,
+    RunMetrics,
+    Speed,
+    TtaMetrics,
+    find_hits,
+    measure,
+    measure_calibration,
+)
 from transfer.evaluation.predictions import Predictions, average_views, choose_views
 from transfer.export import check_export, export_onnx
 from transfer.files import anonymise_file, digest_of_folder, write_atomically, write_folder_atomically
@@ -127,25 +135,25 @@ def write_results(
     trainer: FinetuningTrainer,
     folder: DatasetFiles,
     record: dict,
-    metrics: dict,
+    metrics: RunMetrics,
     predictions: Predictions,
     scores: np.ndarray | None = None,
 ) -> None:
-    """Everything a run leaves, the submission last.
+    """Write everything that a run leaves into its output folder, the submission last.
 
-    The submission comes from `scores` (M, classes) of the test images, or from the model's own.
+    The submission is made from `scores` (M, classes) of the test images, or from those of `predictions`.
     """
+    assert trainer.args.output_dir is not None  # TrainingArguments fills it in
     out, arguments = Path(trainer.args.output_dir), record["arguments"]
     save_model(trainer, out / "model")
     predictions.save(out)
-    if "train" in metrics:
+    if metrics.train:
         write_card(out / "model", metrics, record, folder.class_names, folder.class_ids, predictions)
     else:
         keep_card(Path(arguments["model_name_or_path"]).expanduser(), out / "model", arguments["hub_model_id"])
     anonymise_file(out / "model" / "README.md")  # it is what gets pushed
-    write_metrics(out, metrics)
+    metrics.write(out)
     record |= {
-        "metrics": metrics,
         "optimizer_steps": trainer.state.global_step,
         "weights_sha256": digest_of_folder(out / "model", "*.safetensors"),
     }
@@ -160,36 +168,33 @@ def write_results(
         write_atomically(out / "submission.csv", submission)
 
 
-def describe_results(metrics: dict) -> list[str]:
-    """The figures that everybody asks for first, a line each."""
-    validation = metrics["validation"]
-    low, high = validation["accuracy_ci95"]
-    lines, whose = [], ""
-    if "seeds" in metrics:
-        mean, std = (metrics[name]["validation"]["accuracy"] for name in ("mean", "std"))
-        lines = [
-            f"{len(metrics['seeds'])} seeds     validation accuracy {mean:.4f}, standard deviation {std:.4f}",
-            f"soup        validation accuracy {metrics['soup']['accuracy']:.4f} "
-            f"of seeds {', '.join(map(str, metrics['soup']['members']))}",
-            f"ensemble    validation accuracy {metrics['ensemble']['accuracy']:.4f}",
-            f"submission  from {metrics['submission']['from']}, the best on validation",
-        ]
-    if "folds" in metrics:
-        mean, std = (metrics[name]["validation"]["accuracy"] for name in ("mean", "std"))
-        lines = [
-            f"{len(metrics['folds'])} folds     mean validation accuracy {mean:.4f}, standard deviation {std:.4f}",
-            f"submission  from the {metrics['submission']['from']}",
-        ]
-        whose = "all images, each by the fold that had not seen it: "
-    return [
-        *lines,
-        f"{whose}validation accuracy {validation['accuracy']:.4f} (95% interval {low:.4f} to {high:.4f}, "
-        f"n={validation['n']})",
-    ]
+def describe_results(metrics: RunMetrics) -> list[str]:
+    """The main results in words, one line each."""
+    lines, label = [], "validation accuracy"
+    if metrics.mean and metrics.std:
+        kind, mean, std = "folds" if metrics.folds else "seeds", metrics.mean.validation, metrics.std.validation
+        spread = f"{mean.accuracy:.4f}, standard deviation {std.accuracy:.4f}"
+        lines.append(f"{f'{len(metrics.repeats)} {kind}':<11} mean validation accuracy {spread}")
+    if metrics.soup:
+        members = ", ".join(map(str, metrics.soup.members))
+        lines.append(
+            f"soup        validation accuracy {metrics.soup.accuracy:.4f}, weights of seeds {members} averaged"
+        )
+    if metrics.ensemble:
+        lines.append(f"ensemble    validation accuracy {metrics.ensemble.accuracy:.4f}")
+    if metrics.submission:
+        best = "" if metrics.folds else ", the best on validation"
+        lines.append(f"submission  from {metrics.submission.from_}{best}")
+    if metrics.folds:
+        label = "validation accuracy of all images, each predicted by the fold that left it out:"
+    validation = metrics.validation
+    low, high = validation.accuracy_ci95
+    lines.append(f"{label} {validation.accuracy:.4f} (95% interval {low:.4f} to {high:.4f}, n={validation.n})")
+    return lines
 
 
-def evaluate_split(trainer: FinetuningTrainer, split: PixelDataset) -> dict:
-    """Metrics of the evaluation view of a labelled split."""
+def evaluate_split(trainer: FinetuningTrainer, split: PixelDataset) -> ClassificationMetrics:
+    """Metrics of a labelled split under the evaluation transform."""
     outcome = trainer.predict(split)
     return measure(outcome.predictions, outcome.label_ids)
 
@@ -203,28 +208,31 @@ def sample_of_train(dataset: datasets.DatasetDict, store: PixelStore) -> PixelDa
 
 def predict_and_measure(
     trainer: FinetuningTrainer, dataset: datasets.DatasetDict, store: PixelStore, tta: Sequence[str] = ()
-) -> tuple[Predictions, dict]:
-    """Logits of the validation and test images; the accuracy on the first and how fast the second were predicted.
+) -> tuple[Predictions, RunMetrics]:
+    """Logits of the validation and test images, and the metrics of the first and the speed of the second.
 
-    Test-time views are averaged in where they raise the accuracy on the validation images.
+    The views of test-time augmentation are averaged if that raises the validation accuracy.
     """
-    labels = trainer.eval_dataset.labels
-    tried = {name: trainer.predict_view(trainer.eval_dataset, name) for name in ["plain", *tta]}
+    validation = PixelDataset(store, dataset["validation"])
+    labels = np.asarray(validation.labels)
+    tried = {name: trainer.predict_view(validation, name) for name in ["plain", *tta]}
     kept = choose_views(tried, labels)
-    held_out = average_views([tried[name] for name in kept])
-    metrics = {"validation": measure(held_out, labels), "calibration": measure_calibration(held_out, labels)}
-    if tta:
-        accuracies = {name: measure(logits, labels)["accuracy"] for name, logits in tried.items()}
-        metrics["tta"] = {"kept": kept, "accuracy": accuracies}
-    ids, tested = [], np.empty((0, held_out.shape[-1]))
+    logits = average_views([tried[name] for name in kept])
+    accuracies = {name: float(find_hits(view, labels).mean()) for name, view in tried.items()}
+    metrics = RunMetrics(
+        validation=measure(logits, labels),
+        calibration=measure_calibration(logits, labels),
+        tta=TtaMetrics(kept, accuracies) if tta else None,
+    )
+    ids, tested = np.empty(0, dtype=str), np.empty((0, logits.shape[-1]))
     if "test" in dataset:
         start = time.perf_counter()
-        unlabelled = PixelDataset(store, dataset["test"])
-        tested = average_views([trainer.predict_view(unlabelled, name) for name in kept])
+        test = PixelDataset(store, dataset["test"])
+        tested = average_views([trainer.predict_view(test, name) for name in kept])
         seconds = time.perf_counter() - start
-        ids = dataset["test"]["image_id"][:]
-        metrics["prediction"] = {"samples_per_second": len(ids) / seconds, "seconds": seconds}
-    return Predictions(dataset["validation"]["file"][:], labels, held_out, ids, tested), metrics
+        ids = np.asarray(dataset["test"]["image_id"][:])
+        metrics = replace(metrics, prediction=Speed(len(ids) / seconds, seconds))
+    return Predictions(np.asarray(dataset["validation"]["file"][:]), labels, logits, ids, tested), metrics
 
 
 @dataclass(frozen=True)
