@@ -7,7 +7,6 @@ The first needs no data and no hub and ends in under five minutes on two CPU cor
 metrics.json, run.json and model/ in outputs/<recipe name>; `--help` lists what a recipe may say.
 """
 
-import functools
 import logging
 import sys
 import time
@@ -20,7 +19,7 @@ import transformers
 
 from data_loading import describe_layout, load_dataset, open_data, split_fingerprint
 from transfer.cli import chosen_arguments, known_names, parse_command_line
-from transfer.config import FinetuningArguments, RunArguments
+from transfer.config import FinetuningArguments, RunArguments, describe_arguments
 from transfer.data.images import PixelStore
 from transfer.data.layouts import DatasetFiles
 from transfer.data.sources import open_hub_data
@@ -28,7 +27,7 @@ from transfer.errors import exits_cleanly
 from transfer.files import claim_output_dir, is_finished
 from transfer.models.build import load_trained
 from transfer.models.load import fingerprint_of_weights
-from transfer.runs.record import compare_results, compare_surroundings, describe_arguments, make_record, read_record
+from transfer.runs.record import compare_results, compare_surroundings, make_record, read_record
 from transfer.runs.repeats import best_of, combine_folds, combine_seeds, list_folds, list_seeds, start_of
 from transfer.runs.search import (
     BEST_FILE,
@@ -97,10 +96,10 @@ def train_and_measure(
     context: RunContext, trainer: FinetuningTrainer, store: PixelStore, checkpoint: str | None
 ) -> dict:
     """Train, keep the best epoch and measure it on unaugmented training images."""
-    args, dataset = trainer.args, context.dataset
+    dataset = context.dataset
     start = time.perf_counter()
     metrics = {"zero_epoch": {"accuracy": evaluate_split(trainer, trainer.eval_dataset)["accuracy"]}}
-    say(args, f"zero epoch  validation accuracy {metrics['zero_epoch']['accuracy']:.4f} before any training")
+    say(f"zero epoch  validation accuracy {metrics['zero_epoch']['accuracy']:.4f} before any training")
     if context.ends_by:
         limit_training(context, trainer, time.perf_counter() - start)
     start = time.perf_counter()
@@ -111,10 +110,7 @@ def train_and_measure(
             "penalty": penalty,
             "seconds": time.perf_counter() - start,
         }
-        say(
-            args,
-            f"probe       validation accuracy {metrics['linear_probe']['accuracy']:.4f} of a head on frozen features",
-        )
+        say(f"probe       validation accuracy {metrics['linear_probe']['accuracy']:.4f} of a head on frozen features")
     if context.run.linear_probe_only:
         seconds = metrics["linear_probe"]["seconds"]
         speed = {"seconds": seconds, "samples_per_second": len(trainer.train_dataset) / seconds}
@@ -139,7 +135,7 @@ def estimate_run(context: RunContext, args: FinetuningArguments) -> None:
     trainer, _ = make_trainer(context, args, prepare_model(context, args))
     found = estimate(trainer, args.num_train_epochs, context.test_images, context.views)
     images, tested = len(context.dataset["train"]), context.test_images
-    say(args, *describe_estimate(found, args.per_device_train_batch_size, images, tested))
+    say(*describe_estimate(found, args.per_device_train_batch_size, images, tested))
 
 
 def check_origin(context: RunContext, trainer: FinetuningTrainer, record: dict, checkpoint: str | None) -> None:
@@ -151,7 +147,7 @@ def check_origin(context: RunContext, trainer: FinetuningTrainer, record: dict, 
             else record | {"split_fingerprint": split_fingerprint(context.parent_split)}
         )
         changes = compare_surroundings(Path(context.run.reproduce), now, part=context.parent_split is not None)
-        say(trainer.args, *(f"changed     {line}" for line in changes or ["nothing: the same bits must come out"]))
+        say(*(f"changed     {line}" for line in changes or ["nothing: the same bits must come out"]))
     origin = RunProvenance(record["data_fingerprint"], record["split_fingerprint"], record["arguments"])
     if checkpoint:
         origin.check(Path(checkpoint))
@@ -195,7 +191,7 @@ def run_repeats(context: RunContext, args: FinetuningArguments) -> dict:
         if resuming and is_finished(folder):
             check_finished(share, one, folder)
             continue
-        say(args, f"{folder.name:<11} training {number} of {len(repeats)}: {describe_splits(share.dataset)}")
+        say(f"{folder.name:<11} training {number} of {len(repeats)}: {describe_splits(share.dataset)}")
         checkpoint = last_checkpoint(folder) if resuming else None
         ends_by = share_of_time(context.ends_by, len(repeats) - number + 1)
         share = replace(share, run=replace(share.run, reproduce=reproduce), ends_by=ends_by)
@@ -234,10 +230,10 @@ def search_settings(context: RunContext, args: FinetuningArguments) -> None:
         return make_trainer(trial, once, prepare_model(trial, once))[0]
 
     trainer = build({})
-    say(args, f"search      {run.search} trials of training images alone: {describe_splits(dataset)}")
-    best, accuracy = search(trainer, build, space, run.search, study, functools.partial(say, args))
+    say(f"search      {run.search} trials of training images alone: {describe_splits(dataset)}")
+    best, accuracy = search(trainer, build, space, run.search, study, say)
     recipe = {"model_name_or_path": run.model_name_or_path} | chosen_arguments(context.arguments) | best
-    say(args, write_best(out, recipe, accuracy), f"best settings in {out / BEST_FILE}")
+    say(write_best(out, recipe, accuracy), f"best settings in {out / BEST_FILE}")
 
 
 @exits_cleanly
@@ -260,13 +256,13 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
         check_outputs(run, args)
     arguments = describe_arguments(run, args)
     push, args.push_to_hub = args.push_to_hub, False  # the Trainer would upload the whole output folder
-    say(args, precision, *share_steps(args))
+    say(precision, *share_steps(args))
 
     folder = find_data(run)
-    say(args, *describe_layout(folder))
+    say(*describe_layout(folder))
     dataset = split_data(run, folder)
     if not run.kfold or run.fold:  # else each fold has its own
-        say(args, f"splits      {describe_splits(dataset)}")
+        say(f"splits      {describe_splits(dataset)}")
     ends_by = started + 60 * run.max_minutes if run.max_minutes else None
     context = RunContext(run, arguments, precision, folder, dataset, ends_by)
 
@@ -274,12 +270,12 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
         (estimate_run if run.estimate else search_settings)(context, args)
         return
     metrics = run_repeats(context, args) if repeated else run_once(context, args, checkpoint)
-    say(args, *describe_results(metrics), f"results in {out}")
+    say(*describe_results(metrics), f"results in {out}")
     if args.process_index == 0:
         publish(run, args, push, [folder.root / file for file in folder.test_files or folder.train_files])
     if run.reproduce and args.process_index == 0:
         lines, reproduced = compare_results(Path(run.reproduce), out / "run.json")
-        say(args, *lines)
+        say(*lines)
         sys.exit(0 if reproduced else 1)
 
 

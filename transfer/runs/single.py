@@ -21,7 +21,7 @@ import numpy as np
 from accelerate.utils import set_seed
 
 from transfer.bundle import check_target, pack
-from transfer.config import TRAINING_ONLY, FinetuningArguments, RunArguments
+from transfer.config import FinetuningArguments, RunArguments, training_only_names
 from transfer.data.images import ImageGeometry, PixelDataset, PixelStore, open_pixel_store
 from transfer.data.labels import open_template, render_submission
 from transfer.data.layouts import DatasetFiles
@@ -70,7 +70,7 @@ def command_to_push(command: str, output_dir: Path) -> str:
     words, kept = [], True
     for word in shlex.split(command):
         if word.startswith("--"):
-            kept = word[2:].partition("=")[0] not in TRAINING_ONLY
+            kept = word[2:].partition("=")[0].replace("-", "_") not in training_only_names()
         if kept:
             words.append(word)
     # The last of two equal flags counts.
@@ -277,12 +277,11 @@ def prepare_model(context: RunContext, args: FinetuningArguments) -> Classifier:
     if run.lora_r:
         classifier = replace(classifier, model=add_adapters(classifier.model, run.lora_r))
     say(
-        args,
         f"model       {kind}, {parameters / 1e6:.1f} M parameters, {trained_share(classifier.model):.2%} trained; "
         f"the head starts from the checkpoint's for {classifier.warm_classes} of {len(folder.class_ids)} classes",
     )
     groups = parameter_groups(classifier.model, args.learning_rate, args.weight_decay, run.layer_decay)
-    say(args, f"rates       {describe_learning_rates(groups)}")
+    say(f"rates       {describe_learning_rates(groups)}")
     if args.gradient_checkpointing and not classifier.model.supports_gradient_checkpointing:
         raise UserError(f"--gradient_checkpointing: {type(classifier.model).__name__} does not support it")
     return classifier
