@@ -138,7 +138,7 @@ def test_a_finished_training_of_other_data_is_noticed_before_the_next_one(seeds_
         (["--seeds", "1"], "two or more different seeds"),
         (["--seeds", "1", "1"], "two or more different seeds"),
         (["--seeds", "1", "2", "--do_train", "false"], "does not go with --do_train false"),
-        (["--tta", "upside_down"], "--tta upside_down: must be flip or zoom or zoom_flip or corners"),
+        (["--tta", "upside_down"], "--tta upside_down: must be flip, zoom, zoom_flip or corners"),
         (["--ema_decay", "1"], "must be at least 0 and below 1"),
         (["--mixup_alpha", "-1"], "--mixup_alpha -1.0: must be at least 0"),
         (["--train_image_size", "32", "4"], "must be at least 8"),

@@ -238,7 +238,7 @@ def test_lost_permission_while_results_are_written_is_one_line(
         finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and "Traceback" not in message
-    assert "submission.csv: cannot be written (Permission denied); mend that, then repeat" in message
+    assert "submission.csv: cannot be written (Permission denied); fix this and rerun; the command restarts" in message
 
 
 def test_ctrl_c_outside_of_training_is_one_line(pristine_data, checkpoints, finetune, monkeypatch, capsys):

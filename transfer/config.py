@@ -70,7 +70,8 @@ class Option:
     def correct(self, value) -> str | None:
         """What a value must be instead, such as "at least 1"; None if it is within the bounds."""
         if self.choices:
-            return None if value in self.choices else " or ".join(self.choices)
+            listed = " or ".join(filter(None, [", ".join(self.choices[:-1]), self.choices[-1]]))
+            return None if value in self.choices else listed
         limits = [
             ("at least", self.at_least, operator.ge),
             ("above", self.above, operator.gt),

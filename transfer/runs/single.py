@@ -58,7 +58,7 @@ READ_BACK_IMAGES = 10
 def check_outputs(run: RunArguments, args: FinetuningArguments) -> None:
     """Refuse, before anything is trained, what could not be done with the results. Raises `UserError`."""
     if run.export:
-        check_export(run.export)
+        check_export()
     if run.hand_in:
         check_target(Path(run.hand_in))
     if args.push_to_hub:
