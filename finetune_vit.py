@@ -79,13 +79,13 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
     single.prepare_output(run, args)
     single.set_up_logging(args)
     arguments = describe_arguments(run, args)
-    say(args, precision, *share_steps(args))
+    say(precision, *share_steps(args))
 
     data = find_data(run)
-    say(args, *describe_layout(data))
+    say(*describe_layout(data))
     dataset = split_data(run, data)
     if not run.kfold or run.fold:  # else each fold has its own
-        say(args, f"splits      {describe_splits(dataset)}")
+        say(f"splits      {describe_splits(dataset)}")
     ends_by = started + 60 * run.max_minutes if run.max_minutes else None
     context = RunContext(run, arguments, precision, data, dataset, ends_by)
 
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
         metrics = repeats.run_repeats(context, args, fine_tune, make_trainer, split_data)
     else:
         metrics = fine_tune(context, args, checkpoint)
-    say(args, *describe_metrics(metrics), f"results in {out}")
+    say(*describe_metrics(metrics), f"results in {out}")
     single.share_results(context, args)  # push to the Hub, bundle, export
     if run.reproduce and args.process_index == 0:
         sys.exit(report_reproduction(Path(run.reproduce), out / "run.json"))

@@ -138,9 +138,9 @@ def test_a_finished_training_of_other_data_is_noticed_before_the_next_one(seeds_
         (["--seeds", "1"], "two or more different seeds"),
         (["--seeds", "1", "1"], "two or more different seeds"),
         (["--seeds", "1", "2", "--do_train", "false"], "does not go with --do_train false"),
-        (["--tta", "upside_down"], "must be of flip"),
+        (["--tta", "upside_down"], "--tta upside_down: must be flip, zoom, zoom_flip or corners"),
         (["--ema_decay", "1"], "must be at least 0 and below 1"),
-        (["--mixup_alpha", "-1"], "must be 0 or above"),
+        (["--mixup_alpha", "-1"], "--mixup_alpha -1.0: must be at least 0"),
         (["--train_image_size", "32", "4"], "must be at least 8"),
     ],
 )
@@ -255,7 +255,7 @@ def test_folds_that_were_killed_go_on_and_come_to_what_they_would_have(folds_run
     command = [*command, "--output_dir", str(killed)]
     with pytest.raises(SystemExit):
         main(command)
-    assert "holds an unfinished run; go on with --resume_from_checkpoint true" in capsys.readouterr().err
+    assert "holds an unfinished run; resume it with --resume_from_checkpoint true" in capsys.readouterr().err
     main([*command, "--resume_from_checkpoint", "true"])
     for name in ("model/model.safetensors", "submission.csv", "fold-2/model/model.safetensors"):
         assert (killed / name).read_bytes() == (out / name).read_bytes()

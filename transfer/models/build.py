@@ -283,12 +283,11 @@ def prepare_model(run: RunArguments, args: FinetuningArguments, data: DatasetFil
     if run.lora_r:
         classifier = replace(classifier, model=add_adapters(classifier.model, run.lora_r))
     say(
-        args,
         f"model       {kind}, {parameters / 1e6:.1f} M parameters, {trained_share(classifier.model):.2%} trained; "
         f"the head starts from the checkpoint's for {classifier.warm_classes} of {len(data.class_ids)} classes",
     )
     groups = parameter_groups(classifier.model, args.learning_rate, args.weight_decay, run.layer_decay)
-    say(args, f"rates       {describe_learning_rates(groups)}")
+    say(f"rates       {describe_learning_rates(groups)}")
     if args.gradient_checkpointing and not classifier.model.supports_gradient_checkpointing:
         raise UserError(f"--gradient_checkpointing: {type(classifier.model).__name__} does not support it")
     return classifier

@@ -9,6 +9,7 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 from scipy.special import softmax
 
+from transfer.config import card_names
 from transfer.evaluation.comparison import look_up, name_base
 from transfer.evaluation.metrics import (
     CALIBRATION_BINS,
@@ -20,45 +21,6 @@ from transfer.evaluation.metrics import (
 from transfer.evaluation.predictions import Predictions
 from transfer.files import leave_out_places
 from transfer.reporting.curves import STAGES, read_accuracy
-
-# What a reader needs to judge a training recipe, in this order; those that a run does not have are passed over.
-RECIPE_SETTINGS = [
-    "image_size",
-    "train_image_size",
-    "min_crop_scale",
-    "head_warm_start",
-    "drop_path_rate",
-    "layer_decay",
-    "num_train_epochs",
-    "max_train_samples",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "label_smoothing_factor",
-    "max_grad_norm",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "seed",
-    "seeds",
-    "kfold",
-    "split_seed",
-    "validation_fraction",
-]
-# What a recipe adds to plain fine-tuning; shown where it is on.
-INGREDIENTS = [
-    "freeze_layers",
-    "lora_r",
-    "linear_probe",
-    "linear_probe_only",
-    "ema_decay",
-    "mixup_alpha",
-    "cutmix_alpha",
-    "trivial_augment",
-    "erasing_probability",
-    "augment_until",
-    "tta",
-]
 
 UNPUSHED = "path/to/model"  # how a card names a model that is not on the Hub
 WORST_CLASSES, CONFUSED_PAIRS = 5, 5
@@ -208,8 +170,8 @@ def _plain(value) -> str:
 def _training_table(metrics: Mapping, record: Mapping) -> str:
     arguments = record["arguments"]
     repeated = {"seed"} if arguments.get("seeds") else set()  # each training has its own
-    settings = [(n, arguments[n]) for n in RECIPE_SETTINGS if arguments.get(n) is not None and n not in repeated]
-    settings += [(name, arguments[name]) for name in INGREDIENTS if arguments.get(name)]
+    settings = [(n, arguments[n]) for n in card_names("setting") if arguments.get(n) is not None and n not in repeated]
+    settings += [(name, arguments[name]) for name in card_names("ingredient") if arguments.get(name)]
     settings.insert(0, ("started from", name_base(record)))
     settings.append(("precision", record["precision"].removeprefix("precision: ")))
     settings.append(("hardware", record["device"]))

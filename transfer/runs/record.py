@@ -3,7 +3,6 @@
 What a run leaves behind: its folder, files that are written whole or not at all, and run.json.
 """
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -242,24 +241,6 @@ def describe_command() -> str:
         kind = "fsdp" if shards_model() else "multi_gpu"
         launcher[-1:] = [f"recipes/accelerate/{kind}.yaml", "--num_processes", str(processes)]
     return shlex.join([*launcher, *script])
-
-
-def describe_arguments(*groups) -> dict:
-    """Dataclass arguments as plain values; tokens are left out."""
-    values = {}
-    for group in groups:
-        for field in dataclasses.fields(group):
-            value = getattr(group, field.name)
-            if field.init and "token" not in field.name:
-                values[field.name] = value if isinstance(value, (bool, int, float, type(None))) else _plain(value)
-    return values
-
-
-def _plain(value):
-    try:
-        return json.loads(json.dumps(value))
-    except TypeError:
-        return str(value)
 
 
 def describe_versions() -> Mapping[str, str]:

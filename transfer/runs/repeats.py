@@ -126,7 +126,7 @@ def run_repeats(
             )
             continue
         sizes = ", ".join(f"{name} {len(split)}" for name, split in part.dataset.items())
-        say(args, f"{folder.name:<11} training {number} of {len(trainings)}: {sizes}")
+        say(f"{folder.name:<11} training {number} of {len(trainings)}: {sizes}")
         checkpoint = last_checkpoint(folder) if resuming else None
         ends_by = share_of_time(context.ends_by, len(trainings) - number + 1)
         part = replace(part, run=replace(part.run, reproduce=reproduce), ends_by=ends_by)

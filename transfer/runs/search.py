@@ -5,7 +5,6 @@ An optional ingredient: the validation images stay for the final figure.
 
 import copy
 import difflib
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -229,7 +228,7 @@ def search_settings(context: RunContext, args: FinetuningArguments, make_trainer
         return make_trainer(trial, own, prepare_model(tried, own, context.data))
 
     sizes = ", ".join(f"{name} {len(split)}" for name, split in dataset.items())
-    say(args, f"search      {run.search} trials of training images alone: {sizes}")
-    best, accuracy = search(build, space, run.search, study, functools.partial(say, args))
+    say(f"search      {run.search} trials of training images alone: {sizes}")
+    best, accuracy = search(build, space, run.search, study, say)
     recipe = {"model_name_or_path": run.model_name_or_path} | chosen_arguments(context.arguments) | best
-    say(args, write_best(out, recipe, accuracy), f"best settings in {out / BEST_FILE}")
+    say(write_best(out, recipe, accuracy), f"best settings in {out / BEST_FILE}")

@@ -81,7 +81,7 @@ def prepare_output(run: RunArguments, args: FinetuningArguments) -> None:
     if not run.search:
         claim_output_dir(Path(args.output_dir), resuming=args.resume_from_checkpoint is not None)
     if run.export:
-        check_export(run.export)
+        check_export()
     if run.hand_in:
         check_target(Path(run.hand_in))
     if args.push_to_hub:
@@ -112,7 +112,6 @@ def start_record(context: RunContext, trainer: FinetuningTrainer, checkpoint: st
         now = record if parent is None else record | {"split_fingerprint": split_fingerprint(parent)}
         changes = compare_surroundings(Path(context.run.reproduce), now, part=parent is not None)
         say(
-            trainer.args,
             *(f"changed     {line}" for line in changes or ["nothing: expect the same result bit for bit"]),
         )
     provenance = RunProvenance(record["data_fingerprint"], record["split_fingerprint"], record["arguments"])
@@ -145,7 +144,7 @@ def train_and_measure(context: RunContext, trainer: FinetuningTrainer, checkpoin
     args, run = trainer.args, context.run
     start = time.perf_counter()
     zero = ZeroEpoch(evaluate_split(trainer, trainer.eval_dataset, "zero epoch").accuracy)
-    say(args, f"zero epoch  validation accuracy {zero.accuracy:.4f} before any training")
+    say(f"zero epoch  validation accuracy {zero.accuracy:.4f} before any training")
     limit_training(context, trainer, time.perf_counter() - start)
     stages: dict = {"zero_epoch": zero}
     if run.linear_probe or run.linear_probe_only:
@@ -162,7 +161,7 @@ def probe_and_measure(context: RunContext, trainer: FinetuningTrainer) -> Linear
     start, store = time.perf_counter(), trainer.eval_dataset.store
     penalty = fit_probe(trainer, store, context.dataset["train"], trainer.eval_transform.geometry.rule)
     accuracy = evaluate_split(trainer, trainer.eval_dataset, "linear probe").accuracy
-    say(trainer.args, f"probe       validation accuracy {accuracy:.4f} of a head on frozen features")
+    say(f"probe       validation accuracy {accuracy:.4f} of a head on frozen features")
     return LinearProbe(accuracy, penalty, time.perf_counter() - start)
 
 
@@ -267,7 +266,7 @@ def command_to_push(command: str, output_dir: Path) -> str:
     words, kept = [], True
     for word in shlex.split(command):
         if word.startswith("--"):
-            kept = word[2:].partition("=")[0] not in training_only_names()
+            kept = word[2:].partition("=")[0].replace("-", "_") not in training_only_names()
         if kept:
             words.append(word)
     # The last of two equal flags counts.

@@ -196,7 +196,7 @@ def estimate_run(context: RunContext, args: FinetuningArguments, make_trainer: C
     leave_no_traces(args)
     found = estimate(context, make_trainer(context, args, prepare_model(context.run, args, context.data)))
     images, tested = len(context.dataset["train"]), context.test_images
-    say(args, *describe_estimate(found, args.per_device_train_batch_size, images, tested))
+    say(*describe_estimate(found, args.per_device_train_batch_size, images, tested))
 
 
 # --max_minutes
@@ -340,7 +340,7 @@ def limit_evaluation(context: RunContext, trainer: FinetuningTrainer) -> RunCont
     left = Deadline(context.ends_by, views * context.test_images).seconds_to_train(seconds)
     if left < 0:
         late = f"about {-left:.0f} s late: predicting takes longer than --max_minutes"
-        say(trainer.args, f"time        the csv comes {late}")
+        say(f"time        the csv comes {late}")
     count = max(trainer.model.num_labels, images_that_fit(left, seconds, passes))
     if trainer.args.world_size > 1:
         [count] = broadcast_object_list([count])
@@ -349,5 +349,5 @@ def limit_evaluation(context: RunContext, trainer: FinetuningTrainer) -> RunCont
     taken = take_evenly(range(len(held_out)), held_out["file"][:], held_out["label"][:], count)
     dataset = datasets.DatasetDict(context.dataset | {"validation": held_out.select(taken)})
     trainer.eval_dataset = PixelDataset(trainer.eval_dataset.store, dataset["validation"])
-    say(trainer.args, f"validation  on {count} of {len(held_out)} images: --max_minutes leaves no time for more")
+    say(f"validation  on {count} of {len(held_out)} images: --max_minutes leaves no time for more")
     return replace(context, dataset=dataset)
