@@ -14,7 +14,7 @@ from transfer.errors import UserError
 TESTED = {"transformers": "5.23.0", "accelerate": "1.15.0", "torch": "2.13.0", "evaluate": "0.4.6"}
 
 # Class -> method that we override -> the parameters that we rely on.
-OVERRIDDEN = {
+OVERRIDDEN: dict[str, dict[str, tuple[str, ...]]] = {
     "transformers:Trainer": {
         "train": ("resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
         "training_step": ("model", "inputs", "num_items_in_batch"),
@@ -30,7 +30,7 @@ OVERRIDDEN = {
 }
 
 # Private function that we call -> its parameters. Where torch emulates bf16 on a CPU, fp32 is faster.
-CALLED = {"torch.cpu:_is_avx512_bf16_supported": ()}
+CALLED: dict[str, tuple[str, ...]] = {"torch.cpu:_is_avx512_bf16_supported": ()}
 
 
 def _find(name: str):

@@ -14,10 +14,10 @@ from pathlib import Path
 import datasets
 import yaml
 from accelerate.utils import set_seed
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from transfer.cli import chosen_arguments, known_names
-from transfer.config import FinetuningArguments
+from transfer.config import FinetuningArguments, RunArguments
 from transfer.data.splits import split_fingerprint, split_validation
 from transfer.errors import UserError
 from transfer.files import write_atomically
@@ -29,7 +29,7 @@ from transfer.training.trainer import FinetuningTrainer
 STUDY_FILE = "search.db"  # in the output folder, SQLite
 BEST_FILE = "best.yaml"
 # Where a recipe names no ranges: the settings that matter most, over their usual values.
-DEFAULT_SPACE = {
+DEFAULT_SPACE: dict[str, list | Mapping] = {
     "learning_rate": {"low": 5e-5, "high": 5e-3, "log": True},
     "layer_decay": [0.65, 0.75, 0.85, 1.0],
     "min_crop_scale": [0.08, 0.35, 0.6],
@@ -126,12 +126,14 @@ def count_finished(study: Mapping) -> int:
     return sum(trial.state in (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED) for trial in trials)
 
 
-def trial_arguments(run, args: TrainingArguments, settings: Mapping):
+def trial_arguments(
+    run: RunArguments, args: FinetuningArguments, settings: Mapping
+) -> tuple[RunArguments, FinetuningArguments]:
     """The run's and the Trainer's arguments of one trial, which leaves nothing on the disk."""
     own = {name: value for name, value in settings.items() if hasattr(run, name)}
     args = copy.copy(args)
     quiet = {"save_strategy": "no", "load_best_model_at_end": False, "report_to": [], "resume_from_checkpoint": None}
-    for name, value in (settings | quiet).items():
+    for name, value in {**settings, **quiet}.items():
         if name not in own:
             setattr(args, name, value)
     return replace(run, **own), args

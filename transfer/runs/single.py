@@ -141,7 +141,7 @@ def measure_on_train(context: RunContext, trainer: FinetuningTrainer, speed: Spe
 
 def train_and_measure(context: RunContext, trainer: FinetuningTrainer, checkpoint: str | None) -> dict:
     """Train, keep the best epoch, and measure it on training images; returns the stages of `RunMetrics`."""
-    args, run = trainer.args, context.run
+    run = context.run
     start = time.perf_counter()
     zero = ZeroEpoch(evaluate_split(trainer, trainer.eval_dataset, "zero epoch").accuracy)
     say(f"zero epoch  validation accuracy {zero.accuracy:.4f} before any training")

@@ -43,7 +43,7 @@ IMAGES_TIMED = 128  # to foresee how long evaluations take
 EVALUATED_SHARE = 2 / 3  # at most, of the time that predicting the test images leaves
 
 
-def time_evaluation(trainer: FinetuningTrainer, split: torch.utils.data.Dataset, images: int) -> float:
+def time_evaluation(trainer: FinetuningTrainer, split: PixelDataset, images: int) -> float:
     """Seconds to predict an image of a split, measured on that many of its images."""
     few = torch.utils.data.Subset(split, range(min(len(split), images)))
     trainer.predict_logits(few)  # the first call is slower
@@ -341,7 +341,7 @@ def limit_evaluation(context: RunContext, trainer: FinetuningTrainer) -> RunCont
     if left < 0:
         late = f"about {-left:.0f} s late: predicting takes longer than --max_minutes"
         say(f"time        the csv comes {late}")
-    count = max(trainer.model.num_labels, images_that_fit(left, seconds, passes))
+    count = max(len(context.data.class_ids), images_that_fit(left, seconds, passes))
     if trainer.args.world_size > 1:
         [count] = broadcast_object_list([count])
     if count >= len(held_out):

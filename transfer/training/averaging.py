@@ -5,11 +5,12 @@ An optional ingredient: one callback, which `--ema_decay` adds to the Trainer.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from transfer.training.checkpoints import read_state
 from transfer.training.trainer import FinetuningTrainer
@@ -62,11 +63,12 @@ class WeightAveraging(TrainerCallback):
         self.trainer, self.average = trainer, average_weights(trainer.model, decay)
         self.metric = trainer.args.metric_for_best_model
         trainer.args.metric_for_best_model = f"best_{self.metric}"
-        trainer.saved_beside[AVERAGE_FOLDER] = self.average.module.save_pretrained
+        self.averaged = cast(PreTrainedModel, self.average.module)
+        trainer.saved_beside[AVERAGE_FOLDER] = self.averaged.save_pretrained
 
     def on_train_begin(self, args, state, control, **kwargs):
         if checkpoint := self.trainer.resumed_from:
-            self.trainer.load_weights(checkpoint / AVERAGE_FOLDER, self.average.module)
+            self.trainer.load_weights(checkpoint / AVERAGE_FOLDER, self.averaged)
             self.average.n_averaged.fill_(read_state(checkpoint)["global_step"])
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -76,7 +78,7 @@ class WeightAveraging(TrainerCallback):
         own, averaged, best = f"eval_{self.metric}", f"eval_ema_{self.metric}", f"eval_best_{self.metric}"
         if own not in metrics:  # the evaluation of the average below
             return
-        with weights_of(self.average.module, self.trainer.model):
+        with weights_of(self.averaged, self.trainer.model):
             metrics |= self.trainer.evaluate(metric_key_prefix="eval_ema")
         metrics[best] = (max if args.greater_is_better else min)(metrics[own], metrics[averaged])
 

@@ -117,7 +117,7 @@ def fit_probe(trainer: FinetuningTrainer, store: PixelStore, split: datasets.Dat
         head = fit_head(features, labels, weight, bias, penalty)
     weight, bias = broadcast(list(head))  # rounding differs by process on a GPU, and the model must not
     with torch.no_grad():
-        for head in heads:
-            head.weight.copy_(weight)
-            head.bias.copy_(bias)
+        for layer in heads:
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
     return penalty

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from transfer.data.images import PixelDataset, identity_collate
@@ -43,6 +44,9 @@ from transfer.training.checkpoints import (
 from transfer.training.memory import BatchLimit, get_random_state, join_outcomes, set_random_state, split_batch
 from transfer.transforms.evaluation import EvaluationTransform
 from transfer.transforms.training import seeded_generator
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Batch = dict[str, torch.Tensor]
 
@@ -90,6 +94,9 @@ class FinetuningTrainer(Trainer):
     checkpoint.
     """
 
+    model: PreTrainedModel  # never None here: there is no model_init
+    train_dataset: PixelDataset
+    eval_dataset: PixelDataset
     adapts_to_memory = True  # False: running out of memory is an error
 
     def __init__(
@@ -110,10 +117,11 @@ class FinetuningTrainer(Trainer):
             os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(sorted(blocks))
         layout = torch.contiguous_format if shards_model() else torch.channels_last  # FSDP wants plain weights
         self.plain_class = type(classifier.model)  # FSDP makes another class of it
+        model: nn.Module = classifier.model
         super().__init__(
-            model=classifier.model.to(memory_format=layout),  # type: ignore[call-overload]
+            model=model.to(memory_format=layout),  # type: ignore[call-overload]  # torch documents it, its stub lacks it
             args=args,
-            data_collator=identity_collate,
+            data_collator=identity_collate,  # type: ignore[arg-type]  # batches come gathered, not as lists
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             compute_metrics=logits_to_metrics,
@@ -129,12 +137,15 @@ class FinetuningTrainer(Trainer):
         self.train_limit = BatchLimit("--per_device_train_batch_size", "a training step", args)
         self.eval_limit = BatchLimit("--per_device_eval_batch_size", "evaluation", args)
         self.micro_step = 0  # forward passes since the optimizer's last step
-        self._step, self._batches, self._random_state = -1, [], None
+        self._step = -1
+        self._batches: list[Batch] = []
+        self._random_state: list[torch.Tensor] = []
 
     def progress(self) -> float:
         """Share of the learning-rate schedule that is done: --max_minutes moves it on faster than by steps."""
-        moved = isinstance(self.lr_scheduler, LambdaLR)
-        return (self.lr_scheduler.last_epoch if moved else self.state.global_step) / self.state.max_steps
+        schedule = self.lr_scheduler
+        done = schedule.last_epoch if isinstance(schedule, LambdaLR) else self.state.global_step
+        return done / self.state.max_steps
 
     def classification_loss(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         """Cross-entropy over the whole accumulated batch; smoothed in training only."""
@@ -307,11 +318,11 @@ class FinetuningTrainer(Trainer):
         """Bring a model to a folder's weights. Raises `UserError` unless every tensor is there and fits."""
         model = self.accelerator.unwrap_model(model)
         if is_adapted(model):
-            load_adapters(model, folder)
+            load_adapters(cast("PeftModel", model), folder)
         elif holds_adapters(folder):
             raise UserError(f"{folder}: holds LoRA adapters; set the --lora_r that they were trained with")
         else:
-            model.load_state_dict(load_complete(type(model), folder).state_dict())
+            model.load_state_dict(load_complete(cast(type[PreTrainedModel], type(model)), folder).state_dict())
 
     def choose_weights(self, folder: Path) -> None:
         """Let the model end with a folder's weights; a sharded model is gathered from it in every process."""
@@ -320,7 +331,8 @@ class FinetuningTrainer(Trainer):
             return self.load_weights(folder, self.model)
         model = load_complete(self.plain_class, folder)
         self.accelerator.free_memory()
-        self.model = self.model_wrapped = model.to(self.args.device)
+        nn.Module.to(model, self.args.device)
+        self.model = self.model_wrapped = model
 
     def merge_lora(self) -> None:
         """Merge LoRA adapters, where there are any, into the plain model that is measured and saved."""
