@@ -10,7 +10,6 @@ natural order. `read_class_order` decides it, once, for training, validation, te
 """
 
 import argparse
-import hashlib
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -247,15 +246,6 @@ def load_dataset(
         rows = {"image": paths(folder.test_files), "image_id": folder.test_ids, "file": folder.test_files}
         splits["test"] = datasets.Dataset.from_dict(rows, unlabelled)
     return datasets.DatasetDict(splits)
-
-
-def split_fingerprint(dataset: datasets.DatasetDict) -> str:
-    """Hash of which files are in which split, whatever folder they lie in."""
-    digest = hashlib.sha256()
-    for name in ("train", "validation", "test"):
-        if name in dataset:
-            digest.update("\n".join([name, *dataset[name]["file"][:], ""]).encode())
-    return digest.hexdigest()
 
 
 def check_data(data_dir: str, classes_file: str | None = None) -> None:

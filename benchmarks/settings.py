@@ -13,7 +13,6 @@ import multiprocessing
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from transfer.models.cpu_kernels import skip_open_gates
 from transfer.models.load import read_geometry
 from transfer.runs.record import describe_device, describe_versions
 from transfer.runtime import resolve_mixed_precision, tune_malloc, use_all_cores
-from transfer.training.trainer import FinetuningTrainer
+from transfer.training import trainer
 
 # name: TrainingArguments that it changes; the other switches are read by `measure`.
 SETTINGS: dict[str, dict] = {
@@ -49,16 +48,10 @@ SETTINGS: dict[str, dict] = {
 PROJECT = next(iter(SETTINGS))
 
 
-def in_contiguous_format(trainer: FinetuningTrainer) -> None:
+def in_contiguous_format(model: torch.nn.Module) -> None:
     """Undo channels-last in the model and in what it is fed."""
-    trainer.model.to(memory_format=torch.contiguous_format)
-    prepare: Callable = trainer._prepare_inputs
-
-    def contiguous(inputs):
-        inputs = prepare(inputs)
-        return inputs | {"pixel_values": inputs["pixel_values"].contiguous()}
-
-    trainer._prepare_inputs = contiguous
+    model.to(memory_format=torch.contiguous_format)
+    trainer.channels_last = torch.Tensor.contiguous
 
 
 def measure(case: str, setting: str, data_dir: str) -> float:
@@ -75,14 +68,13 @@ def measure(case: str, setting: str, data_dir: str) -> float:
     if "attention" in setting:
         model.set_attn_implementation("eager")
     folder = open_data(data_dir)
-    geometry = read_geometry(processor)
-    store = open_pixel_store(folder.root, folder.files, geometry.apply, geometry.crop, geometry.rule)
+    store = open_pixel_store(folder.root, folder.files, read_geometry(processor))
     with tempfile.TemporaryDirectory() as scratch:
         arguments = quiet(scratch, batch, steps) | SETTINGS[setting]
-        trainer = project_trainer(model, processor, store, load_dataset(folder), arguments)
+        ours = project_trainer(model, processor, store, load_dataset(folder), arguments)
         if "contiguous" in setting:
-            in_contiguous_format(trainer)
-        return train_timed(trainer, steps)
+            in_contiguous_format(ours.model)
+        return train_timed(ours, steps)
 
 
 def applies(case: str, setting: str) -> bool:

@@ -154,10 +154,10 @@ def train_timed(trainer: Trainer, steps: int) -> float:
     return statistics.median(timer.seconds(warm_up=1))
 
 
-def time_prediction(trainer: Trainer) -> float:
+def time_prediction(trainer: FinetuningTrainer) -> float:
     """Seconds for every test image."""
     start = time.perf_counter()
-    trainer.predict(trainer.eval_dataset)
+    trainer.predict_logits(trainer.eval_dataset)
     return time.perf_counter() - start
 
 
@@ -188,9 +188,7 @@ def project_trainer(model, processor, store, dataset, arguments: dict) -> Finetu
     training = TrainTransform(view, [view.geometry.crop[0]], 0.35)
     args = FinetuningArguments(**arguments, load_best_model_at_end=False)
     train, test = PixelDataset(store, dataset["train"]), PixelDataset(store, dataset["test"])
-    return FinetuningTrainer(
-        Classifier(model, processor), args, view, training, layer_decay=0.9, train_dataset=train, eval_dataset=test
-    )
+    return FinetuningTrainer(Classifier(model, processor), args, view, training, train, test, layer_decay=0.9)
 
 
 def serve_stock(pipe, name: str, data_dir: str, steps: int) -> None:
@@ -235,7 +233,7 @@ def measure_case(name: str, repeats: int, dataset, folder, data_dir: str) -> dic
     apply_cpu_speedups(model)
     geometry = read_geometry(processor)
     size = geometry.crop[0]
-    store = open_pixel_store(folder.root, folder.files, geometry.apply, geometry.crop, geometry.rule)
+    store = open_pixel_store(folder.root, folder.files, geometry)
     rounds = []
     with tempfile.TemporaryDirectory() as scratch:
         arguments = quiet(scratch, batch, steps)
@@ -291,7 +289,7 @@ def measure_data(data_dir: str) -> dict:
             folder = open_data(data_dir)
             dataset = load_dataset(folder)
             opened = time.perf_counter()
-            store = open_pixel_store(folder.root, folder.files, geometry.apply, geometry.crop, geometry.rule)
+            store = open_pixel_store(folder.root, folder.files, geometry)
             PixelDataset(store, dataset["train"]).__getitems__(range(64))
             end = time.perf_counter()
             times[state] = {"seconds": end - start, "of_it_on_the_cache": end - opened, "images": len(folder.files)}

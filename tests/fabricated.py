@@ -16,9 +16,8 @@ from transfer.evaluation.metrics import (
     TrainMetrics,
     ZeroEpoch,
     measure,
-    measure_calibration,
 )
-from transfer.evaluation.predictions import Predictions
+from transfer.evaluation.predictions import Predictions, measure_calibration
 
 # The content of run.json besides the arguments.
 RECORD = {

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from transfer.runs.repeats import greedy_soup
 from transfer.training import trainer
-from transfer.training.averaging import average_weights, greedy_soup, weights_of
+from transfer.training.averaging import average_weights, weights_of
 
 
 def constant(value: float) -> nn.Module:

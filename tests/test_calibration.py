@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from transfer.evaluation.metrics import fit_temperature, measure_calibration
+from transfer.evaluation.predictions import fit_temperature, measure_calibration
 
 
 def honest_logits(images: int = 4000) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import ConvNextConfig, ConvNextForImageClassification
 
-from transfer.models.cpu_kernels import DepthwiseConv2d, use_fast_depthwise, weight_gradient
+from transfer.models.cpu_kernels import use_fast_depthwise, weight_gradient
 
 SHAPES = [  # kernel, stride, padding, height and width of the image
     (5, 1, 2, (9, 9)),
@@ -95,4 +95,7 @@ def test_a_quickened_model_is_saved_and_copied_as_it_was(tmp_path):
     reloaded = ConvNextForImageClassification.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert all(torch.equal(m(images).logits, before) for m in (model, copy.deepcopy(model), reloaded))
-    assert sum(isinstance(module, DepthwiseConv2d) for module in copy.deepcopy(model).modules()) == 2
+    copied = copy.deepcopy(model)
+    for original, own in zip(model.modules(), copied.modules(), strict=True):  # a copy computes with its own weights
+        if "forward" in vars(original):
+            assert own.forward.__self__ is own

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from transfer.evaluation import predictions
-from transfer.evaluation.metrics import measure_reliability, score_interval
+from transfer.evaluation.metrics import score_interval
 from transfer.reporting.charts import choose_classes, draw_matrix, find_ticks
 
 CONFUSIONS = np.array([[8, 2, 0], [1, 9, 0], [0, 0, 5]])
@@ -36,14 +36,14 @@ def test_a_confusion_is_counted_in_the_labels_row_and_a_class_without_images_has
 def test_the_calibration_error_is_the_gap_weighed_by_images():
     sure, unsure = [0.9, 0.1], [0.55, 0.45]
     probabilities = np.array([sure, sure, sure, sure, unsure, unsure])
-    found = measure_reliability(probabilities, np.array([0, 0, 0, 1, 1, 1]))
+    found = predictions.measure_reliability(probabilities, np.array([0, 0, 0, 1, 1, 1]))
     assert found.images.tolist() == [2, 4]
     assert found.confidence == pytest.approx([0.55, 0.9]) and found.accuracy == pytest.approx([0, 0.75])
     assert found.ece == pytest.approx((2 * 0.55 + 4 * 0.15) / 6)
 
 
 def test_full_confidence_falls_into_the_last_bin():
-    found = measure_reliability(np.array([[1.0, 0.0]]), np.array([0]))
+    found = predictions.measure_reliability(np.array([[1.0, 0.0]]), np.array([0]))
     assert found.images.tolist() == [1] and found.ece == 0
 
 

@@ -32,7 +32,7 @@ def test_mean_and_standard_deviation_are_those_of_a_sample():
     runs = [
         dataclasses.replace(run, train=dataclasses.replace(run.train, loss=run.validation.accuracy)) for run in runs
     ]
-    mean, std = summarise(runs)
+    mean, std = summarise(runs).values()
     assert vars(mean.validation) == {"accuracy": pytest.approx(0.75), "loss": 1.5}
     assert vars(std.validation) == {"accuracy": pytest.approx(0.1 / np.sqrt(2)), "loss": 0.0}
     assert std.train.loss == pytest.approx(0.1 / np.sqrt(2))
@@ -142,9 +142,9 @@ def test_a_finished_training_of_other_data_is_noticed_before_the_next_one(seeds_
         (["--seeds", "1"], "two or more different seeds"),
         (["--seeds", "1", "1"], "two or more different seeds"),
         (["--seeds", "1", "2", "--do_train", "false"], "does not go with --do_train false"),
-        (["--tta", "upside_down"], "must be of flip"),
+        (["--tta", "upside_down"], "--tta upside_down: must be flip, zoom, zoom_flip or corners"),
         (["--ema_decay", "1"], "must be at least 0 and below 1"),
-        (["--mixup_alpha", "-1"], "must be 0 or above"),
+        (["--mixup_alpha", "-1"], "--mixup_alpha -1.0: must be at least 0"),
         (["--train_image_size", "32", "4"], "must be at least 8"),
     ],
 )

@@ -8,12 +8,11 @@ import pytest
 from conftest import WNIDS, draw_picture, write_data_set
 from fabricated import trained_metrics
 
-import finetune_vit
 from finetune_vit import main
 from transfer.errors import UserError
 from transfer.evaluation.metrics import Scores, SplitScores
 from transfer.models import load
-from transfer.runs import record
+from transfer.runs import record, single
 
 
 @pytest.fixture
@@ -133,7 +132,7 @@ def test_what_differs_from_a_run_of_several_trainings_is_said_before_the_first(
     def stop(*args):
         raise UserError("enough")
 
-    monkeypatch.setattr(finetune_vit, "train_and_measure", stop)
+    monkeypatch.setattr(single, "train_and_measure", stop)
     out, _ = repeated_run
     edited = copy_record(out, tmp_path / "edited", "edited.json")
     edit(edited, lambda content: content["versions"].update(torch="2.9.0"))

@@ -279,7 +279,7 @@ def test_a_bad_image_stops_the_run_before_training_and_leaves_nothing(data, chec
         (["RECIPE", "--data_dir", "DATA", "--max_minutes", "1", "--do_train", "false"], "does not go with --do_train"),
         (
             ["RECIPE", "--data_dir", "DATA", "--do_train", "false", "--resume_from_checkpoint", "true"],
-            "goes on training",
+            "resumes training",
         ),
     ],
 )

@@ -11,7 +11,6 @@ import sys
 import weakref
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, WNIDS, draw_picture, write_data_set
@@ -22,9 +21,10 @@ from transfer.data import images
 from transfer.errors import UserError
 from transfer.runs import single
 from transfer.training import checkpoints as checkpoint_files
-from transfer.training import fault_tolerance
+from transfer.training import memory
 from transfer.training.checkpoints import last_checkpoint
 from transfer.training.trainer import FinetuningTrainer
+from transfer.transforms.evaluation import EvaluationTransform
 
 
 class Killed(BaseException):
@@ -238,7 +238,7 @@ def test_lost_permission_while_results_are_written_is_one_line(
         finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and "Traceback" not in message
-    assert "submission.csv: cannot be written (Permission denied); mend that, then repeat" in message
+    assert "submission.csv: cannot be written (Permission denied); fix this and rerun; the command restarts" in message
 
 
 def test_ctrl_c_outside_of_training_is_one_line(pristine_data, checkpoints, finetune, monkeypatch, capsys):
@@ -350,8 +350,8 @@ def test_one_image_that_does_not_fit_is_an_error_that_says_what_to_do(
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
-    assert not fault_tolerance.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert fault_tolerance.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not memory.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert memory.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
 
 
 def test_memory_does_not_grow_with_epochs(pristine_data, checkpoints, finetune, when):
@@ -369,16 +369,15 @@ def test_memory_does_not_grow_with_epochs(pristine_data, checkpoints, finetune, 
 
 
 def test_memory_does_not_grow_with_test_images(pristine_data, checkpoints, finetune, monkeypatch):
-    seen, alive, prepare = [], [], FinetuningTrainer._prepare_inputs
+    seen, alive, forward = [], [], EvaluationTransform.forward
 
-    def watch(self, inputs):
-        assert isinstance(self.eval_dataset.pixels, np.memmap)
-        batch, views = inputs["pixel_values"], prepare(self, inputs)
-        seen.extend([weakref.ref(batch), weakref.ref(views["pixel_values"])])
+    def watch(self, images):
+        pixel_values = forward(self, images)
+        seen.extend([weakref.ref(images), weakref.ref(pixel_values)])
         alive.append(sum(reference() is not None for reference in seen))
-        return views
+        return pixel_values
 
-    monkeypatch.setattr(FinetuningTrainer, "_prepare_inputs", watch)
+    monkeypatch.setattr(EvaluationTransform, "forward", watch)
     settings = {"linear_probe_only": "true", "tta": "flip", "per_device_eval_batch_size": 1}
     finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1, **settings)
     assert len(seen) > 100 and max(alive) <= 4  # this batch and the one before

@@ -70,4 +70,4 @@ def test_an_unknown_tracker_names_those_that_exist(tmp_path, finetune, capsys):
     with pytest.raises(SystemExit):
         finetune(tmp_path / "no data", "nowhere", report_to="tensorbord")
     error = capsys.readouterr().err
-    assert "error: --report_to tensorbord: is no tracker; there are " in error and "tensorboard" in error
+    assert "error: --report_to tensorbord: is not a tracker; choose from " in error and "tensorboard" in error

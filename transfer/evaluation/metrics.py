@@ -1,4 +1,4 @@
-"""Metrics of labelled images: accuracy and its intervals, calibration, and metrics.json."""
+"""Metrics of labelled images: accuracy with its intervals, and metrics.json."""
 
 import json
 from collections.abc import Mapping
@@ -9,8 +9,7 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
+from scipy.special import log_softmax
 from scipy.stats import betabinom, binomtest
 from sklearn.metrics import f1_score, top_k_accuracy_score
 
@@ -18,8 +17,6 @@ from transfer.errors import UserError
 from transfer.files import read_json, write_atomically
 
 FILE_NAME = "metrics.json"
-CALIBRATION_BINS = 15  # as in Guo et al. 2017
-HIGHEST_TEMPERATURE = 20.0  # the lowest one is its inverse
 
 
 def find_hits(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -93,63 +90,12 @@ def measure(logits: np.ndarray, labels: np.ndarray) -> ClassificationMetrics:
 
 
 @dataclass(frozen=True)
-class Reliability:
-    """Mean confidence and accuracy in bins of equal width that hold images, and the expected calibration error."""
-
-    confidence: np.ndarray
-    accuracy: np.ndarray
-    images: np.ndarray
-    ece: float
-
-
-def measure_reliability(probabilities: np.ndarray, labels: np.ndarray) -> Reliability:
-    """Compare the top probability of each image, of (N, classes), with its accuracy (Guo et al. 2017)."""
-    confidence, hits = probabilities.max(1), find_hits(probabilities, labels)
-    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    images = np.bincount(bins, minlength=CALIBRATION_BINS)
-    kept = images > 0
-    sums = np.bincount(bins, confidence, CALIBRATION_BINS)[kept], np.bincount(bins, hits, CALIBRATION_BINS)[kept]
-    mean_confidence, accuracy = sums[0] / images[kept], sums[1] / images[kept]
-    ece = float(np.abs(mean_confidence - accuracy) @ images[kept] / len(labels))
-    return Reliability(mean_confidence, accuracy, images[kept], ece)
-
-
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature that minimises the cross-entropy of logits (N, classes) / temperature against labels (N,)."""
-    rows = np.arange(len(labels))
-
-    def loss(log_temperature: float) -> float:
-        return -log_softmax(logits / np.exp(log_temperature), axis=-1)[rows, labels].mean()
-
-    bound = np.log(HIGHEST_TEMPERATURE)
-    return float(np.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded").x))
-
-
-@dataclass(frozen=True)
 class Calibration:
     """Temperature, and the expected calibration error before and after scaling with it."""
 
     temperature: float
     ece: float
     ece_scaled: float | None = None
-
-
-def measure_calibration(logits: np.ndarray, labels: np.ndarray) -> Calibration:
-    """Calibration of logits (N, classes) against labels (N,) with temperature scaling (Guo et al. 2017).
-
-    Scaling changes no predicted label, so the submission stays the same.
-    """
-    logits = np.asarray(logits, dtype=np.float64)
-    scaled, first = np.empty_like(logits), np.arange(len(labels)) % 2 == 0
-    # Each half is scaled with the temperature of the other, so the error is not measured where it was fitted.
-    for half in (first, ~first):
-        other = ~half if (~half).any() else half
-        scaled[half] = logits[half] / fit_temperature(logits[other], labels[other])
-    return Calibration(
-        temperature=fit_temperature(logits, labels),
-        ece=measure_reliability(softmax(logits, axis=-1), labels).ece,
-        ece_scaled=measure_reliability(softmax(scaled, axis=-1), labels).ece,
-    )
 
 
 @dataclass(frozen=True)
@@ -313,3 +259,28 @@ class RunMetrics:
             return cls.from_json(content)
         except ValueError as fault:
             raise UserError(f"{path}: {fault}; every run of this project writes it") from None
+
+
+def describe_metrics(metrics: RunMetrics) -> list[str]:
+    """The main results in words, one line each."""
+    lines, label = [], "validation accuracy"
+    if metrics.mean and metrics.std:
+        kind, mean, std = "folds" if metrics.folds else "seeds", metrics.mean.validation, metrics.std.validation
+        spread = f"{mean.accuracy:.4f}, standard deviation {std.accuracy:.4f}"
+        lines.append(f"{f'{len(metrics.repeats)} {kind}':<11} mean validation accuracy {spread}")
+    if metrics.soup:
+        members = ", ".join(map(str, metrics.soup.members))
+        lines.append(
+            f"soup        validation accuracy {metrics.soup.accuracy:.4f}, weights of seeds {members} averaged"
+        )
+    if metrics.ensemble:
+        lines.append(f"ensemble    validation accuracy {metrics.ensemble.accuracy:.4f}")
+    if metrics.submission:
+        best = "" if metrics.folds else ", the best on validation"
+        lines.append(f"submission  from {metrics.submission.from_}{best}")
+    if metrics.folds:
+        label = "validation accuracy of all images, each predicted by the fold that left it out:"
+    validation = metrics.validation
+    low, high = validation.accuracy_ci95
+    lines.append(f"{label} {validation.accuracy:.4f} (95% interval {low:.4f} to {high:.4f}, n={validation.n})")
+    return lines

@@ -1,4 +1,4 @@
-"""The logits that a run keeps in predictions.npz, their ensembles, and what they say about classes and labels."""
+"""The logits that a run keeps in predictions.npz: their ensembles, calibration, confusions and label issues."""
 
 import dataclasses
 import io
@@ -9,15 +9,18 @@ from pathlib import Path
 
 import numpy as np
 from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.optimize import minimize_scalar
 from scipy.spatial.distance import squareform
-from scipy.special import log_softmax, logsumexp
+from scipy.special import log_softmax, logsumexp, softmax
 from sklearn.metrics import confusion_matrix
 
 from transfer.errors import UserError
-from transfer.evaluation.metrics import find_hits
+from transfer.evaluation.metrics import Calibration, find_hits
 from transfer.files import write_atomically
 
 FILE_NAME = "predictions.npz"
+CALIBRATION_BINS = 15  # as in Guo et al. 2017
+HIGHEST_TEMPERATURE = 20.0  # the lowest one is its inverse
 MAX_LABEL_ISSUES = 0.1  # share of the images; ImageNet has about 6% wrong labels (Northcutt et al. 2021)
 
 
@@ -91,6 +94,57 @@ class Predictions:
             raise UserError(f"{path}: does not exist; the run was not finished") from None
         except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as fault:
             raise UserError(f"{path}: is not a run's predictions ({' '.join(str(fault).split())})") from None
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Mean confidence and accuracy in bins of equal width that hold images, and the expected calibration error."""
+
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    images: np.ndarray
+    ece: float
+
+
+def measure_reliability(probabilities: np.ndarray, labels: np.ndarray) -> Reliability:
+    """Compare the top probability of each image, of (N, classes), with its accuracy (Guo et al. 2017)."""
+    confidence, hits = probabilities.max(1), find_hits(probabilities, labels)
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    images = np.bincount(bins, minlength=CALIBRATION_BINS)
+    kept = images > 0
+    sums = np.bincount(bins, confidence, CALIBRATION_BINS)[kept], np.bincount(bins, hits, CALIBRATION_BINS)[kept]
+    mean_confidence, accuracy = sums[0] / images[kept], sums[1] / images[kept]
+    ece = float(np.abs(mean_confidence - accuracy) @ images[kept] / len(labels))
+    return Reliability(mean_confidence, accuracy, images[kept], ece)
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature that minimises the cross-entropy of logits (N, classes) / temperature against labels (N,)."""
+    rows = np.arange(len(labels))
+
+    def loss(log_temperature: float) -> float:
+        return -log_softmax(logits / np.exp(log_temperature), axis=-1)[rows, labels].mean()
+
+    bound = np.log(HIGHEST_TEMPERATURE)
+    return float(np.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded").x))
+
+
+def measure_calibration(logits: np.ndarray, labels: np.ndarray) -> Calibration:
+    """Calibration of logits (N, classes) against labels (N,) with temperature scaling (Guo et al. 2017).
+
+    Scaling changes no predicted label, so the submission stays the same.
+    """
+    logits = np.asarray(logits, dtype=np.float64)
+    scaled, first = np.empty_like(logits), np.arange(len(labels)) % 2 == 0
+    # Each half is scaled with the temperature of the other, so the error is not measured where it was fitted.
+    for half in (first, ~first):
+        other = ~half if (~half).any() else half
+        scaled[half] = logits[half] / fit_temperature(logits[other], labels[other])
+    return Calibration(
+        temperature=fit_temperature(logits, labels),
+        ece=measure_reliability(softmax(logits, axis=-1), labels).ece,
+        ece_scaled=measure_reliability(softmax(scaled, axis=-1), labels).ece,
+    )
 
 
 def order_classes(probabilities: np.ndarray, labels: np.ndarray) -> list[int]:

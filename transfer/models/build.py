@@ -1,23 +1,37 @@
-"""A model brought to another image size: its position tables are resized once, so that nothing has to interpolate
-later, neither in training nor in a plain pipeline.
+"""A pretrained checkpoint made into a classifier of our classes: a new head, another image size, frozen or adapted.
 
-A pretrained checkpoint made into a classifier of our classes: new head, warm where classes are known, new size.
+Position tables are resized once, so that nothing has to interpolate later, in training or in a plain pipeline.
 """
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import set_seed
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from transfer.config import FinetuningArguments, RunArguments
+from transfer.data.images import ImageGeometry
+from transfer.data.layouts import DatasetFiles
 from transfer.errors import UserError
 from transfer.models.cpu_kernels import skip_open_gates, use_fast_depthwise
-from transfer.models.layers import find_heads
+from transfer.models.layers import (
+    BATCH_NORMS,
+    describe_learning_rates,
+    find_heads,
+    freeze_batch_norm_stats,
+    freeze_layers,
+    parameter_groups,
+    trained_share,
+)
 from transfer.models.load import load_checkpoint, read_geometry, saved_class_ids, set_image_size
+from transfer.models.lora import add_adapters
+from transfer.runtime import say
 
 
 def _vision_config(config):
@@ -72,6 +86,21 @@ def interpolate_positions(model: PreTrainedModel, image_size: int) -> dict[str, 
     return tables
 
 
+def _resize_timm(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
+    """timm's ViTs and Swins resize themselves; its convolutional networks take any size."""
+    config, old = model.config, model.config.pretrained_cfg.get("input_size", (3, 0, 0))[-1]
+    config.pretrained_cfg["input_size"] = [3, image_size, image_size]
+    if old == image_size or not hasattr(model.timm_model, "set_input_size"):
+        return model
+    try:
+        model.timm_model.set_input_size(img_size=(image_size, image_size))
+    except (AssertionError, RuntimeError, ValueError) as fault:
+        reason = " ".join(str(fault).split())
+        raise UserError(f"--image_size {image_size}: {config.architecture} cannot change to it ({reason})") from None
+    config.model_args = {**(config.model_args or {}), "img_size": image_size}
+    return model
+
+
 def resize_input(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
     """The same model for square images of another size. Raises `UserError` where a model cannot change."""
     if hasattr(model, "timm_model"):
@@ -92,30 +121,6 @@ def resize_input(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
         )
     resized.load_state_dict(weights)
     return resized
-
-
-def _resize_timm(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
-    """timm's ViTs and Swins resize themselves; its convolutional networks take any size."""
-    config, old = model.config, model.config.pretrained_cfg.get("input_size", (3, 0, 0))[-1]
-    config.pretrained_cfg["input_size"] = [3, image_size, image_size]
-    if old == image_size or not hasattr(model.timm_model, "set_input_size"):
-        return model
-    try:
-        model.timm_model.set_input_size(img_size=(image_size, image_size))
-    except (AssertionError, RuntimeError, ValueError) as fault:
-        reason = " ".join(str(fault).split())
-        raise UserError(f"--image_size {image_size}: {config.architecture} cannot change to it ({reason})") from None
-    config.model_args = {**(config.model_args or {}), "img_size": image_size}
-    return model
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """A model with one logit a class, the processor that feeds it, and what was done to get there."""
-
-    model: PreTrainedModel
-    processor: BaseImageProcessor
-    warm_classes: int = 0  # head rows copied from the checkpoint
 
 
 def normalise_label(label: str) -> str:
@@ -181,7 +186,7 @@ def fix_batch_norm_momentum(model: PreTrainedModel) -> None:
     newest batch, so that evaluation would stand on the statistics of the last training batch alone.
     """
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum and module.momentum > 0.5:
+        if isinstance(module, BATCH_NORMS) and module.momentum and module.momentum > 0.5:
             module.momentum = 0.1
 
 
@@ -189,6 +194,20 @@ def apply_cpu_speedups(model: PreTrainedModel) -> None:
     """Leave out and replace what takes time for nothing; the parameters and what they mean stay."""
     skip_open_gates(model)
     use_fast_depthwise(model)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model with one logit a class, the processor that feeds it, and what was done to get there."""
+
+    model: PreTrainedModel
+    processor: BaseImageProcessor
+    warm_classes: int = 0  # head rows copied from the checkpoint
+
+    @functools.cached_property
+    def geometry(self) -> ImageGeometry:
+        """How the processor brings an image to the model."""
+        return read_geometry(self.processor)
 
 
 def build_classifier(
@@ -238,3 +257,37 @@ def load_trained(
         )
     apply_cpu_speedups(model)
     return Classifier(model, processor)
+
+
+def prepare_model(run: RunArguments, args: FinetuningArguments, data: DatasetFiles) -> Classifier:
+    """The checkpoint with a head for the data's classes, or a fine-tuned model where nothing is trained."""
+    if not args.do_train:
+        return load_trained(run.model_name_or_path, data.class_ids, run.model_revision, run.trust_remote_code)
+    set_seed(args.seed)  # before the head is drawn
+    classifier = build_classifier(
+        run.model_name_or_path,
+        data.class_ids,
+        data.class_names,
+        data.synonyms,
+        run.image_size,
+        run.model_revision,
+        run.head_warm_start,
+        run.trust_remote_code,
+        run.drop_path_rate,
+    )
+    kind, parameters = type(classifier.model).__name__, sum(p.numel() for p in classifier.model.parameters())
+    if run.freeze_batch_norm_stats:
+        freeze_batch_norm_stats(classifier.model)
+    if run.freeze_layers:
+        freeze_layers(classifier.model, run.freeze_layers)
+    if run.lora_r:
+        classifier = replace(classifier, model=add_adapters(classifier.model, run.lora_r))
+    say(
+        f"model       {kind}, {parameters / 1e6:.1f} M parameters, {trained_share(classifier.model):.2%} trained; "
+        f"the head starts from the checkpoint's for {classifier.warm_classes} of {len(data.class_ids)} classes",
+    )
+    groups = parameter_groups(classifier.model, args.learning_rate, args.weight_decay, run.layer_decay)
+    say(f"rates       {describe_learning_rates(groups)}")
+    if args.gradient_checkpointing and not classifier.model.supports_gradient_checkpointing:
+        raise UserError(f"--gradient_checkpointing: {type(classifier.model).__name__} does not support it")
+    return classifier

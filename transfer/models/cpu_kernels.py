@@ -1,11 +1,14 @@
-"""Depthwise convolutions whose gradients a CPU computes slowly, put together from convolutions that it computes fast.
+"""Speed-ups for a CPU that leave parameters and results as they are.
 
-oneDNN has fast kernels for the weight gradient of depthwise convolutions up to three columns wide, however high, and
+Depthwise convolutions: oneDNN has fast kernels for the weight gradient up to three columns wide, however high, and
 falls back on reference code beyond that; for the input gradient of strided ones it does so in bf16. Both together took
-three quarters of a training step of EfficientNet. Nothing changes on other devices or where no gradient is wanted.
+three quarters of a training step of EfficientNet. The slow gradients are computed by convolutions that are fast.
+Nothing changes on other devices or where no gradient is wanted.
 
-Squeeze-and-excite gates that are pinned open, and cost time for nothing.
+Gates: squeeze-and-excite gates that are pinned open are skipped.
 """
+
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -91,26 +94,25 @@ class _DepthwiseConvolution(torch.autograd.Function):
         return of_images, of_weight, of_bias, None, None
 
 
-class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise nn.Conv2d that is quicker to train on a CPU."""
-
-    def _conv_forward(self, images, weight, bias):
-        if images.device.type != "cpu" or not torch.is_grad_enabled():
-            return super()._conv_forward(images, weight, bias)
-        if torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
-            images, weight, bias = (t if t is None else t.to(dtype) for t in (images, weight, bias))
-        padding = self.padding
-        if isinstance(padding, str):
-            padding = (0, 0) if padding == "valid" else tuple(size // 2 for size in self.kernel_size)
-        return _DepthwiseConvolution.apply(images, weight, bias, self.stride, padding)
+def _fast_forward(module: nn.Conv2d, images: torch.Tensor) -> torch.Tensor:
+    """What nn.Conv2d computes, with the fast gradients where a CPU trains."""
+    if images.device.type != "cpu" or not torch.is_grad_enabled():
+        return nn.Conv2d.forward(module, images)
+    weight, bias = module.weight, module.bias
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        images, weight, bias = (t if t is None else t.to(dtype) for t in (images, weight, bias))
+    padding = module.padding
+    if isinstance(padding, str):
+        padding = (0, 0) if padding == "valid" else tuple(size // 2 for size in module.kernel_size)
+    return _DepthwiseConvolution.apply(images, weight, bias, module.stride, padding)
 
 
 def _is_slow(module: nn.Module) -> bool:
     """Whether it is a depthwise convolution, computed as torch does, one of whose gradients is slow."""
-    if not isinstance(module, nn.Conv2d) or type(module)._conv_forward is not nn.Conv2d._conv_forward:
+    if not isinstance(module, nn.Conv2d) or type(module).forward is not nn.Conv2d.forward:
         return False
-    if type(module).forward is not nn.Conv2d.forward or module.padding_mode != "zeros":
+    if "forward" in vars(module) or module.padding_mode != "zeros":
         return False
     depthwise = module.groups == module.in_channels == module.out_channels
     symmetric = module.padding != "same" or all(size % 2 for size in module.kernel_size)
@@ -119,10 +121,10 @@ def _is_slow(module: nn.Module) -> bool:
 
 
 def use_fast_depthwise(model: nn.Module) -> int:
-    """Let depthwise convolutions compute their gradients the quick way; returns how many. Parameters stay."""
+    """Let depthwise convolutions compute their gradients the fast way; returns how many. Parameters stay."""
     modules = [module for module in model.modules() if _is_slow(module)]
     for module in modules:
-        module.__class__ = DepthwiseConv2d
+        module.forward = MethodType(_fast_forward, module)  # type: ignore[method-assign]
     return len(modules)
 
 
@@ -131,12 +133,12 @@ def _is_open(gate: EfficientNetSqueezeExciteLayer) -> bool:
     return not gate.expand.weight.any() and bool((torch.sigmoid(gate.expand.bias) == 1).all())
 
 
-def _hand_on(images: torch.Tensor) -> torch.Tensor:
+def _identity(images: torch.Tensor) -> torch.Tensor:
     return images
 
 
 def skip_open_gates(model: PreTrainedModel) -> int:
-    """Let gates that are pinned open hand on their input; returns how many.
+    """Let gates that are pinned open return their input; returns how many.
 
     EfficientNet-Lite has no gates, and is written so as an EfficientNet. The result is the same bit for bit, and the
     gates would get no gradient (a sigmoid at one has none), but they take a tenth of a training step. Their parameters
@@ -145,5 +147,5 @@ def skip_open_gates(model: PreTrainedModel) -> int:
     gates = [m for m in model.modules() if isinstance(m, EfficientNetSqueezeExciteLayer) and _is_open(m)]
     for gate in gates:
         gate.requires_grad_(False)
-        gate.forward = _hand_on
+        gate.forward = _identity
     return len(gates)

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from transfer.errors import UserError
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 MAX_BLOCK_LEVELS = 24  # ViT-L's depth: deeper backbones share levels, or their first layers would hardly learn
 
 
@@ -128,7 +129,7 @@ def _stay_in_evaluation(module: nn.Module, inputs: tuple) -> None:
 def freeze_batch_norm_stats(model: nn.Module, frozen_only: bool = False) -> None:
     """Keep the statistics of batch norms, or of those whose parameters are frozen, whatever mode the Trainer sets."""
     for module in model.modules():
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if not isinstance(module, BATCH_NORMS):
             continue
         if not frozen_only or not any(p.requires_grad for p in module.parameters()):
             module.register_forward_pre_hook(_stay_in_evaluation)

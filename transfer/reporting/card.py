@@ -8,50 +8,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from transfer.config import card_names
 from transfer.evaluation.comparison import base_model_name
-from transfer.evaluation.metrics import CALIBRATION_BINS, Calibration, ClassificationMetrics, RunMetrics
-from transfer.evaluation.predictions import Predictions, find_confused_pairs, score_classes
+from transfer.evaluation.metrics import Calibration, ClassificationMetrics, RunMetrics
+from transfer.evaluation.predictions import CALIBRATION_BINS, Predictions, find_confused_pairs, score_classes
 from transfer.files import leave_out_places
 from transfer.reporting.curves import list_stages
-
-# The arguments that describe a training recipe, in the order of the card; those that are None are left out.
-RECIPE_SETTINGS = [
-    "image_size",
-    "train_image_size",
-    "min_crop_scale",
-    "head_warm_start",
-    "drop_path_rate",
-    "layer_decay",
-    "num_train_epochs",
-    "max_train_samples",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "label_smoothing_factor",
-    "max_grad_norm",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "seed",
-    "seeds",
-    "kfold",
-    "split_seed",
-    "validation_fraction",
-]
-# What a recipe may add to plain fine-tuning; shown if it is on.
-INGREDIENTS = [
-    "freeze_layers",
-    "lora_r",
-    "linear_probe",
-    "linear_probe_only",
-    "ema_decay",
-    "mixup_alpha",
-    "cutmix_alpha",
-    "trivial_augment",
-    "erasing_probability",
-    "augment_until",
-    "tta",
-]
 
 UNPUSHED = "path/to/model"  # the name of a model that is not on the Hub
 WORST_CLASSES, CONFUSED_PAIRS = 5, 5
@@ -200,8 +162,8 @@ def _plain(value) -> str:
 def _training_table(metrics: RunMetrics, record: Mapping) -> str:
     arguments = record["arguments"]
     repeated = {"seed"} if arguments.get("seeds") else set()  # each training has its own
-    settings = [(n, arguments[n]) for n in RECIPE_SETTINGS if arguments.get(n) is not None and n not in repeated]
-    settings += [(name, arguments[name]) for name in INGREDIENTS if arguments.get(name)]
+    settings = [(n, arguments[n]) for n in card_names("setting") if arguments.get(n) is not None and n not in repeated]
+    settings += [(name, arguments[name]) for name in card_names("ingredient") if arguments.get(name)]
     settings.insert(0, ("base model", base_model_name(record)))
     settings.append(("precision", record["precision"].removeprefix("precision: ")))
     settings.append(("hardware", record["device"]))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from markupsafe import Markup
 
-from transfer.evaluation.metrics import Reliability
+from transfer.evaluation.predictions import Reliability
 
 # The confusion matrix.
 MOST_CLASSES = 120  # more names could not be read

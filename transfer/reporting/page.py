@@ -10,8 +10,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from transfer.errors import UserError
 from transfer.evaluation.comparison import RunResults, base_model_name
-from transfer.evaluation.metrics import CALIBRATION_BINS, RunMetrics, measure_reliability, score_interval
-from transfer.evaluation.predictions import order_classes
+from transfer.evaluation.metrics import RunMetrics, score_interval
+from transfer.evaluation.predictions import CALIBRATION_BINS, measure_reliability, order_classes
 from transfer.files import anonymise, leave_out_places, write_atomically
 from transfer.reporting.charts import choose_classes, draw_matrix, draw_reliability, percent
 from transfer.reporting.curves import draw_curves, list_repeats, list_steps, start_histories

@@ -1,6 +1,5 @@
 """run.json: what a run started from, and the comparison of two runs for `--reproduce`."""
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -18,7 +17,7 @@ from transfer.errors import UserError
 from transfer.evaluation.metrics import FILE_NAME as METRICS_FILE
 from transfer.evaluation.metrics import RunMetrics
 from transfer.files import PROJECT, digest_of_folder, read_json, run_git, write_atomically
-from transfer.runtime import launched_processes, shards_model
+from transfer.runtime import launched_processes, say, shards_model
 from transfer.training.checkpoints import decides_weights
 
 PACKAGES = ["torch", "transformers", "datasets", "accelerate", "evaluate", "huggingface_hub", "pandas", "numpy"]
@@ -70,24 +69,6 @@ def describe_command() -> str:
         kind = "fsdp" if shards_model() else "multi_gpu"
         launcher[-1:] = [f"recipes/accelerate/{kind}.yaml", "--num_processes", str(processes)]
     return shlex.join([*launcher, *script])
-
-
-def _plain(value):
-    try:
-        return json.loads(json.dumps(value))
-    except TypeError:
-        return str(value)
-
-
-def describe_arguments(*groups) -> dict:
-    """Arguments of dataclasses as json values, without tokens."""
-    values = {}
-    for group in groups:
-        for field in dataclasses.fields(group):
-            value = getattr(group, field.name)
-            if field.init and "token" not in field.name:
-                values[field.name] = value if isinstance(value, (bool, int, float, type(None))) else _plain(value)
-    return values
 
 
 def describe_versions() -> dict[str, str]:
@@ -299,10 +280,11 @@ def describe_outcome(differences: Sequence[str], comparisons: Sequence[NumberCom
     return [*map(str, comparisons), end]
 
 
-def compare_results(then: Path, now: Path) -> tuple[list[str], bool]:
-    """Compare the results of two runs, given their run.json: lines of text, and whether the first is reproduced."""
+def report_reproduction(then: Path, now: Path) -> int:
+    """Print the comparison of two runs, given their run.json; returns the exit code: 0 if the first is reproduced."""
     before, after = read_record(then), read_record(now)
     differences = describe_differences(before, after)
     comparisons = compare_metrics(RunMetrics.read(then.parent), RunMetrics.read(now.parent))
     comparisons += compare_records(before, after)
-    return describe_outcome(differences, comparisons), is_reproduced(differences, comparisons)
+    say(*describe_outcome(differences, comparisons))
+    return 0 if is_reproduced(differences, comparisons) else 1
