@@ -17,6 +17,7 @@ from pathlib import Path
 
 import datasets
 
+from transfer.config import RunArguments
 from transfer.data.images import scan_images
 from transfer.data.labels import check_template, name_classes, read_class_order, read_synonyms, read_template
 from transfer.data.layouts import (
@@ -33,7 +34,7 @@ from transfer.data.layouts import (
     name_layout,
     name_test_images,
 )
-from transfer.data.sources import extract_zip
+from transfer.data.sources import extract_zip, open_hub_data
 from transfer.data.splits import split_fold, split_validation, take_evenly
 from transfer.data.tiny_imagenet import make_100, sample_data
 from transfer.errors import UserError, exits_cleanly
@@ -246,6 +247,24 @@ def load_dataset(
         rows = {"image": paths(folder.test_files), "image_id": folder.test_ids, "file": folder.test_files}
         splits["test"] = datasets.Dataset.from_dict(rows, unlabelled)
     return datasets.DatasetDict(splits)
+
+
+def find_data(run: RunArguments) -> DatasetFiles:
+    """The data set that `--data_dir` or `--dataset_name` names, its layout understood. Raises `UserError`."""
+    if run.dataset_name:
+        return open_hub_data(run.dataset_name, run.dataset_config_name, run.label_column_name)
+    return open_data(run.data_dir or "", run.classes_file)
+
+
+def split_data(run: RunArguments, data: DatasetFiles) -> datasets.DatasetDict:
+    """Train, validation and test images of a run, or of one fold of it."""
+    fold = (run.fold, run.kfold) if run.fold and run.kfold else None
+    return load_dataset(data, run.validation_fraction, run.split_seed, run.max_train_samples, fold)
+
+
+def describe_splits(dataset: datasets.DatasetDict) -> str:
+    """How many images each split has."""
+    return ", ".join(f"{name} {len(split)}" for name, split in dataset.items())
 
 
 def check_data(data_dir: str, classes_file: str | None = None) -> None:

@@ -13,13 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
-
-from data_loading import describe_layout, describe_splits, find_data, load_dataset
+import data_loading
 from transfer.cli import parse_command_line
-from transfer.config import FinetuningArguments, RunArguments, describe_arguments
+from transfer.config import FinetuningArguments, describe_arguments
 from transfer.data.images import PixelDataset
-from transfer.data.layouts import DatasetFiles
 from transfer.errors import exits_cleanly
 from transfer.evaluation.metrics import RunMetrics, describe_metrics
 from transfer.models.build import Classifier, prepare_model
@@ -29,22 +26,15 @@ from transfer.runtime import say, set_up_runtime, share_steps
 from transfer.training.averaging import WeightAveraging
 from transfer.training.checkpoints import find_checkpoint
 from transfer.training.trainer import FinetuningTrainer
-from transfer.transforms.evaluation import EvaluationTransform, check_transform
+from transfer.transforms.evaluation import EvaluationTransform
 from transfer.transforms.training import make_train_transform
-
-
-def split_data(run: RunArguments, data: DatasetFiles) -> datasets.DatasetDict:
-    """Train, validation and test images of a run, or of one fold of it."""
-    fold = (run.fold, run.kfold) if run.fold else None
-    return load_dataset(data, run.validation_fraction, run.split_seed, run.max_train_samples, fold)
 
 
 def make_trainer(context: RunContext, args: FinetuningArguments, classifier: Classifier) -> FinetuningTrainer:
     """The Trainer of one model: decoded images in, transforms on the device, weights averaged where asked for."""
-    run, geometry, classes = context.run, classifier.geometry, classifier.model.num_labels
-    check_transform(classifier.processor, EvaluationTransform(geometry))
-    images = single.decode_images(args, context.data, geometry)
-    eval_transform = EvaluationTransform(geometry, images.cropped)  # the checkpoint's own preprocessing
+    run, classes = context.run, len(context.data.class_ids)
+    images = single.decode_images(args, context.data, classifier)
+    eval_transform = EvaluationTransform(classifier.geometry, images.cropped)  # the checkpoint's own preprocessing
     train_transform = make_train_transform(run, eval_transform, classes)  # augmentation
     train, validation = (PixelDataset(images, context.dataset[name]) for name in ("train", "validation"))
     trainer = FinetuningTrainer(classifier, args, eval_transform, train_transform, train, validation, run.layer_decay)
@@ -76,16 +66,16 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
     run, args, _ = parse_command_line(sys.argv[1:] if argv is None else argv)
     out, repeated = Path(args.output_dir), bool(run.seeds or (run.kfold and not run.fold))
     checkpoint = None if repeated or run.search else find_checkpoint(out, args.resume_from_checkpoint)
-    single.prepare_output(run, args)
     single.set_up_logging(args)
+    single.prepare_output(run, args)
     arguments = describe_arguments(run, args)
     say(precision, *share_steps(args))
 
-    data = find_data(run)
-    say(*describe_layout(data))
-    dataset = split_data(run, data)
+    data = data_loading.find_data(run)
+    say(*data_loading.describe_layout(data))
+    dataset = data_loading.split_data(run, data)
     if not run.kfold or run.fold:  # else each fold has its own
-        say(f"splits      {describe_splits(dataset)}")
+        say(f"splits      {data_loading.describe_splits(dataset)}")
     ends_by = started + 60 * run.max_minutes if run.max_minutes else None
     context = RunContext(run, arguments, precision, data, dataset, ends_by)
 
@@ -94,7 +84,7 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
     if run.search:
         return search.search_settings(context, args, make_trainer)
     if repeated:
-        metrics = repeats.run_repeats(context, args, fine_tune, make_trainer, split_data)
+        metrics = repeats.run_repeats(context, args, fine_tune, make_trainer, data_loading.split_data)
     else:
         metrics = fine_tune(context, args, checkpoint)
     say(*describe_metrics(metrics), f"results in {out}")

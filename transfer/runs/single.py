@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from transfer.bundle import check_target, pack
 from transfer.config import FinetuningArguments, RunArguments, training_only_names
-from transfer.data.images import ImageGeometry, PixelDataset, PixelStore, open_pixel_store
+from transfer.data.images import PixelDataset, PixelStore, open_pixel_store
 from transfer.data.labels import open_template, render_submission
 from transfer.data.layouts import DatasetFiles
 from transfer.data.splits import split_fingerprint, take_evenly
@@ -40,6 +40,7 @@ from transfer.files import (
     write_folder_atomically,
 )
 from transfer.hub import check_push, push_model, push_space
+from transfer.models.build import Classifier
 from transfer.models.load import fingerprint_of_weights
 from transfer.models.lora import holds_adapters
 from transfer.reporting.card import keep_card, write_card
@@ -59,7 +60,7 @@ from transfer.submission import digest_of
 from transfer.training.checkpoints import RunProvenance
 from transfer.training.linear_probe import fit_probe
 from transfer.training.trainer import FinetuningTrainer, identity, run_training
-from transfer.transforms.evaluation import TTA_TRANSFORMS
+from transfer.transforms.evaluation import TTA_TRANSFORMS, EvaluationTransform, check_transform
 
 READ_BACK_IMAGES = 10
 
@@ -87,10 +88,12 @@ def prepare_output(run: RunArguments, args: FinetuningArguments) -> None:
         check_push(args.hub_model_id, run.hub_space_id)
 
 
-def decode_images(args: FinetuningArguments, data: DatasetFiles, geometry: ImageGeometry) -> PixelStore:
+def decode_images(args: FinetuningArguments, data: DatasetFiles, classifier: Classifier) -> PixelStore:
     """Every image decoded, once a machine, into memory-mapped uint8 pixels."""
+    geometry = classifier.geometry
+    check_transform(classifier.processor, EvaluationTransform(geometry))
     with args.main_process_first(local=True, desc="decoding images"):
-        return open_pixel_store(data.root, data.files, geometry)
+        return open_pixel_store(data.root, data.files, geometry.apply, geometry.crop, geometry.rule)
 
 
 def start_record(context: RunContext, trainer: FinetuningTrainer, checkpoint: str | None = None) -> dict:

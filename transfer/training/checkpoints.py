@@ -112,7 +112,7 @@ def describe_resume(output_dir: Path) -> str:
     last = last_checkpoint(output_dir)
     if last is None:
         return "rerun the command: no epoch was finished, so it starts again, or tells you how to resume"
-    return f"resume from {last.name} with --resume_from_checkpoint true"
+    return f"resume with --resume_from_checkpoint true, from {last.name}"
 
 
 def make_room(output_dir: Path, needed: int, best: str | None) -> None:
