@@ -214,7 +214,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
     message = capsys.readouterr().err
     assert stop.value.code == 2 and "Traceback" not in message
     assert "checkpoint-10: cannot be written" in message and "No space left on device" in message
-    assert "go on with --resume_from_checkpoint true, from checkpoint-5" in message
+    assert "resume with --resume_from_checkpoint true, from checkpoint-5" in message
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-5"]
 
 

@@ -257,8 +257,7 @@ def combine_seeds(context: RunContext, trainer: FinetuningTrainer, folders: Sequ
     source = choose_submission({name: accuracy for name, (accuracy, _) in candidates.items()})
     accuracy, scores = candidates[source]
     metrics = RunMetrics(
-        **stages,
-        **summarise(runs),
+        **(stages | summarise(runs)),
         seeds=runs,
         soup=soup,
         ensemble=ensemble,
@@ -297,5 +296,5 @@ def combine_folds(folders: Sequence[Path]) -> EnsembleResult:
         seconds = sum(run.prediction.seconds for run in runs if run.prediction)
         stages["prediction"] = Speed(len(predictions.test_ids) / seconds, seconds)
     source = SubmissionSource(f"ensemble of {len(runs)} folds")
-    metrics = RunMetrics(**stages, **summary, folds=runs, submission=source)
+    metrics = RunMetrics(**(stages | summary), folds=runs, submission=source)
     return EnsembleResult(metrics, predictions, predictions.test_logits)

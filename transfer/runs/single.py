@@ -150,6 +150,7 @@ def train_and_measure(context: RunContext, trainer: FinetuningTrainer, checkpoin
     if run.linear_probe or run.linear_probe_only:
         probe = stages["linear_probe"] = probe_and_measure(context, trainer)
     if run.linear_probe_only:
+        assert probe.seconds is not None  # only the mean of several probes has none
         speed = Speed(len(context.dataset["train"]) / probe.seconds, probe.seconds)
     else:
         speed = Speed(**run_training(trainer, checkpoint))
