@@ -158,17 +158,17 @@ def start_of(folders: Sequence[Path]) -> str:
 
 
 def plain_accuracy(run: RunMetrics) -> float:
-    """Validation accuracy of a run's model without test-time augmentation, as a plain pipeline has it."""
+    """Validation accuracy of a run's model without test-time augmentation, as in a `pipeline`."""
     return run.tta.accuracy["plain"] if run.tta else run.validation.accuracy
 
 
 def best_of(folders: Sequence[Path]) -> Path:
-    """The finished run with the best validation accuracy as a plain pipeline has it."""
+    """The finished run with the best validation accuracy without test-time augmentation."""
     return folders[int(np.argmax([plain_accuracy(RunMetrics.read(folder)) for folder in folders]))]
 
 
 def summarise(runs: Sequence[RunMetrics]) -> dict[str, SplitScores]:
-    """Mean and standard deviation (of a sample: n - 1) over the trainings' metrics."""
+    """Mean, and standard deviation with n - 1 degrees of freedom, of accuracy and loss over several trainings."""
 
     def over_runs(statistic: Callable) -> SplitScores:
         splits = {}
@@ -184,7 +184,7 @@ def summarise(runs: Sequence[RunMetrics]) -> dict[str, SplitScores]:
 
 
 def total_speed(runs: Sequence[RunMetrics]) -> Speed:
-    """Images per second of the mean training, and seconds of all trainings."""
+    """Mean images per second of several trainings, and their seconds in total."""
     speeds = [run.train for run in runs if run.train is not None]
     return Speed(
         samples_per_second=float(np.mean([speed.samples_per_second for speed in speeds])),
@@ -193,7 +193,7 @@ def total_speed(runs: Sequence[RunMetrics]) -> Speed:
 
 
 def choose_submission(scores: Mapping[str, float]) -> str:
-    """The name with the best validation accuracy; of equals the first, so name the simpler one first."""
+    """The name with the best validation accuracy, the first of equals: list the simpler ones first."""
     return max(scores, key=lambda name: scores[name])
 
 
@@ -223,9 +223,9 @@ def greedy_soup(
 
 
 def combine_seeds(context: RunContext, trainer: FinetuningTrainer, folders: Sequence[Path]) -> EnsembleResult:
-    """Soup and ensemble of trainings on one split; the trainer, of the best of them, ends with the soup's weights.
+    """The soup and the ensemble of trainings on one split; the trainer's model becomes the soup.
 
-    The submission comes from the best of the single models, the soup and the ensemble, on validation.
+    The submission comes from the single model, the soup or the ensemble, whichever has the best validation accuracy.
     """
     seeds = context.run.seeds
     runs, members = [RunMetrics.read(folder) for folder in folders], [Predictions.load(folder) for folder in folders]
@@ -267,7 +267,7 @@ def combine_seeds(context: RunContext, trainer: FinetuningTrainer, folders: Sequ
 
 
 def join_folds(members: Sequence[Predictions]) -> Predictions:
-    """Every image as the fold that had not seen it predicts it; test images as the mean of all folds does."""
+    """Out-of-fold predictions: each image by the fold that left it out, test images by the ensemble of all folds."""
     return Predictions(
         np.concatenate([member.validation_files for member in members]),
         np.concatenate([member.validation_labels for member in members]),
@@ -278,10 +278,10 @@ def join_folds(members: Sequence[Predictions]) -> Predictions:
 
 
 def combine_folds(folders: Sequence[Path]) -> EnsembleResult:
-    """The accuracy of a cross-validation on all images, and its ensemble, which makes the submission.
+    """The metrics of a cross-validation, and the ensemble of its folds, which makes the submission.
 
-    Every image is measured by the one model that has not seen it. No image measures the ensemble, which is usually
-    better.
+    The accuracy is that of the folds on the images that each left out. It cannot be measured for the ensemble, which
+    has seen every image, and which is usually better.
     """
     runs = [RunMetrics.read(folder) for folder in folders]
     predictions = join_folds([Predictions.load(folder) for folder in folders])
