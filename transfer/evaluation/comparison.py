@@ -154,7 +154,7 @@ def describe_comparison(c: PairedComparison, first: str, second: str) -> list[st
     lines.append(f"McNemar's exact test on {c.first_only + c.second_only} images: p = {c.p_value:.3g}")
     if c.p_value < SIGNIFICANCE:
         better = second if c.difference > 0 else first
-        lines.append(f"{better} is better: chance rarely makes such a difference. The spread over seeds is not included.")
+        lines.append(f"{better} is better: chance rarely makes such a difference, but other seeds may change it.")
     else:
         lines.append("The difference is within noise: these images do not show which run is better.")
     return lines

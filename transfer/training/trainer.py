@@ -25,6 +25,7 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from transfer.data.images import PixelDataset, identity_collate
 from transfer.errors import UserError
+from transfer.evaluation.metrics import find_hits
 from transfer.models.build import Classifier
 from transfer.models.layers import find_blocks, parameter_groups
 from transfer.models.load import load_complete
@@ -58,7 +59,7 @@ def logits_to_metrics(outcome: EvalPrediction) -> dict[str, float]:
     """
     logits, labels = torch.from_numpy(outcome.predictions), torch.from_numpy(outcome.label_ids)
     return {
-        "accuracy": float((logits.argmax(-1) == labels).double().mean()),
+        "accuracy": float(find_hits(logits.numpy(), labels.numpy()).mean()),
         "loss": float(F.cross_entropy(logits.float(), labels)),
     }
 
