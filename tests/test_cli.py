@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from transfer.cli import ALIASES, USAGE, known_names, parse_command_line
+from transfer.cli import ALIASES, USAGE, parse_command_line
 from transfer.config import (
     TOPICS,
     TTA_NAMES,
@@ -14,6 +14,7 @@ from transfer.config import (
     RunArguments,
     card_names,
     check_bounds,
+    known_names,
     listed_fields,
     option_of,
 )

@@ -8,7 +8,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from transfer.cli import known_names, parse_command_line
+from transfer.cli import parse_command_line
+from transfer.config import known_names
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "EXPERIMENTS.md", ROOT / "outputs" / "README.md", *sorted(ROOT.glob("docs/*.md"))]

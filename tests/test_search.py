@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from transfer.cli import known_names
+from transfer.config import known_names
 from transfer.errors import UserError
 from transfer.runs.search import SearchSpace
 from transfer.training.averaging import WeightAveraging

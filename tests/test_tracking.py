@@ -5,7 +5,8 @@ import json
 import pytest
 from transformers.integrations import is_tensorboard_available
 
-from transfer import config
+from transfer import cli, config
+from transfer.errors import UserError
 
 
 def history_of(out) -> list[dict]:
@@ -51,8 +52,8 @@ def missing_tracker() -> str:
     """A tracker that this environment does not have."""
     for name in ("wandb", "trackio", "comet_ml", "clearml"):
         try:
-            config.check_trackers([name])
-        except config.UserError:
+            cli.check_trackers([name])
+        except UserError:
             return name
     pytest.skip("every tracker is installed")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from transfer import runtime
 from transfer.config import (
@@ -19,8 +20,8 @@ from transfer.config import (
     FinetuningArguments,
     RunArguments,
     check_bounds,
-    check_trackers,
-    describe_arguments,
+    chosen_arguments,
+    known_names,
     listed_fields,
     option_of,
     training_only_names,
@@ -72,18 +73,6 @@ ALIASES = {
     "warmup_steps": "warmup warmup_ratio warmup_epochs",
     "weight_decay": "wd",
 }
-
-# Arguments of a recorded run that its reproduction does not repeat.
-NOT_REPEATED = (
-    "output_dir",
-    "resume_from_checkpoint",
-    "push_to_hub",
-    "reproduce",
-    "estimate",
-    "search",
-    "search_space",
-    "disable_tqdm",  # its default depends on the log level at the moment
-)
 
 
 class RecipeParser(HfArgumentParser):
@@ -152,12 +141,6 @@ def _help_line(field: dataclasses.Field) -> str:
     )
 
 
-def known_names() -> list[str]:
-    """Every argument that a recipe or a flag may set."""
-    fields = [*dataclasses.fields(RunArguments), *dataclasses.fields(FinetuningArguments)]
-    return [field.name for field in fields if field.init and field.name not in REFUSED]
-
-
 def check_name(name: str, where: str) -> None:
     """Check that an argument exists. Raises `UserError` that names the nearest ones."""
     if name in REFUSED:
@@ -191,16 +174,6 @@ def read_recipe(path: Path, trains: bool = True) -> dict:
         check_name(str(name), str(path))
     ignored = set() if trains else training_only_names()
     return {name: value for name, value in recipe.items() if name not in ignored}
-
-
-def chosen_arguments(recorded: Mapping) -> dict:
-    """The arguments of a recorded run that are not defaults, without those that its reproduction does not repeat."""
-    defaults = describe_arguments(RunArguments(), FinetuningArguments(output_dir="outputs"))
-    return {
-        name: value
-        for name, value in recorded.items()
-        if name in known_names() and name not in NOT_REPEATED and value != defaults.get(name)
-    }
 
 
 def read_run(path: Path) -> dict:
@@ -314,6 +287,18 @@ def check_sharding(run: RunArguments, args: FinetuningArguments) -> None:
             raise UserError(f"--{name} does not go with FSDP; leave it out, or use recipes/accelerate/multi_gpu.yaml")
     if args.do_train and not args.load_best_model_at_end:
         raise UserError("--load_best_model_at_end false does not go with FSDP: the model is put together from disk")
+
+
+def check_trackers(names: list[str]) -> None:
+    """Check that every tracker exists and is installed. Raises `UserError`."""
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise UserError(f"--report_to {name}: is not a tracker; choose from {known}")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()  # opens nothing before training begins
+        except (RuntimeError, ImportError) as fault:
+            raise UserError(f"--report_to {name}: cannot be used: {' '.join(str(fault).split())}") from None
 
 
 def check_sharing(run: RunArguments, args: FinetuningArguments) -> None:

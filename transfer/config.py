@@ -5,13 +5,13 @@ import inspect
 import json
 import math
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from transfer.errors import UserError
 from transfer.runtime import must_use_cpu
@@ -65,6 +65,7 @@ class Option:
     below: float | None = None
     choices: tuple[str, ...] = ()
     training_only: bool = False  # --do_train false ignores a recipe's value
+    one_run: bool = False  # neither --reproduce nor the best recipe of a search repeats the value
     on_card: str | None = None  # in the model card: "setting", or "ingredient", which is shown only where it is on
 
     def correct(self, value) -> str | None:
@@ -180,16 +181,18 @@ class RunArguments:
         REPEATS, above=0, below=1, on_card="setting")
     search: int | None = option(
         None, "Number of Optuna trials over search_space; the best settings become output_dir/best.yaml.",
-        REPEATS, at_least=1)
+        REPEATS, at_least=1, one_run=True)
     search_space: str | None = option(
-        None, "In a recipe: the arguments to search, each with choices or with low, high and log or step.", REPEATS)
+        None, "In a recipe: the arguments to search, each with choices or with low, high and log or step.",
+        REPEATS, one_run=True)
     reproduce: str | None = option(
-        None, "Instead of a recipe: the run.json of a run to repeat and compare, number by number.", REPEATS)
+        None, "Instead of a recipe: the run.json of a run to repeat and compare, number by number.",
+        REPEATS, one_run=True)
 
     max_minutes: float | None = option(
         None, "Time limit of the whole run, csv included: the training and its schedule get shorter.",
         RESOURCES, above=0, training_only=True)
-    estimate: bool = option(False, "Measure memory and time over a few steps, then stop.", RESOURCES)
+    estimate: bool = option(False, "Measure memory and time over a few steps, then stop.", RESOURCES, one_run=True)
 
     export: str | None = option(
         None, "`onnx` also writes model.onnx and checks it against the model (needs requirements-extras.txt).",
@@ -208,7 +211,7 @@ class FinetuningArguments(TrainingArguments):
     num_train_epochs: float = option(3.0, "Number of passes over the training images.", LENGTH, on_card="setting")
     resume_from_checkpoint: str | None = option(
         None, "`true` resumes from the last checkpoint in output_dir; or a checkpoint's folder.",
-        LENGTH, training_only=True)
+        LENGTH, training_only=True, one_run=True)
 
     learning_rate: float = option(5e-4, "Peak learning rate.", OPTIMIZER, above=0, on_card="setting")
     lr_scheduler_type: str = option("cosine", "Learning-rate schedule after warmup.", OPTIMIZER, on_card="setting")
@@ -238,15 +241,17 @@ class FinetuningArguments(TrainingArguments):
     dataloader_num_workers: int = option(0, "Number of data loading processes; 0 loads in the main process.",
         RESOURCES, at_least=0)
 
-    output_dir: str = option(None, "Folder for everything that the run writes [outputs/<recipe name>].", OUTPUT)
+    output_dir: str = option(None, "Folder for everything that the run writes [outputs/<recipe name>].",
+        OUTPUT, one_run=True)
     report_to: list[str] = option(
         ["auto"], "Experiment trackers: tensorboard, wandb, trackio or none [tensorboard if installed].", OUTPUT)
     save_strategy: str = option("epoch", "Save a checkpoint after each `epoch`, or every save_steps `steps`.")
     # With 1 the Trainer deletes the last checkpoint at the end, and a kill in the final evaluation would cost epochs.
     save_total_limit: int | None = option(2, "Number of checkpoints to keep, the best and the last included.", OUTPUT)
-    push_to_hub: bool = option(False, "Push model/ to the Hub as hub_model_id after the run.", OUTPUT)
+    push_to_hub: bool = option(False, "Push model/ to the Hub as hub_model_id after the run.", OUTPUT, one_run=True)
     hub_model_id: str | None = option(None, "Hub repository to push to, e.g. me/tiny-imagenet-100.", OUTPUT)
     hub_private_repo: bool | None = option(None, "`true` makes a new Hub repository private.", OUTPUT)
+    disable_tqdm: bool | None = option(None, "Disable progress bars [depends on the log level].", one_run=True)
     logging_steps: float = option(0.02, "Steps between log lines, or their fraction of all steps if below 1.")
     # The filter hides NaN losses behind an average; here they stop the run.
     logging_nan_inf_filter: bool = option(False, "Leave non-finite losses out of the logged average.")
@@ -270,18 +275,6 @@ def default_trackers() -> list[str]:
     return ["tensorboard"] if is_tensorboard_available() else []
 
 
-def check_trackers(names: list[str]) -> None:
-    """Check that every tracker exists and is installed. Raises `UserError`."""
-    for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-            raise UserError(f"--report_to {name}: is not a tracker; choose from {known}")
-        try:
-            INTEGRATION_TO_CALLBACK[name]()  # opens nothing before training begins
-        except (RuntimeError, ImportError) as fault:
-            raise UserError(f"--report_to {name}: cannot be used: {' '.join(str(fault).split())}") from None
-
-
 def option_of(field: dataclasses.Field) -> Option:
     """What is known of an argument."""
     return field.metadata.get("option", Option())
@@ -298,6 +291,12 @@ def listed_fields() -> list[dataclasses.Field]:
 def card_names(kind: str) -> list[str]:
     """The arguments that the model card lists as "setting" or as "ingredient", in its order."""
     return [field.name for field in listed_fields() if option_of(field).on_card == kind]
+
+
+def known_names() -> list[str]:
+    """The arguments that a recipe or a flag may set."""
+    fields = [*dataclasses.fields(RunArguments), *dataclasses.fields(FinetuningArguments)]
+    return [field.name for field in fields if field.init and field.name not in REFUSED]
 
 
 def training_only_names() -> set[str]:
@@ -330,3 +329,11 @@ def _to_json(value):
         return json.loads(json.dumps(value))
     except TypeError:
         return str(value)
+
+
+def chosen_arguments(recorded: Mapping) -> dict:
+    """The arguments of a recorded run that are not defaults and do not belong to that run alone."""
+    fields = [*dataclasses.fields(RunArguments), *dataclasses.fields(FinetuningArguments)]
+    names = set(known_names()) - {field.name for field in fields if option_of(field).one_run}
+    defaults = describe_arguments(RunArguments(), FinetuningArguments(output_dir="outputs"))
+    return {name: value for name, value in recorded.items() if name in names and value != defaults.get(name)}

@@ -16,8 +16,7 @@ import yaml
 from accelerate.utils import set_seed
 from transformers import TrainerCallback
 
-from transfer.cli import chosen_arguments, known_names
-from transfer.config import FinetuningArguments, RunArguments
+from transfer.config import FinetuningArguments, RunArguments, chosen_arguments, known_names
 from transfer.data.splits import split_fingerprint, split_validation
 from transfer.errors import UserError
 from transfer.files import write_atomically
