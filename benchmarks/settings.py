@@ -25,8 +25,7 @@ from tqdm import tqdm
 from benchmarks.throughput import CASES, GPU_CASES, project_trainer, quiet, train_timed
 from data_loading import load_dataset, open_data
 from transfer.data.images import open_pixel_store
-from transfer.models.build import apply_cpu_speedups
-from transfer.models.cpu_kernels import skip_open_gates
+from transfer.models.cpu_kernels import apply_cpu_speedups, skip_saturated_gates
 from transfer.models.load import read_geometry
 from transfer.runs.record import describe_device, describe_versions
 from transfer.runtime import resolve_mixed_precision, tune_malloc, use_all_cores
@@ -64,7 +63,7 @@ def measure(case: str, setting: str, data_dir: str) -> float:
     transformers.utils.logging.disable_progress_bar()
     _, build, batch, steps = (CASES | GPU_CASES)[case]
     model, processor = build()
-    (skip_open_gates if "depthwise" in setting else apply_cpu_speedups)(model)
+    (skip_saturated_gates if "depthwise" in setting else apply_cpu_speedups)(model)
     if "attention" in setting:
         model.set_attn_implementation("eager")
     folder = open_data(data_dir)

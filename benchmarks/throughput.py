@@ -46,7 +46,8 @@ from benchmarks.stock import stock_trainer
 from data_loading import load_dataset, open_data
 from transfer.config import FinetuningArguments
 from transfer.data.images import PixelDataset, open_pixel_store
-from transfer.models.build import Classifier, apply_cpu_speedups
+from transfer.models.build import Classifier
+from transfer.models.cpu_kernels import apply_cpu_speedups
 from transfer.models.load import read_geometry
 from transfer.models.offline import offline_backbone
 from transfer.runs.record import describe_device, describe_versions
