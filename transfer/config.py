@@ -169,8 +169,8 @@ class RunArguments:
         f"validation accuracy: {', '.join(TTA_NAMES)}.",
         EVALUATION, choices=TTA_NAMES, on_card="ingredient")
 
-    seeds: list[int] | None = option(
-        None, "Train once per seed, report mean and standard deviation, and submit the ensemble or the soup.",
+    seeds: list[int] = option(
+        [], "Train once per seed, report mean and standard deviation, and submit the ensemble or the soup.",
         REPEATS, at_least=0, training_only=True, on_card="setting")
     kfold: int | None = option(None, "Number of cross-validation folds: train once per fold and submit the ensemble.",
         REPEATS, at_least=2, training_only=True, on_card="setting")

@@ -162,7 +162,9 @@ def _plain(value) -> str:
 def _training_table(metrics: RunMetrics, record: Mapping) -> str:
     arguments = record["arguments"]
     repeated = {"seed"} if arguments.get("seeds") else set()  # each training has its own
-    settings = [(n, arguments[n]) for n in card_names("setting") if arguments.get(n) is not None and n not in repeated]
+    settings = [
+        (n, arguments[n]) for n in card_names("setting") if arguments.get(n) not in (None, []) and n not in repeated
+    ]
     settings += [(name, arguments[name]) for name in card_names("ingredient") if arguments.get(name)]
     settings.insert(0, ("base model", base_model_name(record)))
     settings.append(("precision", record["precision"].removeprefix("precision: ")))

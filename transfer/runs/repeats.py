@@ -79,7 +79,7 @@ def list_seeds(context: RunContext, args: FinetuningArguments) -> list[tuple[Run
     trainings = []
     for seed in context.run.seeds:
         own = seed_arguments(args, seed)
-        arguments = context.arguments | {"seeds": None, "output_dir": own.output_dir}
+        arguments = context.arguments | {"seeds": [], "output_dir": own.output_dir}
         trainings.append((replace(context, arguments=arguments, parent_split=context.dataset), own))
     return trainings
 
@@ -89,7 +89,7 @@ def list_folds(
 ) -> list[tuple[RunContext, FinetuningArguments]]:
     """A training for every fold, on its own split and in a folder of its own."""
     trainings = []
-    for fold in range(1, context.run.kfold + 1):
+    for fold in range(1, (context.run.kfold or 0) + 1):
         own, run = fold_arguments(args, fold), replace(context.run, fold=fold)
         arguments = context.arguments | {"fold": fold, "output_dir": own.output_dir}
         dataset = split_data(run, context.data)

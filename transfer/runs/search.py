@@ -230,6 +230,6 @@ def search_settings(context: RunContext, args: FinetuningArguments, make_trainer
 
     sizes = ", ".join(f"{name} {len(split)}" for name, split in dataset.items())
     say(f"search      {run.search} trials of training images alone: {sizes}")
-    best, accuracy = search(build, space, run.search, study, say)
+    best, accuracy = search(build, space, run.search or 0, study, say)
     recipe = {"model_name_or_path": run.model_name_or_path} | chosen_arguments(context.arguments) | best
     say(write_best(out, recipe, accuracy), f"best settings in {out / BEST_FILE}")

@@ -85,7 +85,7 @@ def prepare_output(run: RunArguments, args: FinetuningArguments) -> None:
     if run.hand_in:
         check_target(Path(run.hand_in))
     if args.push_to_hub:
-        check_push(args.hub_model_id, run.hub_space_id)
+        check_push(args.hub_model_id or "", run.hub_space_id)
 
 
 def decode_images(args: FinetuningArguments, data: DatasetFiles, classifier: Classifier) -> PixelStore:
@@ -124,9 +124,15 @@ def start_record(context: RunContext, trainer: FinetuningTrainer, checkpoint: st
 # Training, evaluation, prediction
 
 
+def labels_of(split: PixelDataset) -> np.ndarray:
+    """(N,) labels of a split that has them: train and validation do."""
+    assert split.labels is not None
+    return split.labels
+
+
 def evaluate_split(trainer: FinetuningTrainer, split: PixelDataset, what: str = "evaluating") -> ClassificationMetrics:
     """Metrics of a labelled split, as the evaluation transform shows it, in fp32."""
-    return measure(trainer.predict_logits(split, what=what), split.labels)
+    return measure(trainer.predict_logits(split, what=what), labels_of(split))
 
 
 def measure_on_train(context: RunContext, trainer: FinetuningTrainer, speed: Speed) -> TrainMetrics:
@@ -179,25 +185,27 @@ def predict_and_measure(context: RunContext, trainer: FinetuningTrainer) -> tupl
     Test-time augmentation is averaged in where it raises the accuracy on the validation images.
     """
     dataset, held_out = context.dataset, trainer.eval_dataset
+    labels = labels_of(held_out)
     names = ["plain", *context.run.tta]
     tried = {name: predict_view(trainer, held_out, name, "validation") for name in names}
-    kept = choose_views(tried, held_out.labels)
+    kept = choose_views(tried, labels)
     logits = average_views([tried[name] for name in kept])
     stages: dict = {
-        "validation": measure(logits, held_out.labels),
-        "calibration": measure_calibration(logits, held_out.labels),
+        "validation": measure(logits, labels),
+        "calibration": measure_calibration(logits, labels),
     }
     if context.run.tta:
-        accuracies = {name: measure(tried[name], held_out.labels).accuracy for name in names}
+        accuracies = {name: measure(tried[name], labels).accuracy for name in names}
         stages["tta"] = TtaMetrics(kept, accuracies)
-    ids, tested = [], np.empty((0, logits.shape[-1]))
+    ids, tested = np.empty(0, dtype=np.str_), np.empty((0, logits.shape[-1]))
     if "test" in dataset:
         start = time.perf_counter()
         images = PixelDataset(held_out.store, dataset["test"])
         tested = average_views([predict_view(trainer, images, name, "test") for name in kept])
-        ids, seconds = dataset["test"]["image_id"][:], time.perf_counter() - start
+        ids, seconds = np.array(dataset["test"]["image_id"][:], dtype=np.str_), time.perf_counter() - start
         stages["prediction"] = Speed(len(ids) / seconds, seconds)
-    return Predictions(dataset["validation"]["file"][:], held_out.labels, logits, ids, tested), stages
+    files = np.array(dataset["validation"]["file"][:], dtype=np.str_)
+    return Predictions(files, labels, logits, ids, tested), stages
 
 
 # What a run leaves
@@ -279,7 +287,7 @@ def push_results(context: RunContext, args: FinetuningArguments, images: Sequenc
     """Push model/, check that the copy classifies images as it does, record its link, make its Space."""
     run, out = context.run, Path(args.output_dir)
     try:
-        link = push_model(out / "model", args.hub_model_id, args.hub_private_repo, args.hub_revision, images)
+        link = push_model(out / "model", args.hub_model_id or "", args.hub_private_repo, args.hub_revision, images)
         trained_in = find_run_of(Path(run.model_name_or_path)) if not args.do_train else None
         for folder in filter(None, [out, trained_in]):  # so that a bundle of either holds the link
             extend_record(folder, model_link=dataclasses.asdict(link))

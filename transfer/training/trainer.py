@@ -20,9 +20,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
+from transfer.config import FinetuningArguments
 from transfer.data.images import PixelDataset, identity_collate
 from transfer.errors import UserError
 from transfer.evaluation.metrics import find_hits
@@ -95,7 +96,10 @@ class FinetuningTrainer(Trainer):
     checkpoint.
     """
 
-    model: PreTrainedModel  # never None here: there is no model_init
+    # Narrower than the parent's types.
+    args: FinetuningArguments
+    model: PreTrainedModel
+    processing_class: BaseImageProcessor
     train_dataset: PixelDataset
     eval_dataset: PixelDataset
     adapts_to_memory = True  # False: running out of memory is an error
@@ -103,7 +107,7 @@ class FinetuningTrainer(Trainer):
     def __init__(
         self,
         classifier: Classifier,
-        args: TrainingArguments,
+        args: FinetuningArguments,
         eval_transform: EvaluationTransform,
         train_transform: nn.Module,
         train_dataset: PixelDataset,
