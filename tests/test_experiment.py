@@ -102,7 +102,7 @@ def test_each_seed_leaves_a_whole_run_of_its_own(seeds_run):
     _, out = seeds_run
     for seed in (3, 5):
         record = json.loads((out / f"seed-{seed}" / "run.json").read_text())
-        assert record["arguments"]["seed"] == seed and record["arguments"]["seeds"] is None
+        assert record["arguments"]["seed"] == seed and record["arguments"]["seeds"] == []
         assert (out / f"seed-{seed}" / "submission.csv").is_file()
     assert (out / "submission.csv").is_file() and (out / "model" / "model.safetensors").is_file()
 

@@ -222,7 +222,7 @@ def test_old_checkpoints_make_room_and_the_best_and_the_last_stay(tmp_path, monk
     made = [make_checkpoint(tmp_path, step) for step in (1, 2, 3)]
     usage = shutil.disk_usage(tmp_path)._replace(free=10)
     monkeypatch.setattr(checkpoint_files.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match=r"next checkpoint needs .* free some, then go on .* from checkpoint-3"):
+    with pytest.raises(UserError, match=r"next checkpoint needs .* free some, then resume .* from checkpoint-3"):
         checkpoint_files.make_room(tmp_path, needed=100, best=str(made[0]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
 
@@ -242,16 +242,15 @@ def test_lost_permission_while_results_are_written_is_one_line(
 
 
 def test_ctrl_c_outside_of_training_is_one_line(pristine_data, checkpoints, finetune, monkeypatch, capsys):
-    import finetune_vit
 
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune_vit, "predict_and_measure", interrupt)
+    monkeypatch.setattr(single, "predict_and_measure", interrupt)
     with pytest.raises(SystemExit) as stop:
         finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
     assert stop.value.code == 130
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: interrupted; the same command")
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: interrupted; rerun the command")
 
 
 def test_the_blocks_of_the_pixel_store_are_taken_before_it_is_filled(tmp_path, monkeypatch):
