@@ -250,7 +250,7 @@ def test_ctrl_c_outside_of_training_is_one_line(pristine_data, checkpoints, fine
     with pytest.raises(SystemExit) as stop:
         finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
     assert stop.value.code == 130
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: interrupted; rerun the command")
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: interrupted; the same command restarts")
 
 
 def test_the_blocks_of_the_pixel_store_are_taken_before_it_is_filled(tmp_path, monkeypatch):
