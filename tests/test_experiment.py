@@ -255,7 +255,7 @@ def test_folds_that_were_killed_go_on_and_come_to_what_they_would_have(folds_run
     command = [*command, "--output_dir", str(killed)]
     with pytest.raises(SystemExit):
         main(command)
-    assert "holds an unfinished run; go on with --resume_from_checkpoint true" in capsys.readouterr().err
+    assert "holds an unfinished run; resume it with --resume_from_checkpoint true" in capsys.readouterr().err
     main([*command, "--resume_from_checkpoint", "true"])
     for name in ("model/model.safetensors", "submission.csv", "fold-2/model/model.safetensors"):
         assert (killed / name).read_bytes() == (out / name).read_bytes()

@@ -131,10 +131,10 @@ def test_an_interrupted_build_leaves_no_half_folder(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path):
-    leftover = tmp_path / ".thing.partial"
+    leftover = tmp_path / ".thing.tmp"
     leftover.mkdir()
     (leftover / "half.txt").touch()
-    folder = files._built_once(tmp_path / "thing", lambda partial: (partial / "whole.txt").touch())
+    folder = files.build_folder_once(tmp_path / "thing", lambda partial: (partial / "whole.txt").touch())
     assert [path.name for path in folder.iterdir()] == ["whole.txt"]
     assert not leftover.exists()
 
@@ -147,7 +147,7 @@ def test_of_many_builders_at_once_one_builds(tmp_path):
         (partial / "whole.txt").touch()
 
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(lambda _: files._built_once(tmp_path / "thing", build), range(8)))
+        folders = list(pool.map(lambda _: files.build_folder_once(tmp_path / "thing", build), range(8)))
     assert len(builds) == 1
     assert set(folders) == {tmp_path / "thing"}
 

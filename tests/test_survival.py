@@ -177,7 +177,7 @@ def test_a_run_without_its_csv_or_its_weights_is_not_called_finished(
     (out / file).unlink()
     with pytest.raises(SystemExit):
         finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
-    assert "holds an unfinished run; go on with --resume_from_checkpoint true" in capsys.readouterr().err
+    assert "holds an unfinished run; resume it with --resume_from_checkpoint true" in capsys.readouterr().err
 
 
 def test_data_that_changed_since_a_checkpoint_are_noticed(data, checkpoints, finetune, capsys):

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transfer.data.labels import make_template, render_submission
 from transfer.data.layouts import TEMPLATE_NAME, DatasetFiles, image_id_of, name_of
 from transfer.errors import UserError
-from transfer.files import _built_once, cache_folder
+from transfer.files import build_folder_once, cache_folder
 
 
 def sample_data(
@@ -30,7 +30,7 @@ def sample_data(
 ) -> Path:
     """Return a folder `tiny-imagenet-100` of generated pictures, built once: see `generate_sample_data`."""
     name = f"sample-data-seed{seed}-{train_per_class}-per-class-{test_images}-test"
-    parent = _built_once(
+    parent = build_folder_once(
         (cache_dir or cache_folder()) / name,
         lambda root: generate_sample_data(root, seed, train_per_class, test_images),
     )

