@@ -76,7 +76,7 @@ def measure(case: str, setting: str, data_dir: str) -> float:
         model.set_attn_implementation("eager")
     folder = open_data(data_dir)
     geometry = read_geometry(processor)
-    store = open_pixel_store(folder.root, folder.files, geometry.apply, geometry.crop, geometry.rule)
+    store = open_pixel_store(folder.root, folder.files, geometry)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = quiet(scratch, batch, steps) | SETTINGS[setting]
         trainer = project_trainer(model, processor, store, load_dataset(folder), arguments)

@@ -235,7 +235,7 @@ def measure_case(name: str, repeats: int, dataset, folder, data_dir: str) -> dic
     apply_cpu_speedups(model)
     geometry = read_geometry(processor)
     size = geometry.crop[0]
-    store = open_pixel_store(folder.root, folder.files, geometry.apply, geometry.crop, geometry.rule)
+    store = open_pixel_store(folder.root, folder.files, geometry)
     rounds = []
     with tempfile.TemporaryDirectory() as scratch:
         arguments = quiet(scratch, batch, steps)
@@ -291,7 +291,7 @@ def measure_data(data_dir: str) -> dict:
             folder = open_data(data_dir)
             dataset = load_dataset(folder)
             opened = time.perf_counter()
-            store = open_pixel_store(folder.root, folder.files, geometry.apply, geometry.crop, geometry.rule)
+            store = open_pixel_store(folder.root, folder.files, geometry)
             PixelDataset(store, dataset["train"]).__getitems__(range(64))
             end = time.perf_counter()
             times[state] = {"seconds": end - start, "of_it_on_the_cache": end - opened, "images": len(folder.files)}

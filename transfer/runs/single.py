@@ -291,7 +291,7 @@ def prepare_model(context: RunContext, args: FinetuningArguments) -> Classifier:
 def prepare_pixels(args: FinetuningArguments, folder: DatasetFiles, geometry: ImageGeometry) -> PixelStore:
     """Every image decoded, once a machine."""
     with args.main_process_first(local=True, desc="decoding images"):
-        return open_pixel_store(folder.root, folder.files, geometry.apply, geometry.crop, geometry.rule)
+        return open_pixel_store(folder.root, folder.files, geometry)
 
 
 def make_trainer(
