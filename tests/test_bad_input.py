@@ -1,4 +1,4 @@
-"""Odd data are either understood or refused with a reason; nothing in between, and nothing in them is run."""
+"""Unusual data is read correctly or refused with the reason, and no code in it is run."""
 
 import csv
 import json
