@@ -34,13 +34,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import finetune_vit
 from data_loading import load_dataset, open_data
-from transfer.data.images import open_pixel_store
+from transfer.data.images import ImageGeometry, open_pixel_store
 from transfer.data.labels import open_template, render_submission
 from transfer.errors import UserError
 from transfer.files import digest_of_folder
 from transfer.submission import find_faults
 
 SIZE = 32
+GEOMETRY = ImageGeometry((SIZE, SIZE), (SIZE, SIZE), "bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
 WNIDS = ["n00000007", "n00000003", "n00000009", "n00000001"]
 PATIENCE = 120  # seconds to wait for the moment of a kill; then it comes anyway
 RECIPE = """
@@ -131,7 +132,7 @@ def half_a_checkpoint(out: Path, since: float) -> bool:
 # What is being done when the kill comes; `cache` starts from an empty one.
 MOMENTS: dict[str, Callable[[Path, Path, float], object] | None] = {
     "any moment": None,
-    "cache": lambda out, cache, since: appeared(cache, since, "finetune-vit/*/*.unfinished"),
+    "cache": lambda out, cache, since: appeared(cache, since, "finetune-vit/*/.*.tmp"),
     "checkpoint": lambda out, cache, since: half_a_checkpoint(out, since),
     "model or csv": lambda out, cache, since: appeared(out, since, "**/.*.tmp", "**/model/model.safetensors"),
 }
@@ -251,9 +252,7 @@ def read_everything(place: Path, cache: Path) -> tuple[Path, dict[str, int], dic
     folder = open_data(str(place))
     dataset = load_dataset(folder, 0.25)
     files = folder.train_files + folder.test_files
-    store = open_pixel_store(
-        folder.root, files, lambda i: i.resize((SIZE, SIZE)), (SIZE, SIZE), "chaos", cache / "pixels"
-    )
+    store = open_pixel_store(folder.root, files, GEOMETRY, cache / "pixels")
     labels = {row["file"]: row["label"] for split in ("train", "validation") for row in _rows(dataset[split])}
     pixels = {file: store.pixels[row] for file, row in store.rows.items()}
     template = open_template(folder.template_path, folder.test_ids)
@@ -293,7 +292,7 @@ def left_behind(cache: Path) -> list[Path]:
         path
         for path in cache.rglob("*")
         if path.is_file() and path.suffix != ".lock" and not any(whole in path.parents for whole in wholes)
-    ] + [path for path in wholes if path.name.endswith(".unfinished") and path.parent.name in kept]
+    ] + [path for path in wholes if path.name.endswith(".tmp") and path.parent.name in kept]
 
 
 def judge(place: Path, original: dict[str, bytes] | None, cache: Path) -> str:

@@ -1,4 +1,4 @@
-"""A zip is unpacked once, whole, and never outside its folder."""
+"""A zip is extracted once, atomically, and never outside its folder."""
 
 import shutil
 import stat
@@ -10,8 +10,9 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
+from transfer import files
 from transfer.data import sources
 from transfer.data.sources import extract_zip
 from transfer.errors import UserError
@@ -110,7 +111,7 @@ def test_an_unpacked_zip_is_found_without_the_lock(tmp_path, cache, monkeypatch)
     packed = write_zip(tmp_path / "a.zip")
     folder = extract_zip(packed, cache)
     # A cache that others filled may be read-only.
-    monkeypatch.setattr(sources, "FileLock", lambda _: pytest.fail("it asked for the lock"))
+    monkeypatch.setattr(files, "FileLock", lambda _: pytest.fail("it asked for the lock"))
     assert extract_zip(packed, cache) == folder
 
 
@@ -136,10 +137,10 @@ def test_a_changed_zip_is_unpacked_anew(tmp_path, cache, changed):
     assert contents(after) == changed and contents(before) == FILES
 
 
-def test_a_file_that_is_no_zip_is_refused(tmp_path, refused):
+def test_a_file_that_is_not_a_zip_is_refused(tmp_path, refused):
     path = tmp_path / "a.zip"
     path.write_text("<html>please log in</html>")
-    refused(path, "is no zip", "download it again")
+    refused(path, "is not a zip file", "download it again")
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.99])
@@ -147,7 +148,7 @@ def test_a_zip_that_was_cut_short_is_refused(tmp_path, refused, kept):
     path = write_zip(tmp_path / "a.zip")
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * kept)])
-    refused(path, "cut short", "download it again")
+    refused(path, "truncated", "download it again")
 
 
 def test_a_zip_of_an_unknown_version_is_refused(tmp_path, refused):
@@ -162,7 +163,7 @@ def test_a_member_without_a_name_is_refused(tmp_path, refused):
     refused(write_zip(tmp_path / "a.zip", [(zipfile.ZipInfo(""), b"x")]), "has no name")
 
 
-def test_a_zip_that_is_not_there_is_refused(tmp_path, refused):
+def test_a_missing_zip_is_refused(tmp_path, refused):
     refused(tmp_path / "nowhere.zip", "cannot be read", "No such file")
 
 
@@ -178,8 +179,8 @@ def test_encrypted_members_are_refused(tmp_path, refused):
 
 
 @pytest.mark.parametrize("name", ["/etc/a.txt", "C:/a.txt", "C:a.txt", "set\\a.txt", "..\\a.txt"])
-def test_absolute_and_foreign_names_are_refused(tmp_path, refused, name):
-    refused(write_zip(tmp_path / "a.zip", FILES | {name: b"x"}), "absolute or foreign path")
+def test_absolute_and_non_portable_names_are_refused(tmp_path, refused, name):
+    refused(write_zip(tmp_path / "a.zip", FILES | {name: b"x"}), "absolute or non-portable path")
 
 
 @pytest.mark.parametrize("name", ["../a.txt", "set/../../a.txt", "set/.."])
@@ -202,17 +203,25 @@ def test_symbolic_links_are_refused(tmp_path, refused):
 
 def test_two_members_of_one_name_are_refused(tmp_path, refused):
     packed = write_zip(tmp_path / "a.zip", [*FILES.items(), ("set/wnids.txt", b"other")])
-    refused(packed, "set/wnids.txt", "2 times")
+    refused(packed, "set/wnids.txt", "appears 2 times")
+
+
+@pytest.mark.parametrize("name", ["set//wnids.txt", "set/./wnids.txt"])
+def test_two_names_of_one_file_are_refused_and_nothing_is_left(tmp_path, cache, name):
+    packed = write_zip(tmp_path / "a.zip", FILES | {name: b"other"})
+    with pytest.raises(UserError, match=r"a\.zip: cannot be unpacked, since several members have the same name"):
+        extract_zip(packed, cache)
+    assert not [p for p in cache.iterdir() if p.is_dir()]
 
 
 def test_more_than_the_limit_in_total_is_refused(tmp_path, refused, monkeypatch):
     monkeypatch.setattr(sources, "MAX_TOTAL_BYTES", 265)  # the files have 10 + 256
-    refused(write_zip(tmp_path / "a.zip"), "would unpack to")
+    refused(write_zip(tmp_path / "a.zip"), "would unpack to", "more than the limit of")
 
 
 def test_a_large_member_that_grows_too_much_is_refused(tmp_path, refused):
     bomb = {"set/bomb": bytes(sources.RATIO_CHECKED_FROM + 1)}  # deflate shrinks zeros a thousandfold
-    refused(write_zip(tmp_path / "a.zip", FILES | bomb, zipfile.ZIP_DEFLATED), "set/bomb", "200-fold")
+    refused(write_zip(tmp_path / "a.zip", FILES | bomb, zipfile.ZIP_DEFLATED), "set/bomb", "more than 200-fold")
 
 
 def test_a_small_member_may_grow_as_it_likes(tmp_path, cache):
@@ -224,11 +233,11 @@ def test_too_little_space_is_refused(tmp_path, cache, monkeypatch):
     usage = namedtuple("usage", "total used free")
     packed = write_zip(tmp_path / "a.zip")
     # Two files with content take a block of 4 KiB each.
-    monkeypatch.setattr(sources.shutil, "disk_usage", lambda _: usage(10**6, 0, 2 * 4096 - 1))
-    with pytest.raises(UserError, match=r"a\.zip: needs .* MiB are free"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 0, 2 * 4096 - 1))
+    with pytest.raises(UserError, match=r"a\.zip: unpacking it needs .* MiB are free"):
         extract_zip(packed, cache)
     assert not [p for p in cache.iterdir() if p.is_dir()]
-    monkeypatch.setattr(sources.shutil, "disk_usage", lambda _: usage(10**6, 0, 2 * 4096))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 0, 2 * 4096))
     assert contents(extract_zip(packed, cache)) == FILES
 
 
@@ -256,7 +265,7 @@ def test_no_progress_is_drawn_into_a_log(tmp_path, cache, capfd):
 
 
 def test_a_file_in_the_way_of_a_folder_is_refused_and_nothing_is_left(tmp_path, cache):
-    with pytest.raises(UserError, match="cannot be unpacked"):
+    with pytest.raises(UserError, match=r"member 'a/b' cannot be unpacked"):
         extract_zip(write_zip(tmp_path / "a.zip", {"a": b"x", "a/b": b"y"}), cache)
     assert not [p for p in cache.iterdir() if p.is_dir()]
 
@@ -266,12 +275,11 @@ def test_an_extraction_that_breaks_off_leaves_no_folder(tmp_path, cache, monkeyp
     packed = write_zip(tmp_path / "a.zip")
 
     def write_one_and_fail(path, members, target):
-        target.mkdir()
         (target / "half").write_bytes(b"x")
         raise failure
 
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "_write_members", write_one_and_fail)
+        patch.setattr(sources, "_extract", write_one_and_fail)
         with pytest.raises(type(failure)):
             extract_zip(packed, cache)
     assert not [p for p in cache.iterdir() if p.is_dir()]
@@ -284,11 +292,11 @@ from pathlib import Path
 from transfer.data import sources
 
 def write_and_be_killed(path, members, target):
-    (target / "set").mkdir(parents=True)
+    (target / "set").mkdir()
     (target / "set" / "half").write_bytes(b"x")
     os.kill(os.getpid(), signal.SIGKILL)
 
-sources._write_members = write_and_be_killed
+sources._extract = write_and_be_killed
 sources.extract_zip(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
@@ -303,17 +311,17 @@ def test_what_a_killed_process_left_is_neither_used_nor_kept(tmp_path, cache):
     assert [p for p in cache.iterdir() if p.is_dir()] == [folder]
 
 
-def test_the_folder_appears_only_when_it_is_whole(tmp_path, cache, monkeypatch):
+def test_the_folder_appears_only_when_it_is_complete(tmp_path, cache, monkeypatch):
     packed = write_zip(tmp_path / "a.zip")
     target = extract_zip(packed, cache)
     shutil.rmtree(target)
-    seen, write = [], sources._write_members
+    seen, write = [], sources._extract
 
     def write_and_look(*arguments):
         write(*arguments)
         seen.append(target.exists())
 
-    monkeypatch.setattr(sources, "_write_members", write_and_look)
+    monkeypatch.setattr(sources, "_extract", write_and_look)
     assert extract_zip(packed, cache) == target
     assert seen == [False]
 
@@ -323,13 +331,14 @@ def test_while_another_process_unpacks_this_one_waits(tmp_path, cache, monkeypat
     target = extract_zip(packed, cache)
     shutil.rmtree(target)
     impatient = lambda path: FileLock(path, timeout=0.05)  # noqa: E731
-    monkeypatch.setattr(sources, "FileLock", impatient)
-    with FileLock(f"{target}.lock"), pytest.raises(Timeout):
+    monkeypatch.setattr(files, "FileLock", impatient)
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    with lock, pytest.raises(UserError, match=r"lock .* could not be acquired"):
         extract_zip(packed, cache)
     assert contents(extract_zip(packed, cache)) == FILES
 
 
-def test_processes_that_start_together_all_get_the_whole_folder(tmp_path, cache):
+def test_processes_that_start_together_all_get_the_complete_folder(tmp_path, cache):
     packed = write_zip(tmp_path / "a.zip", {f"set/{i}.txt": str(i).encode() for i in range(2000)})
     code = (
         "import sys; from pathlib import Path; from transfer.data.sources import extract_zip;"

@@ -1,4 +1,4 @@
-"""Odd data are either understood or refused with a reason; nothing in between, and nothing in them is run."""
+"""Unusual data is read correctly or refused with the reason, and no code in it is run."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ from transformers import AutoModelForImageClassification
 from transformers.models.convnext import ConvNextConfig
 
 from data_loading import load_dataset, main, open_data
-from transfer.data.images import open_pixel_store, read_image
+from transfer.data.images import ImageGeometry, open_pixel_store, read_image
 from transfer.data.labels import read_template, render_submission
 from transfer.errors import UserError
 from transfer.models.load import load_checkpoint
@@ -28,8 +28,8 @@ SECRET = "hf_" + "thisIsASecretTokenThatNobodyMaySee"  # in two parts: no file m
 def open_store(data, tmp_path):
     folder = open_data(str(data))
     files = folder.train_files + folder.test_files
-    resize = lambda image: image.resize((32, 32))  # noqa: E731
-    return open_pixel_store(folder.root, files, resize, (32, 32), "test", tmp_path / "store")
+    geometry = ImageGeometry((32, 32), (32, 32), "bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
+    return open_pixel_store(folder.root, files, geometry, tmp_path / "store")
 
 
 def save_as(path: Path, mode: str, kind: str) -> None:
@@ -51,7 +51,7 @@ def test_any_content_under_a_jpeg_name_is_decoded_as_what_it_is(mode, kind, data
 def test_sixteen_bits_under_a_jpeg_name_are_refused(data, tmp_path):
     path = data / "train" / WNIDS[0] / "images" / f"{WNIDS[0]}_5.JPEG"
     Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32)).save(path, format="PNG")
-    with pytest.raises(UserError, match=r"_5\.JPEG: .* more than 8 bits a channel"):
+    with pytest.raises(UserError, match=r"_5\.JPEG: .*more than 8 bits per channel"):
         open_store(data, tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The short version of benchmarks/chaos.py: data that are damaged at random."""
+"""A short run of benchmarks/chaos.py: data sets that are damaged at random."""
 
 import importlib.util
 import random

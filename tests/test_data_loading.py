@@ -137,13 +137,13 @@ REFUSALS = [
     (rename_class, f"{WNIDS[1]}: class folder is missing"),
     (add_class, "n00000099: class folder is not in wnids.txt"),
     (empty_class, f"{WNIDS[2]}: has no images"),
-    (lambda data: shutil.rmtree(data / "train"), "no train folder"),
+    (lambda data: shutil.rmtree(data / "train"), "has no train folder"),
     (drop_test_image, "1 ids have no test image"),
     (add_test_image, "1 test images have no row ('new')"),
     (edit_template("ghost,0\n"), "1 ids have no test image ('ghost')"),
     (write("submission_sample.csv", "image_id\nx\n"), "has 1 columns; a template has two"),
     (write("submission_sample.csv", "image_id,label\n"), "has no rows"),
-    (write("submission_sample.csv", "image_id,label\na,0\na,0\n"), "id 'a' stands there twice"),
+    (write("submission_sample.csv", "image_id,label\na,0\na,0\n"), "id 'a' appears twice"),
 ]
 
 
@@ -159,7 +159,9 @@ def test_a_faulty_data_set_is_refused_with_its_fault(spoil, message, data, capsy
 
 def test_a_folder_that_is_something_else_is_refused_with_what_was_expected(tmp_path):
     (tmp_path / "holiday").mkdir()
-    with pytest.raises(UserError, match=r"holiday: is not this data set; expected wnids.txt, train/<wnid>/images"):
+    with pytest.raises(
+        UserError, match=r"holiday: is not a data set of a known layout; expected wnids.txt, train/<wnid>/images"
+    ):
         open_data(str(tmp_path / "holiday"))
 
 
@@ -184,11 +186,11 @@ def test_unreadable_images_are_all_named(data, capsys):
 
 def test_a_single_image_class_cannot_be_split(tmp_path):
     root = write_data_set(tmp_path, per_class=1)
-    with pytest.raises(UserError, match="is its class's only image"):
+    with pytest.raises(UserError, match="is the only image of its class; a class needs at least two"):
         load_dataset(open_data(str(root)))
 
 
-def test_the_command_says_what_it_understood(data):
+def test_the_command_prints_what_it_found(data):
     twin = data / "train" / WNIDS[0] / "images" / f"{WNIDS[0]}_3.JPEG"
     shutil.copy(twin, data / "train" / WNIDS[1] / "images" / f"{WNIDS[1]}_3.JPEG")
     shutil.copy(twin, next((data / "test" / "images").iterdir()))
@@ -196,10 +198,10 @@ def test_the_command_says_what_it_understood(data):
         [sys.executable, "data_loading.py", str(data)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     for part in (
-        "classes     4, 12 to 12 training images each; wnids.txt is not the sorted order",
+        "classes     4, 12 training images each; wnids.txt is not the sorted order",
         "labels      0 = n00000030 red thing, 1 = n00000010 green thing",
         "ignored     4 *_boxes.txt, 1 .DS_Store",
-        "submission_sample.csv names exactly the 10 test images",
+        "submission_sample.csv lists exactly the 10 test images",
         "modes 54 RGB, 4 L (all become RGB); sizes 58 of 32x32",
         "1 repeated within train, 1 test images also in train",
     ):

@@ -1,4 +1,4 @@
-"""Data sets that are not the competition's: recognised, given the right labels, or refused with the reason."""
+"""Other layouts than the competition's: recognised, labelled correctly, or refused with the reason."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from transfer.data.sources import open_hub_data
 from transfer.data.splits import split_fingerprint
 from transfer.errors import UserError
 
-# Eleven colours that nobody confuses: the fewest with which 10 comes after 9.
+# Eleven distinct colours: with eleven classes, folder 10 must sort after folder 9.
 PAINTS = [(0, 0, 0), (255, 255, 255), (230, 20, 20), (20, 200, 20), (20, 20, 230), (240, 240, 20), (20, 230, 230)]
 PAINTS += [(230, 20, 230), (128, 128, 128), (250, 130, 20), (100, 10, 100)]
 
@@ -126,7 +126,7 @@ def test_published_validation_images_are_the_validation_split_with_their_annotat
     assert (
         "Tiny ImageNet as published: train/<wnid>/images/*, val/images/*, test/images/*, labels from wnids.txt" in said
     )
-    assert "36 to train, 12 to validate (as published, nothing is held out of train), 6 to predict" in said
+    assert "36 to train, 12 to validate (as published, none are held out of train), 6 to predict" in said
 
 
 def test_a_classes_file_takes_its_classes_alone_in_its_order(tmp_path):
@@ -139,11 +139,11 @@ def test_a_classes_file_takes_its_classes_alone_in_its_order(tmp_path):
     assert {name: len(split) for name, split in dataset.items()} == {"train": 18, "validation": 6}
     assert all(folder.class_ids[row["label"]] in row["file"] for row in dataset["train"])
     said = "\n".join(describe_layout(folder))
-    assert "labels from two.txt" in said and "2 more in train are left out" in said
+    assert "labels from two.txt" in said and "2 more classes in train/ are left out" in said
     assert "there will be no submission" in said
 
 
-def test_make_100_builds_what_the_competition_hands_out(tmp_path, monkeypatch, capsys):
+def test_make_100_builds_the_competitions_data_set(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tiny_imagenet, "CLASSES", 2)
     source, destination = write_tiny_imagenet(tmp_path / "tiny-imagenet-200"), tmp_path / "new" / "tiny-imagenet-100"
     main(["make-100", str(source), str(destination)])
@@ -156,13 +156,13 @@ def test_make_100_builds_what_the_competition_hands_out(tmp_path, monkeypatch, c
     for image_id, label in labels_of(destination / "answers.csv").items():
         assert WNIDS[label] == WNIDS[int(image_id.split("_")[1]) * 3 % len(WNIDS)]
     main([str(destination)])
-    assert "submission_sample.csv names exactly the 6 test images" in capsys.readouterr().out
+    assert "submission_sample.csv lists exactly the 6 test images" in capsys.readouterr().out
 
 
 def test_make_100_refuses_what_it_cannot_use_and_leaves_nothing(tmp_path, pristine_data, monkeypatch, capsys):
     for source, message in (
         (pristine_data, "is not Tiny ImageNet-200 as published"),
-        (tmp_path, "is not this data set"),
+        (tmp_path, "is not a data set of a known layout"),
     ):
         with pytest.raises(SystemExit):
             main(["make-100", str(source), str(tmp_path / "made")])
@@ -170,7 +170,7 @@ def test_make_100_refuses_what_it_cannot_use_and_leaves_nothing(tmp_path, pristi
     monkeypatch.setattr(tiny_imagenet, "CLASSES", 2)
     with pytest.raises(SystemExit):
         main(["make-100", str(write_tiny_imagenet(tmp_path / "source")), str(pristine_data)])
-    assert f"{pristine_data}: is there already; name a new folder" in capsys.readouterr().err
+    assert f"{pristine_data}: already exists; choose a new folder" in capsys.readouterr().err
     monkeypatch.setattr(tiny_imagenet, "_write_tables", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
     with pytest.raises(SystemExit):
         main(["make-100", str(tmp_path / "source"), str(tmp_path / "made")])
@@ -211,10 +211,10 @@ def test_numbered_folders_are_their_own_labels_and_10_comes_after_9(tmp_path):
     assert folder.test_ids == [str(i) for i in range(12)]
     said = "\n".join(describe_layout(folder))
     assert "numbered class folders: train/<class>/*, test/*" in said and "numbers as numbers" in said
-    assert "sample_submission.csv names 10 of the 12 test images; a submission names all" in said
+    assert "sample_submission.csv lists 10 of the 12 test images; the submission will list all" in said
 
 
-def test_numbered_folders_run_from_end_to_end_and_every_test_image_is_handed_in(
+def test_numbered_folders_run_from_end_to_end_and_every_test_image_is_submitted(
     tmp_path, checkpoints, finetune, capsys
 ):
     root = write_few_shot(tmp_path / "few")
@@ -268,7 +268,7 @@ def test_class_folders_of_mixed_sizes_run_from_end_to_end(tmp_path, checkpoints,
     assert predicted == {"class 2 seen": 0, "class 9 seen": 1, "class 10 seen": 2}
 
 
-def test_validation_images_that_are_also_trained_on_are_said(tmp_path, capsys):
+def test_validation_images_that_are_also_in_train_are_reported(tmp_path, capsys):
     root = write_class_folders(tmp_path / "things")
     shutil.copy(root / "train" / "class 2" / "0.png", root / "val" / "class 2" / "0.png")
     main([str(root)])
@@ -304,6 +304,25 @@ def test_a_hub_data_set_is_copied_once_and_anew_when_it_changes(hub, monkeypatch
     write_parquet(hub, datasets.DatasetDict(train=make_hub_splits()["train"].select(range(12))))
     second = open_hub_data(str(hub), label_column="fine")
     assert second.root != first.root and len(second.train_files) == 12
+
+
+def test_a_data_set_saved_anew_to_the_same_folder_is_copied_anew(tmp_path, hub):
+    def save_and_open(label: int):
+        features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
+        rows = {"image": [Image.new("RGB", (8, 8), PAINTS[label]), Image.new("RGB", (8, 8))], "label": [0, 1]}
+        datasets.DatasetDict(train=datasets.Dataset.from_dict(rows, features)).save_to_disk(tmp_path / "saved")
+        return open_hub_data(str(tmp_path / "saved"))
+
+    first, again = save_and_open(2), open_hub_data(str(tmp_path / "saved"))
+    assert again.root == first.root
+    second = save_and_open(3)  # as many images, of the same size
+    assert second.root != first.root
+    assert (second.root / "train/0.png").read_bytes() != (first.root / "train/0.png").read_bytes()
+
+
+def test_a_small_hub_data_set_is_memory_mapped_even_if_datasets_would_keep_it_in_memory(hub, monkeypatch):
+    monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", 2**30)
+    assert all(rows.cache_files for rows in sources.load_splits(str(hub), None).values())
 
 
 def test_a_folder_of_save_to_disk_and_one_of_images_are_data_sets_too(tmp_path, hub):
@@ -354,12 +373,12 @@ def only_test(splits):
 @pytest.mark.parametrize(
     ("change", "label", "message"),
     [
-        (None, None, "fine and coarse are labels; --label_column_name chooses one"),
+        (None, None, "has several label columns, fine and coarse; choose one with --label_column_name"),
         (None, "colour", "--label_column_name colour: is not among the label columns of"),
-        (without_labels, None, "no column of img is a ClassLabel; Dataset.class_encode_column makes one"),
-        (without_images, "fine", "has 0 image columns among fine, coarse, not one"),
+        (without_labels, None, "no column of img is a ClassLabel; make one with Dataset.class_encode_column"),
+        (without_images, "fine", "has 0 image columns among fine, coarse; expected one"),
         (hidden_labels, "fine", "row 0 of train has no label"),
-        (only_test, "fine", "has no split train, but test"),
+        (only_test, "fine", "has no split train, only test"),
     ],
 )
 def test_a_hub_data_set_that_cannot_be_used_is_refused_with_its_fault(change, label, message, tmp_path):
@@ -370,7 +389,7 @@ def test_a_hub_data_set_that_cannot_be_used_is_refused_with_its_fault(change, la
     assert message in str(refusal.value)
 
 
-def test_a_row_that_is_no_image_is_named_and_nothing_is_kept(tmp_path, monkeypatch):
+def test_a_row_that_is_not_an_image_is_named_and_nothing_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=["a", "b"]))
     good = {
@@ -384,7 +403,7 @@ def test_a_row_that_is_no_image_is_named_and_nothing_is_kept(tmp_path, monkeypat
     assert not [path for path in (tmp_path / "cache" / "finetune-vit" / "hub").iterdir() if path.is_dir()]
 
 
-def test_a_hub_data_set_that_is_not_there_is_one_line(monkeypatch):
+def test_a_missing_hub_data_set_is_one_line(monkeypatch):
     with pytest.raises(UserError, match="--dataset_name me/nothing: cannot be loaded: ") as refusal:
         open_hub_data("me/nothing")
     assert "\n" not in str(refusal.value)
@@ -407,11 +426,11 @@ def test_arguments_of_two_sources_do_not_mix(words, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-# the README
+# the documentation
 
 
-def test_the_readme_has_a_row_for_every_layout(tmp_path, pristine_data, hub):
-    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
+def test_the_documentation_has_a_row_for_every_layout(tmp_path, pristine_data, hub):
+    rows = [line for line in (ROOT / "docs" / "data.md").read_text().splitlines() if line.startswith("| ")]
     folders = [open_data(str(pristine_data)), open_hub_data(str(hub), label_column="fine")]
     for write in (write_tiny_imagenet, write_few_shot, write_class_folders):
         folders.append(open_data(str(write(tmp_path / write.__name__))))
@@ -439,7 +458,7 @@ def two_templates(root):
     (root / "template.csv").write_text("ID,Label\n0,0\n")
 
 
-def strange_id(root):
+def unknown_id(root):
     (root / "sample_submission.csv").write_text("ID,Label\nghost,0\n")
 
 
@@ -478,7 +497,7 @@ def empty_val(root):
     (root / "val" / "class 2").mkdir(parents=True)
 
 
-def strange_val(root):
+def unknown_val(root):
     (root / "val" / "class 3").mkdir()
 
 
@@ -487,25 +506,37 @@ REFUSALS = [
     (
         write_tiny_imagenet,
         remove_annotations,
-        "val: it holds no class folders; expected val/<class>/*, or val/im",
+        "val: has no class folders; expected val/<class>/*, or val/im",
     ),
     (
         write_tiny_imagenet,
         add_line("val_50.JPEG\tn00000010\n"),
-        "has a line for an image that is not there, val_50.JPEG",
+        "lists the missing image val_50.JPEG",
     ),
-    (write_tiny_imagenet, add_line("val_0.JPEG\tn00000010\n"), "line 13 names val_0.JPEG a second time"),
-    (write_tiny_imagenet, add_line("nonsense\n"), "val_annotations.txt: line 13 is no `file<TAB>class ...`"),
+    (write_tiny_imagenet, add_line("val_0.JPEG\tn00000010\n"), "line 13 lists val_0.JPEG a second time"),
+    (write_tiny_imagenet, add_line("nonsense\n"), "val_annotations.txt: line 13 is not `file<TAB>class ...`"),
     (write_tiny_imagenet, add_image, "has no line for the image val/images/val_99.JPEG"),
-    (write_few_shot, rename_number, "--classes_file gives the order where class folders are not simply 0 to N-1"),
+    (
+        write_few_shot,
+        rename_number,
+        "if the class folders are not named 0 to N-1, give their order with --classes_file",
+    ),
     (write_few_shot, name_number, "no wnids.txt, which gives every class its label"),
-    (write_few_shot, two_templates, "sample_submission.csv and template.csv may all be the template"),
-    (write_few_shot, strange_id, "1 ids have no test image ('ghost')"),
-    (write_few_shot, one_class, "train: 1 class folders to tell apart (0); expected two or more"),
-    (write_few_shot, flat_train, "train: 0 class folders to tell apart (none); expected two or more"),
-    (write_few_shot, empty_class, "11: has no images, every folder of train/ is a class"),
-    (write_class_folders, empty_val, "val: has no images; remove the folder and they are held out of train/"),
-    (write_class_folders, strange_val, "val: class 3 is no class of train/"),
+    (
+        write_few_shot,
+        two_templates,
+        "sample_submission.csv and template.csv could each be the template; rename the right one",
+    ),
+    (write_few_shot, unknown_id, "1 ids have no test image ('ghost')"),
+    (write_few_shot, one_class, "train: found 1 class folders (0); expected at least two"),
+    (write_few_shot, flat_train, "train: found 0 class folders (none); expected at least two"),
+    (write_few_shot, empty_class, "11: has no images, but every folder in train/ is a class"),
+    (
+        write_class_folders,
+        empty_val,
+        "val: has no images; add some, or remove the folder to hold out a part of train/",
+    ),
+    (write_class_folders, unknown_val, "val: class 3 is not a class of train/"),
 ]
 
 

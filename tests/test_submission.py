@@ -58,7 +58,7 @@ def test_a_template_is_read_as_text_with_its_own_header(write, header, mark, end
         ("image_id,label,usage\na,0,x\n", "line 1 has 3 columns"),
         ("image_id,label\na,0\n,0\n", "without an id"),
         ("image_id,label\na,0\n  ,0\n", "without an id"),
-        ("image_id,label\nb,0\na,0\na,0\n", "id 'a' stands there twice"),
+        ("image_id,label\nb,0\na,0\na,0\n", "id 'a' appears twice"),
         ("image_id,label\na,0\nb,0,1\n", "line 3 has 3 columns"),
         ("image_id,label\na,0,1\nb,0,1\n", "line 2 has 3 columns"),
         ("image_id,label\na\nb,0\n", "line 2 has 1 columns"),
@@ -73,7 +73,7 @@ def test_a_template_that_cannot_be_used_is_refused_by_name(write, text, fault):
     assert message.startswith(f"{path}: ") and fault in message and "\n" not in message
 
 
-def test_a_template_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_template_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"none\.csv: cannot be read"):
         read_template(tmp_path / "none.csv")
 
@@ -142,7 +142,7 @@ def test_a_correct_csv_has_no_faults_in_any_row_order(write, end):
     assert find_faults(write(csv_of(IDS[::-1], range(6)).replace("\n", end)), template_of(), 6) == []
 
 
-def test_quotes_a_mark_and_blank_lines_are_no_faults(write):
+def test_quotes_a_mark_and_blank_lines_are_not_faults(write):
     assert find_faults(write('\ufeffimage_id,label\n"a","1"\n\nb,2\n\n'), template_of("ab"), 3) == []
 
 
@@ -168,7 +168,7 @@ def test_each_fault_of_a_row_is_found(write, body, faults):
 @pytest.mark.parametrize(
     "label", ["3.0", "03", "+3", "+0", "-0", "", "x", "1e0", " 1", "1 ", "1_0", "nan", "True", "١", "9" * 5000]
 )
-def test_a_label_that_is_no_integer_is_a_fault_of_its_line(write, label):
+def test_a_label_that_is_not_an_integer_is_a_fault_of_its_line(write, label):
     faults = find_faults(write(f"image_id,label\na,1\nb,{label}\n"), template_of("ab"), 100)
     assert faults == [f"line 3: label {label!r} is not an integer"]
 
@@ -221,7 +221,7 @@ def test_an_empty_csv_says_so(write):
     "content, fault",
     [(b"\x89PNG\r\n\xff", "is not a text file"), (b'image_id,label\n"' + bytes(200_000), "is not a csv file")],
 )
-def test_what_is_no_csv_is_refused(write, content, fault):
+def test_a_file_that_is_not_a_csv_is_refused(write, content, fault):
     with pytest.raises(UserError, match=fault):
         find_faults(write(content), template_of("ab"), 4)
 
@@ -313,7 +313,7 @@ def test_the_number_of_classes_comes_from_the_wnids_beside_the_template(good, wr
     assert run(csv, "--template", template, "--num_classes", 6) == 0
 
 
-def test_wnids_that_are_no_text_are_one_line_without_a_traceback(good, write, capsys):
+def test_wnids_that_are_not_text_are_one_line_without_a_traceback(good, write, capsys):
     write(b"\xff\xfe\0", "wnids.txt")
     assert run(good[0], "--template", good[1]) == 2
     assert capsys.readouterr().err.endswith("wnids.txt: is not a text file\n")

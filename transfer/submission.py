@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from transfer.data.labels import _first, _read_rows, _read_text, open_template, read_template
-from transfer.data.layouts import list_test, name_test_images
+from transfer.data.labels import open_template, read_rows, read_template, show_first
+from transfer.data.layouts import list_test_images, name_test_images, read_text
 from transfer.errors import UserError, exits_cleanly
 
 # Fraction of predictions above an equal share per class. A classifier with accuracy 0.8 on 5,000 images of 100
@@ -41,7 +41,7 @@ def _label_fault(line: int, text: str, num_classes: int) -> str | None:
 
 def find_faults(path: Path, template: pd.DataFrame, num_classes: int) -> list[str]:
     """Every fault of a csv against its template, a line each; an empty list if the csv can be submitted."""
-    rows = _read_rows(path)
+    rows = read_rows(path)
     if not rows:
         return ["is empty"]
     faults = []
@@ -65,7 +65,7 @@ def find_faults(path: Path, template: pd.DataFrame, num_classes: int) -> list[st
         (repeated, "repeated"),
     ):
         if ids:
-            faults.append(f"{len(ids)} ids are {what} ({_first(ids)})")
+            faults.append(f"{len(ids)} ids are {what} ({show_first(ids)})")
     return faults + [f for line, _, label in good if (f := _label_fault(line, label, num_classes))]
 
 
@@ -88,7 +88,7 @@ def balance_warning(labels: Sequence[int], num_classes: int) -> str | None:
 def _count_classes(template_path: Path) -> int:
     wnids, train = (template_path.parent / name for name in ("wnids.txt", "train"))
     if wnids.is_file():
-        return len(_read_text(wnids).split())
+        return len(read_text(wnids).split())
     return sum(f.is_dir() and not f.name.startswith(".") for f in train.iterdir()) if train.is_dir() else 100
 
 
@@ -98,7 +98,7 @@ def _test_ids_beside(template_path: Path) -> list[str]:
     if (root / "wnids.txt").is_file():
         return []
     ids = set(read_template(template_path).iloc[:, 0])
-    return name_test_images(root, list_test(root, Counter()), ids)
+    return name_test_images(root, list_test_images(root, Counter()), ids)
 
 
 @exits_cleanly
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if faults:
         print(*(f"error: {args.csv}: {fault}" for fault in faults), sep="\n", file=sys.stderr)
         sys.exit(2)
-    if warning := balance_warning([int(cells[1]) for _, cells in _read_rows(args.csv)[1:]], num_classes):
+    if warning := balance_warning([int(cells[1]) for _, cells in read_rows(args.csv)[1:]], num_classes):
         print(f"warning: {args.csv}: {warning}", file=sys.stderr)
     print(f"ok: {len(template)} rows match {args.template}")
 

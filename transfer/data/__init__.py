@@ -1,1 +1,1 @@
-"""From a folder, zip, csv or Hub id to lists of files and labels, their splits and their decoded images."""
+"""From a folder, a zip or a Hub id to lists of files and labels, their splits and their decoded images."""

@@ -1,9 +1,4 @@
-"""The csv that is handed in: made from the template by id, and checked against it.
-
-python -m transfer.submission CSV --template T     # exit 2 with every fault listed
-
-Which label a class has, and what it is called.
-"""
+"""Labels: the order of the classes, their names, and the template that a submission fills in."""
 
 import csv
 import io
@@ -17,31 +12,88 @@ import pandas as pd
 from transfer.data.layouts import (
     EXPECTED,
     NATURAL_ORDER,
+    WNIDS_NAME,
     list_class_folders,
     natural_key,
     read_lines,
+    read_text,
 )
 from transfer.errors import UserError
 
 HEADER = ["image_id", "label"]
 
+# The order of the classes
 
-def _first(values: Sequence[str], count: int = 3) -> str:
+
+def read_class_list(path: Path) -> list[str]:
+    """The class ids that a file lists, one per line, in label order. Raises `UserError`."""
+    class_ids = read_lines(path)
+    if not class_ids:
+        raise UserError(f"{path}: is empty; it must list one class id per line, in label order")
+    repeated = [class_id for class_id, count in Counter(class_ids).items() if count > 1]
+    if repeated:
+        raise UserError(f"{path}: lists {repeated[0]} more than once ({len(repeated)} repeated in all)")
+    return class_ids
+
+
+def read_class_order(root: Path, classes_file: Path | None, has_template: bool) -> tuple[list[str], str]:
+    """(class ids in label order, what gave the order). This is the only place that decides the class order.
+
+    The order is that of the lines of `classes_file`, else of the lines of wnids.txt, else the natural order of the
+    class folders. Raises `UserError` where the folders' order would be a guess: with a words.txt, which belongs to a
+    wnids.txt, and with a template, unless the folders are named by their labels, 0 to N-1.
+    """
+    if classes_file is not None:
+        return read_class_list(classes_file), classes_file.name
+    if (root / WNIDS_NAME).is_file():
+        return read_class_list(root / WNIDS_NAME), WNIDS_NAME
+    names = sorted(list_class_folders(root, "train"), key=natural_key)
+    are_labels = all(name.isdecimal() and int(name) == label for label, name in enumerate(names))
+    if (root / "words.txt").is_file() or (has_template and not are_labels):
+        raise UserError(
+            f"{root}: has no wnids.txt, which gives every class its label; expected {EXPECTED}; "
+            "if the class folders are not named 0 to N-1, give their order with --classes_file"
+        )
+    return names, NATURAL_ORDER
+
+
+# The names of the classes
+
+
+def read_synonyms(root: Path, class_ids: Sequence[str], label_order: str = WNIDS_NAME) -> list[str]:
+    """The synonyms of each class from words.txt (`wnid<TAB>synonym, synonym`); without that file, the class ids."""
+    path = root / "words.txt"
+    if not path.is_file():
+        return list(class_ids)
+    synonyms = dict(line.split("\t", 1) for line in read_lines(path) if "\t" in line)
+    unknown = [class_id for class_id in class_ids if class_id not in synonyms]
+    if unknown:
+        raise UserError(
+            f"{root / label_order}: {unknown[0]} is an unknown wnid: not in words.txt ({len(unknown)} unknown in all)"
+        )
+    return [synonyms[class_id].strip() or class_id for class_id in class_ids]
+
+
+def name_classes(class_ids: Sequence[str], synonyms: Sequence[str]) -> list[str]:
+    """The first synonym of each class, followed by the class id in parentheses where several classes share it."""
+    names = [synonym.split(",")[0].strip() or class_id for class_id, synonym in zip(class_ids, synonyms, strict=True)]
+    counts = Counter(names)
+    return [
+        name if counts[name] == 1 else f"{name} ({class_id})" for name, class_id in zip(names, class_ids, strict=True)
+    ]
+
+
+# The template, and the submission made from it
+
+
+def show_first(values: Sequence[str], count: int = 3) -> str:
+    """The first values, quoted, with an ellipsis if there are more: for messages."""
     return ", ".join(repr(v) for v in values[:count]) + (", ..." if len(values) > count else "")
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as fault:
-        raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not a text file") from None
-
-
-def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """(line number in an editor, cells) of every row that is not blank. Raises `UserError`."""
-    reader = csv.reader(io.StringIO(_read_text(path)))
+def read_rows(path: Path) -> list[tuple[int, list[str]]]:
+    """(line number as in an editor, cells) of every row of a csv that is not blank. Raises `UserError`."""
+    reader = csv.reader(io.StringIO(read_text(path)))
     try:
         return [(reader.line_num, row) for row in reader if row]
     except csv.Error as fault:
@@ -49,9 +101,9 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
 
 
 def read_template(path: Path) -> pd.DataFrame:
-    """The template as text: an id column and a label column, in its own order. Raises `UserError`."""
-    # Not pandas' reader: it drops a third cell of a row with a warning, and renames equal columns.
-    rows = _read_rows(path)
+    """The template as text: an id column and a label column, in the file's order. Raises `UserError`."""
+    # Not pandas.read_csv: it drops a third cell of a row with a warning, and renames equal columns.
+    rows = read_rows(path)
     if not rows:
         raise UserError(f"{path}: is empty; a template has a header, {','.join(HEADER)}, and a row for each id")
     for line, cells in rows:
@@ -62,17 +114,17 @@ def read_template(path: Path) -> pd.DataFrame:
     if table.empty or (ids.str.strip() == "").any():
         raise UserError(f"{path}: has {'no rows' if table.empty else 'a row without an id'}")
     if ids.duplicated().any():
-        raise UserError(f"{path}: id {ids[ids.duplicated()].iloc[0]!r} stands there twice")
+        raise UserError(f"{path}: id {ids[ids.duplicated()].iloc[0]!r} appears twice")
     return table
 
 
 def make_template(ids: Sequence[str]) -> pd.DataFrame:
-    """A template for test images that came without one."""
+    """A template that lists these ids in order, with label 0."""
     return pd.DataFrame({HEADER[0]: list(ids), HEADER[1]: "0"}, dtype=str)
 
 
 def open_template(path: Path | None, test_ids: Sequence[str]) -> pd.DataFrame:
-    """What is to be filled in: the template's rows, then one for each test image that it leaves out."""
+    """The rows of a complete submission: the template's, then one for each test image that the template leaves out."""
     if path is None:
         return make_template(test_ids)
     template = read_template(path)
@@ -82,81 +134,30 @@ def open_template(path: Path | None, test_ids: Sequence[str]) -> pd.DataFrame:
 
 
 def check_template(template: pd.DataFrame, test_ids: Sequence[str], path: Path, may_be_short: bool = False) -> None:
-    """Refuse a template whose ids are not exactly those of the test images, or some of them if it `may_be_short`."""
+    """Check that a template lists exactly the test images, or a part of them if it `may_be_short`.
+
+    Raises `UserError`.
+    """
     ids = set(template.iloc[:, 0])
     unlisted, unfound = sorted(set(test_ids) - ids), sorted(ids - set(test_ids))
     faults = []
     if unfound:
-        faults.append(f"{len(unfound)} ids have no test image ({_first(unfound)})")
+        faults.append(f"{len(unfound)} ids have no test image ({show_first(unfound)})")
     if unlisted and not may_be_short:
-        faults.append(f"{len(unlisted)} test images have no row ({_first(unlisted)})")
+        faults.append(f"{len(unlisted)} test images have no row ({show_first(unlisted)})")
     if faults:
         raise UserError(f"{path}: does not match the test images: {' and '.join(faults)}")
 
 
 def render_submission(template: pd.DataFrame, label_of_id: Mapping[str, int]) -> bytes:
-    """The csv's bytes: the template's header, ids and order, with labels joined by id. Raises `UserError`."""
+    """The bytes of a submission: the template's header, ids and order, labels joined by id. Raises `UserError`."""
     ids = list(template.iloc[:, 0])
     missing = [i for i in ids if i not in label_of_id]
     if missing:
-        raise UserError(f"{len(missing)} ids of the template have no prediction ({_first(missing)})")
+        raise UserError(f"{len(missing)} ids of the template have no prediction ({show_first(missing)})")
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(template.columns)
+    # operator.index refuses a float: int() would cut off its fraction.
     writer.writerows((i, operator.index(label_of_id[i])) for i in ids)
     return text.getvalue().encode()
-
-
-def read_class_list(path: Path) -> list[str]:
-    """The classes that a file lists, one a line, in label order."""
-    class_ids = read_lines(path)
-    if not class_ids:
-        raise UserError(f"{path}: is empty; it must list one class_id a line, in label order")
-    repeated = [class_id for class_id, count in Counter(class_ids).items() if count > 1]
-    if repeated:
-        raise UserError(f"{path}: lists {repeated[0]} more than once ({len(repeated)} repeated in all)")
-    return class_ids
-
-
-def read_class_order(root: Path, classes_file: Path | None, has_template: bool) -> tuple[list[str], str]:
-    """The classes in label order, and what gave the order. The only place where class order is decided.
-
-    The order is the lines of `classes_file` if one is given, else the lines of wnids.txt, else the natural order of
-    the class folders. Raises `UserError` where that last one would be a guess: beside a words.txt, whose wnids.txt
-    must be missing, and beside a template, unless the folders are the labels themselves, 0 to N-1.
-    """
-    if classes_file is not None:
-        return read_class_list(classes_file), classes_file.name
-    if (root / "wnids.txt").is_file():
-        return read_class_list(root / "wnids.txt"), "wnids.txt"
-    names = sorted(list_class_folders(root, "train"), key=natural_key)
-    are_labels = all(name.isdecimal() and int(name) == label for label, name in enumerate(names))
-    if (root / "words.txt").is_file() or (has_template and not are_labels):
-        raise UserError(
-            f"{root}: no wnids.txt, which gives every class its label; expected {EXPECTED}; "
-            "--classes_file gives the order where class folders are not simply 0 to N-1"
-        )
-    return names, NATURAL_ORDER
-
-
-def read_synonyms(root: Path, class_ids: Sequence[str], listed_in: str = "wnids.txt") -> list[str]:
-    """Synonyms of each class from words.txt (`wnid<TAB>synonym, synonym`); without that file the class ids."""
-    path = root / "words.txt"
-    if not path.is_file():
-        return list(class_ids)
-    synonyms = dict(line.split("\t", 1) for line in read_lines(path) if "\t" in line)
-    unknown = [class_id for class_id in class_ids if class_id not in synonyms]
-    if unknown:
-        raise UserError(
-            f"{root / listed_in}: {unknown[0]} is an unknown wnid: not in words.txt ({len(unknown)} unknown in all)"
-        )
-    return [synonyms[class_id].strip() or class_id for class_id in class_ids]
-
-
-def name_classes(class_ids: Sequence[str], synonyms: Sequence[str]) -> list[str]:
-    """First synonym of each class, with the class_id where two classes share it."""
-    names = [synonym.split(",")[0].strip() or class_id for class_id, synonym in zip(class_ids, synonyms, strict=True)]
-    counts = Counter(names)
-    return [
-        name if counts[name] == 1 else f"{name} ({class_id})" for name, class_id in zip(names, class_ids, strict=True)
-    ]

@@ -1,4 +1,7 @@
-"""Which images are held out, and which are taken where fewer are wanted: functions of file names alone."""
+"""Splits: which images are held out, and which are taken if fewer are wanted.
+
+Every function depends on file names, labels and a seed alone, so that a split is the same on every machine.
+"""
 
 import hashlib
 from collections import defaultdict
@@ -10,7 +13,7 @@ from transfer.errors import UserError
 
 
 def draw_order(files: Sequence[str], seed: int) -> list[int]:
-    """Positions of the files in an order that depends on the seed and their names alone."""
+    """Positions of the files in a random order that depends on the seed and the file names only."""
 
     def key(position: int) -> bytes:
         return hashlib.sha256(f"{seed}/{files[position]}".encode()).digest()
@@ -19,7 +22,7 @@ def draw_order(files: Sequence[str], seed: int) -> list[int]:
 
 
 def positions_by_class(labels: Sequence[int]) -> list[list[int]]:
-    """For every label, the positions that have it, in label order."""
+    """For each label that occurs, in label order, the positions that have it."""
     positions = defaultdict(list)
     for position, label in enumerate(labels):
         positions[label].append(position)
@@ -29,16 +32,18 @@ def positions_by_class(labels: Sequence[int]) -> list[list[int]]:
 def split_validation(
     files: Sequence[str], labels: Sequence[int], fraction: float, split_seed: int
 ) -> tuple[list[int], list[int]]:
-    """Positions (train, validation) of a stratified split that depends on the file names and split_seed alone.
+    """Positions (train, validation) of a stratified split.
 
-    Every class gives round(fraction x its size) images to validation, at least one, and keeps at least one.
+    Every class gives round(fraction * its size) images to validation, at least one, and keeps at least one. Raises
+    `UserError` for a class with a single image.
     """
     train, validation = [], []
     for positions in positions_by_class(labels):
         drawn = [positions[i] for i in draw_order([files[p] for p in positions], split_seed)]
         if len(drawn) < 2:
             raise UserError(
-                f"{files[drawn[0]]}: is its class's only image; a class needs one to train and one to check"
+                f"{files[drawn[0]]}: is the only image of its class; a class needs at least two, one to train on and "
+                "one to validate on"
             )
         held_out = min(max(1, round(fraction * len(drawn))), len(drawn) - 1)
         validation += drawn[:held_out]
@@ -49,16 +54,17 @@ def split_validation(
 def split_fold(
     files: Sequence[str], labels: Sequence[int], fold: int, folds: int, split_seed: int
 ) -> tuple[list[int], list[int]]:
-    """Positions (train, validation) of one fold, 1 to `folds`, stratified, by the file names and split_seed alone.
+    """Positions (train, validation) of one fold, 1 to `folds`, of a stratified cross-validation.
 
-    Every image is in the validation part of exactly one fold.
+    Every image is in the validation part of exactly one fold. Raises `UserError` for a class with fewer images than
+    folds.
     """
     train, validation = [], []
     for positions in positions_by_class(labels):
         if len(positions) < folds:
             raise UserError(
                 f"--kfold {folds}: the class of {files[positions[0]]} has only {len(positions)} images; every fold "
-                "needs one of each class"
+                "needs one image of each class"
             )
         drawn = [positions[i] for i in draw_order([files[p] for p in positions], split_seed)]
         validation += drawn[fold - 1 :: folds]
@@ -67,7 +73,7 @@ def split_fold(
 
 
 def take_evenly(positions: Sequence[int], files: Sequence[str], labels: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the positions, as evenly over the classes as their sizes allow; depends on names alone."""
+    """At most `count` of the positions, spread over the classes as evenly as their sizes allow."""
     rounds = []
     for members in positions_by_class([labels[p] for p in positions]):
         drawn = draw_order([files[positions[m]] for m in members], seed=0)

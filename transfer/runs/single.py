@@ -93,7 +93,7 @@ def decode_images(args: FinetuningArguments, data: DatasetFiles, classifier: Cla
     geometry = classifier.geometry
     check_transform(classifier.processor, EvaluationTransform(geometry))
     with args.main_process_first(local=True, desc="decoding images"):
-        return open_pixel_store(data.root, data.files, geometry.apply, geometry.crop, geometry.rule)
+        return open_pixel_store(data.root, data.files, geometry)
 
 
 def start_record(context: RunContext, trainer: FinetuningTrainer, checkpoint: str | None = None) -> dict:
