@@ -58,7 +58,7 @@ def test_values_of_a_recipe_get_the_types_that_flags_have(parse):
 
 def test_null_in_a_recipe_means_the_default(parse):
     run, args = parse("data_dir: sample\nlayer_decay: null\nseeds:\noutput_dir: null\n")
-    assert (run.layer_decay, run.seeds, args.output_dir) == (0.85, None, "outputs/mine")
+    assert (run.layer_decay, run.seeds, args.output_dir) == (0.85, [], "outputs/mine")
 
 
 @pytest.mark.parametrize(

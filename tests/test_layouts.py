@@ -414,7 +414,7 @@ def test_a_missing_hub_data_set_is_one_line(monkeypatch):
     [
         (["--data_dir", "a", "--dataset_name", "b"], "--dataset_name and --data_dir do not go together"),
         (["--dataset_name", "b", "--classes_file", "c"], "--dataset_name and --classes_file do not go together"),
-        (["--data_dir", "a", "--label_column_name", "b"], "--label_column_name says which part of --dataset_name"),
+        (["--data_dir", "a", "--label_column_name", "b"], "--label_column_name needs --dataset_name, which is missing"),
     ],
 )
 def test_arguments_of_two_sources_do_not_mix(words, message, tmp_path, capsys):
