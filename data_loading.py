@@ -49,7 +49,7 @@ def open_test(root: Path, template_path: Path | None, ignored: Counter[str]) -> 
         return files, name_test_images(root, files)
     template = read_template(template_path)
     ids = name_test_images(root, files, set(template.iloc[:, 0]))
-    # The template of a later year lacked rows that its grader wanted; the competition's, beside wnids.txt, is complete.
+    # The template of a later year lacked rows that its grader wanted; the competition's is complete.
     check_template(template, ids, template_path, may_be_short=not (root / WNIDS_NAME).is_file())
     return files, ids
 
