@@ -9,7 +9,6 @@
 """
 
 import argparse
-import hashlib
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import datasets
 
+from transfer.config import RunArguments
 from transfer.data.images import scan_images
 from transfer.data.labels import check_template, name_classes, read_class_order, read_synonyms, read_template
 from transfer.data.layouts import (
@@ -34,7 +34,7 @@ from transfer.data.layouts import (
     name_layout,
     name_test_images,
 )
-from transfer.data.sources import extract_zip
+from transfer.data.sources import extract_zip, open_hub_data
 from transfer.data.splits import split_fold, split_validation, take_evenly
 from transfer.data.tiny_imagenet import make_100, sample_data
 from transfer.errors import UserError, exits_cleanly
@@ -103,6 +103,13 @@ def open_data(data_dir: str, classes_file: str | None = None) -> DatasetFiles:
     return open_folder(extract_zip(path) if path.is_file() else path, chosen)
 
 
+def find_data(run: RunArguments) -> DatasetFiles:
+    """Recognise and check the data set of `--data_dir` or `--dataset_name`. Raises `UserError`."""
+    if run.dataset_name:
+        return open_hub_data(run.dataset_name, run.dataset_config_name, run.label_column_name)
+    return open_data(run.data_dir or "", run.classes_file)
+
+
 # From the files to a DatasetDict
 
 
@@ -164,13 +171,10 @@ def load_dataset(
     return splits
 
 
-def split_fingerprint(dataset: datasets.DatasetDict) -> str:
-    """Hash of the file names in each split; the same wherever the data set lies."""
-    digest = hashlib.sha256()
-    for name in ("train", "validation", "test"):
-        if name in dataset:
-            digest.update("\n".join([name, *dataset[name]["file"][:], ""]).encode())
-    return digest.hexdigest()
+def split_data(run: RunArguments, data: DatasetFiles) -> datasets.DatasetDict:
+    """Load the files as a DatasetDict, split as the arguments say: for one fold, or for the whole run."""
+    fold = (run.fold, run.kfold) if run.fold and run.kfold else None
+    return load_dataset(data, run.validation_fraction, run.split_seed, run.max_train_samples, fold)
 
 
 # What is printed about a data set
@@ -238,6 +242,11 @@ def describe_layout(data: DatasetFiles) -> list[str]:
         f"ignored     {ignored}",
         f"template    {_describe_template(data)}",
     ]
+
+
+def describe_splits(dataset: datasets.DatasetDict) -> str:
+    """The number of images of each split."""
+    return ", ".join(f"{name} {len(split)}" for name, split in dataset.items())
 
 
 def describe_duplicates(digests: dict[str, str], data: DatasetFiles) -> str:

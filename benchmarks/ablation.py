@@ -21,11 +21,12 @@ import transformers
 from tqdm import tqdm
 
 from benchmarks.time_to_accuracy import QUIET
-from data_loading import load_dataset
-from finetune_vit import find_data
+from data_loading import find_data, load_dataset
+from finetune_vit import make_trainer
 from transfer.cli import parse_command_line
+from transfer.models.build import prepare_model
+from transfer.runs import RunContext
 from transfer.runs.record import describe_device
-from transfer.runs.single import RunContext, make_trainer, prepare_model
 from transfer.runtime import resolve_mixed_precision, tune_malloc, use_all_cores
 from transfer.training.linear_probe import fit_probe
 
@@ -62,9 +63,9 @@ def train_once(words: list[str], folder_cache: dict) -> float:
     context = RunContext(run, {}, "", folder, dataset)
     for name, value in QUIET.items():
         setattr(args, name, {"report_to": []}.get(name, value))
-    trainer, store = make_trainer(context, args, prepare_model(context, args))
+    trainer = make_trainer(context, args, prepare_model(run, args, folder))
     if run.linear_probe:
-        fit_probe(trainer, store, dataset["train"], trainer.eval_transform.geometry.rule)
+        fit_probe(trainer, trainer.eval_dataset.store, dataset["train"], trainer.eval_transform.geometry.rule)
     trainer.train()
     measured = trainer.evaluate()
     return max(measured["eval_accuracy"], measured.get("eval_ema_accuracy", 0.0))

@@ -13,7 +13,6 @@ import multiprocessing
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -26,12 +25,11 @@ from tqdm import tqdm
 from benchmarks.throughput import CASES, GPU_CASES, project_trainer, quiet, train_timed
 from data_loading import load_dataset, open_data
 from transfer.data.images import open_pixel_store
-from transfer.models.build import apply_cpu_speedups
-from transfer.models.cpu_kernels import skip_open_gates
+from transfer.models.cpu_kernels import apply_cpu_speedups, skip_saturated_gates
 from transfer.models.load import read_geometry
 from transfer.runs.record import describe_device, describe_versions
 from transfer.runtime import resolve_mixed_precision, tune_malloc, use_all_cores
-from transfer.training.trainer import FinetuningTrainer
+from transfer.training import trainer
 
 # name: TrainingArguments that it changes; the other switches are read by `measure`.
 SETTINGS: dict[str, dict] = {
@@ -49,16 +47,10 @@ SETTINGS: dict[str, dict] = {
 PROJECT = next(iter(SETTINGS))
 
 
-def in_contiguous_format(trainer: FinetuningTrainer) -> None:
+def in_contiguous_format(model: torch.nn.Module) -> None:
     """Undo channels-last in the model and in what it is fed."""
-    trainer.model.to(memory_format=torch.contiguous_format)
-    prepare: Callable = trainer._prepare_inputs
-
-    def contiguous(inputs):
-        inputs = prepare(inputs)
-        return inputs | {"pixel_values": inputs["pixel_values"].contiguous()}
-
-    trainer._prepare_inputs = contiguous
+    model.to(memory_format=torch.contiguous_format)
+    trainer.channels_last = torch.Tensor.contiguous
 
 
 def measure(case: str, setting: str, data_dir: str) -> float:
@@ -71,18 +63,17 @@ def measure(case: str, setting: str, data_dir: str) -> float:
     transformers.utils.logging.disable_progress_bar()
     _, build, batch, steps = (CASES | GPU_CASES)[case]
     model, processor = build()
-    (skip_open_gates if "depthwise" in setting else apply_cpu_speedups)(model)
+    (skip_saturated_gates if "depthwise" in setting else apply_cpu_speedups)(model)
     if "attention" in setting:
         model.set_attn_implementation("eager")
     folder = open_data(data_dir)
-    geometry = read_geometry(processor)
-    store = open_pixel_store(folder.root, folder.files, geometry)
+    store = open_pixel_store(folder.root, folder.files, read_geometry(processor))
     with tempfile.TemporaryDirectory() as scratch:
         arguments = quiet(scratch, batch, steps) | SETTINGS[setting]
-        trainer = project_trainer(model, processor, store, load_dataset(folder), arguments)
+        ours = project_trainer(model, processor, store, load_dataset(folder), arguments)
         if "contiguous" in setting:
-            in_contiguous_format(trainer)
-        return train_timed(trainer, steps)
+            in_contiguous_format(ours.model)
+        return train_timed(ours, steps)
 
 
 def applies(case: str, setting: str) -> bool:

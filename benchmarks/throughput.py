@@ -46,7 +46,8 @@ from benchmarks.stock import stock_trainer
 from data_loading import load_dataset, open_data
 from transfer.config import FinetuningArguments
 from transfer.data.images import PixelDataset, open_pixel_store
-from transfer.models.build import Classifier, apply_cpu_speedups
+from transfer.models.build import Classifier
+from transfer.models.cpu_kernels import apply_cpu_speedups
 from transfer.models.load import read_geometry
 from transfer.models.offline import offline_backbone
 from transfer.runs.record import describe_device, describe_versions
@@ -154,10 +155,10 @@ def train_timed(trainer: Trainer, steps: int) -> float:
     return statistics.median(timer.seconds(warm_up=1))
 
 
-def time_prediction(trainer: Trainer) -> float:
+def time_prediction(trainer: FinetuningTrainer) -> float:
     """Seconds for every test image."""
     start = time.perf_counter()
-    trainer.predict(trainer.eval_dataset)
+    trainer.predict_logits(trainer.eval_dataset)
     return time.perf_counter() - start
 
 
@@ -188,9 +189,7 @@ def project_trainer(model, processor, store, dataset, arguments: dict) -> Finetu
     training = TrainTransform(view, [view.geometry.crop[0]], 0.35)
     args = FinetuningArguments(**arguments, load_best_model_at_end=False)
     train, test = PixelDataset(store, dataset["train"]), PixelDataset(store, dataset["test"])
-    return FinetuningTrainer(
-        Classifier(model, processor), args, view, training, layer_decay=0.9, train_dataset=train, eval_dataset=test
-    )
+    return FinetuningTrainer(Classifier(model, processor), args, view, training, train, test, layer_decay=0.9)
 
 
 def serve_stock(pipe, name: str, data_dir: str, steps: int) -> None:

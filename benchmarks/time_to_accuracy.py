@@ -30,12 +30,13 @@ from torch.utils.data import Dataset, Subset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainerCallback
 
 from benchmarks.stock import stock_trainer
-from data_loading import load_dataset
-from finetune_vit import find_data
+from data_loading import find_data, load_dataset
+from finetune_vit import make_trainer
 from transfer.cli import parse_command_line
+from transfer.models.build import prepare_model
 from transfer.models.load import locate_checkpoint
+from transfer.runs import RunContext
 from transfer.runs.record import describe_device, describe_versions
-from transfer.runs.single import RunContext, make_trainer, prepare_model
 from transfer.runs.timing import StepTimer
 from transfer.runtime import resolve_mixed_precision, tune_malloc, use_all_cores
 
@@ -113,7 +114,7 @@ def stock_maker(context: RunContext, args, scratch: str, learning_rate: float):
     def make(steps: int) -> Trainer:
         set_seed(args.seed)
         model = AutoModelForImageClassification.from_pretrained(
-            source, num_labels=len(context.folder.class_ids), ignore_mismatched_sizes=True, dtype="float32"
+            source, num_labels=len(context.data.class_ids), ignore_mismatched_sizes=True, dtype="float32"
         )
         settings = QUIET | batches | {"output_dir": scratch, "max_steps": steps, "learning_rate": learning_rate}
         processor = AutoImageProcessor.from_pretrained(source)
@@ -130,7 +131,7 @@ def project_maker(context: RunContext, args, scratch: str):
         for name, value in QUIET.items():
             setattr(own, name, {"report_to": []}.get(name, value))
         own.output_dir, own.max_steps = scratch, steps
-        return make_trainer(context, own, prepare_model(context, own))[0]
+        return make_trainer(context, own, prepare_model(context.run, own, context.data))
 
     return make
 

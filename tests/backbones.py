@@ -1,4 +1,4 @@
-"""Every backbone that is tested, as a tiny random checkpoint, and the README's table of what each needs.
+"""Every backbone that is tested, as a tiny random checkpoint, and the table of docs/backbones.md.
 
     python tests/backbones.py    # prints the table
 
@@ -328,7 +328,7 @@ def _name_normalisation(geometry: ImageGeometry) -> str:
 
 
 def describe_families(poolings: dict[str, str]) -> list[str]:
-    """The README's rows for families whose pooling was found."""
+    """The rows of docs/backbones.md for families whose pooling was found."""
     rows = []
     for kind, pooling in poolings.items():
         model, geometry = _published(kind)

@@ -1,14 +1,25 @@
-"""Finished runs without any training: what a run's folder holds, made up."""
+"""Finished runs without any training: the content of a run's folder, made up."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from transfer.evaluation.metrics import measure
-from transfer.evaluation.predictions import Predictions
+from transfer.evaluation.metrics import (
+    Calibration,
+    ClassificationMetrics,
+    RunMetrics,
+    Scores,
+    SoupMetrics,
+    SplitScores,
+    TrainMetrics,
+    ZeroEpoch,
+    measure,
+)
+from transfer.evaluation.predictions import Predictions, measure_calibration
 
-# Without a test of their own in these tests: what run.json holds besides the arguments.
+# The content of run.json besides the arguments.
 RECORD = {
     "command": "accelerate launch --config_file accelerate_config.yaml finetune_vit.py recipes/sample.yaml",
     "precision": "precision: bf16 (mixed_precision in the accelerate config)",
@@ -38,8 +49,31 @@ def some_logits(labels, classes: int, seed: int = 0, sharpness: float = 2.5) -> 
     return logits.astype(np.float32)
 
 
+def some_metrics(accuracy: float, loss: float = 1.5) -> ClassificationMetrics:
+    """Metrics of a split with this accuracy and loss."""
+    return ClassificationMetrics(accuracy, [accuracy - 0.1, accuracy + 0.1], 0.95, accuracy - 0.01, loss, n=48)
+
+
+def trained_metrics(accuracy: float, train_accuracy: float = 0.9) -> RunMetrics:
+    """Metrics of a single training with this validation accuracy."""
+    train = TrainMetrics(**vars(some_metrics(train_accuracy, 0.5)), samples_per_second=123.4, seconds=76.5)
+    calibration = Calibration(temperature=0.9, ece=0.04, ece_scaled=0.03)
+    return RunMetrics(some_metrics(accuracy), calibration, zero_epoch=ZeroEpoch(0.125), train=train)
+
+
+def seed_metrics(accuracies, soup: float, ensemble: float, members: list[int]) -> dict:
+    """What several seeds with these validation accuracies add to the metrics of their run."""
+    return {
+        "seeds": [trained_metrics(accuracy) for accuracy in accuracies],
+        "mean": SplitScores(Scores(float(np.mean(accuracies)), 1.5), Scores(0.9, 0.5)),
+        "std": SplitScores(Scores(float(np.std(accuracies, ddof=1)), 0.0), Scores(0.0, 0.0)),
+        "soup": SoupMetrics(**vars(some_metrics(soup)), members=members),
+        "ensemble": some_metrics(ensemble),
+    }
+
+
 def write_run(folder: Path, data_dir, files, labels, names, logits=None, test_ids=(), **changes) -> Path:
-    """A finished run's folder; `changes` go into metrics.json, or into run.json under `record`."""
+    """A finished run's folder; `changes` replace stages of its metrics, or values of run.json under `record`."""
     (folder / "model").mkdir(parents=True)
     labels, classes = np.asarray(labels), len(names)
     logits = some_logits(labels, classes) if logits is None else np.asarray(logits, dtype=np.float32)
@@ -47,9 +81,9 @@ def write_run(folder: Path, data_dir, files, labels, names, logits=None, test_id
     Predictions(files, labels, logits, list(test_ids), test_logits).save(folder)
     record = RECORD | {"arguments": ARGUMENTS | {"data_dir": str(data_dir)}} | changes.pop("record", {})
     validation = measure(logits, labels)
-    speed = {"samples_per_second": 123.4, "seconds": 76.5}
-    metrics = {"validation": validation, "train": validation | speed, "zero_epoch": {"accuracy": 0.125}} | changes
-    (folder / "metrics.json").write_text(json.dumps({k: v for k, v in metrics.items() if v is not None}))
+    train = TrainMetrics(**vars(validation), samples_per_second=123.4, seconds=76.5)
+    metrics = RunMetrics(validation, measure_calibration(logits, labels), zero_epoch=ZeroEpoch(0.125), train=train)
+    replace(metrics, **changes).write(folder)
     (folder / "run.json").write_text(json.dumps(record))
     (folder / "model" / "config.json").write_text(json.dumps({"id2label": dict(enumerate(names))}))
     return folder

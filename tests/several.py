@@ -47,7 +47,7 @@ def run_out_of_memory() -> None:
         return original(self, model, *args, **kwargs)
 
     FinetuningTrainer.compute_loss = compute
-    errors.FIRST_SPEAKS = 0.1
+    errors.OTHERS_WAIT_SECONDS = 0.1
 
 
 def be_slow_in_the_second_process() -> None:

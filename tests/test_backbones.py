@@ -1,4 +1,4 @@
-"""Every backbone: trained, its best epoch kept, reloaded, the same predictions from a plain pipeline."""
+"""Every backbone trains, keeps its best epoch, reloads, and predicts the same in a plain pipeline."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def labels_of(submission) -> dict[str, int]:
 
 
 def check_pipeline(out, data) -> None:
-    """A plain pipeline gives the csv's labels."""
+    """Check that a plain pipeline predicts the labels of the csv."""
     names = [GLOSSES[wnid].split(",")[0] for wnid in WNIDS]
     ours = labels_of(out / "submission.csv")
     images = [Image.open(data / "test" / "images" / f"{image_id}.JPEG") for image_id in ours]
@@ -41,7 +41,7 @@ def check_pipeline(out, data) -> None:
 
 
 def check_from_training_to_pipeline(checkpoint, data, finetune, **options) -> None:
-    """A run keeps its best epoch, trains backbone and head, is read back alike and answers in a plain pipeline."""
+    """Check that a run trains, keeps its best epoch, reloads, and predicts the same in a plain pipeline."""
     out = finetune(data, checkpoint, learning_rate="5e-3", layer_decay=0.9, **options)
     best = json.loads((out / "trainer_state.json").read_text())["best_model_checkpoint"]
     saved, chosen = load_file(out / "model" / "model.safetensors"), load_file(f"{best}/model.safetensors")
@@ -49,7 +49,7 @@ def check_from_training_to_pipeline(checkpoint, data, finetune, **options) -> No
     untrained = build(checkpoint, **options).model
     start, trained = untrained.state_dict(), load_trained(str(out / "model"), WNIDS).model.state_dict()
     assert trained.keys() == start.keys()
-    # Backbone and head have moved: neither is frozen by mistake, nor lost on the way to the disk.
+    # Both backbone and head have changed: neither was frozen by mistake, or lost when it was saved.
     heads = head_names(untrained)
     for part in (heads, start.keys() - heads):
         assert any(not torch.equal(start[name], trained[name]) for name in part)
@@ -68,7 +68,9 @@ def test_every_backbone_trains_keeps_its_best_epoch_reloads_and_predicts_the_sam
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("image_size", [None, 64])
-def test_the_view_is_what_the_saved_processor_makes_at_any_size(kind, image_size, checkpoints, tmp_path):
+def test_the_evaluation_transform_does_what_the_saved_processor_does_at_any_size(
+    kind, image_size, checkpoints, tmp_path
+):
     built = build(checkpoints(kind), image_size=image_size)
     built.processor.save_pretrained(tmp_path)
     built.model.save_pretrained(tmp_path)
@@ -82,7 +84,7 @@ def test_the_view_is_what_the_saved_processor_makes_at_any_size(kind, image_size
 
 
 def test_a_processor_without_a_size_is_refused():
-    with pytest.raises(UserError, match=r"Siglip2ImageProcessor.*names no image size"):
+    with pytest.raises(UserError, match=r"Siglip2ImageProcessor.*has no image size"):
         read_geometry(Siglip2ImageProcessor())
 
 
@@ -101,30 +103,32 @@ def test_learning_rates_fall_from_the_head_to_the_stem(kind, checkpoints):
     assert levels[stem] == 0 and not any(stem.startswith(block) for block in blocks)
     rate = {id(p): group["lr"] for group in groups for p in group["params"]}
     assert all(rate[id(p)] == 0.5 ** (top - levels[name]) for name, p in model.named_parameters())
-    assert groups[0]["lr"] == 1.0  # what gets logged
+    assert groups[0]["lr"] == 1.0  # the rate that is logged
 
 
-def test_a_run_says_how_fast_each_level_learns(pristine_data, checkpoints, finetune, capsys):
+def test_a_run_prints_the_learning_rate_of_each_level(pristine_data, checkpoints, finetune, capsys):
     finetune(pristine_data, checkpoints("vit"), learning_rate="1e-3", layer_decay=0.5, freeze_layers=1)
     finetune(pristine_data, checkpoints("vit"), learning_rate="1e-3", layer_decay=1, output_dir="same")
-    said = capsys.readouterr().out
-    assert "rates       0.001 for the head, by level down 0.0005, 0.00025, 0.000125\n" in said
-    assert "rates       0.001 for all that is trained\n" in said
+    printed = capsys.readouterr().out
+    assert "rates       0.001 for the head; 0.0005, 0.00025, 0.000125 for the levels below it\n" in printed
+    assert "rates       0.001 for all trainable parameters\n" in printed
 
 
-def test_deep_backbones_share_levels_so_that_their_stems_learn():
+def test_blocks_of_deep_backbones_share_levels_so_that_the_stem_learns():
     with torch.device("meta"):
         config = transformers.ConvNextV2Config(depths=[3, 3, 27, 3], hidden_sizes=[8, 8, 8, 8], num_labels=4)
         model = transformers.ConvNextV2ForImageClassification(config)
     levels = parameter_levels(model)
     assert len(find_blocks(model)) == 36 and max(levels.values()) == 1 + 18 + 1
-    # A downsampling layer learns with the block above it.
+    # A downsampling layer shares the level of the block that follows it.
     stage = "convnextv2.encoder.stages.2"
     assert levels[f"{stage}.downsampling_layer.1.weight"] == levels[f"{stage}.layers.0.dwconv.weight"]
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet", "convnext"])
-def test_frozen_levels_and_their_batch_norms_stay_as_they_are(kind, pristine_data, checkpoints, finetune, capsys):
+def test_frozen_levels_and_their_batch_norm_statistics_do_not_change(
+    kind, pristine_data, checkpoints, finetune, capsys
+):
     frozen = 2
     out = finetune(
         pristine_data, checkpoints(kind), learning_rate="1e-2", freeze_layers=frozen, freeze_batch_norm_stats="false"
@@ -138,9 +142,9 @@ def test_frozen_levels_and_their_batch_norms_stay_as_they_are(kind, pristine_dat
         names = [name for name in levels if levels[name] == level]
         assert any(not torch.equal(before[name], after[name]) for name in names)
     statistics = [name for name in before if name.endswith("running_mean")]
-    held = [torch.equal(before[n], after[n]) for n in statistics]
-    assert held == [levels[n.replace("running_mean", "weight")] < frozen for n in statistics]
-    assert "100.00% trained" not in capsys.readouterr().out
+    unchanged = [torch.equal(before[n], after[n]) for n in statistics]
+    assert unchanged == [levels[n.replace("running_mean", "weight")] < frozen for n in statistics]
+    assert "100.00% trainable" not in capsys.readouterr().out
 
 
 def test_freezing_more_levels_than_there_are_is_refused(checkpoints):
@@ -148,7 +152,7 @@ def test_freezing_more_levels_than_there_are_is_refused(checkpoints):
         freeze_layers(build(checkpoints("vit")).model, 9)
 
 
-def test_an_encoder_without_a_class_of_its_own_computes_the_same_in_the_one_it_gets(checkpoints):
+def test_an_encoder_that_is_converted_to_another_class_computes_the_same(checkpoints):
     pixels = torch.rand(2, 3, 32, 32)
     for kind, part, features in (
         ("vit_mae", "vit", lambda out: out.last_hidden_state[:, 1:].sort(1).values),
@@ -158,11 +162,11 @@ def test_an_encoder_without_a_class_of_its_own_computes_the_same_in_the_one_it_g
         encoder = AutoModel.from_pretrained(checkpoints(kind), **options).eval()
         built = build(checkpoints(kind)).model.eval()
         with torch.no_grad():
-            # MAE shuffles its tokens even where it masks none.
+            # MAE shuffles its tokens even if it masks none.
             torch.testing.assert_close(features(getattr(built, part)(pixels)), features(encoder(pixels)))
 
 
-def test_a_naflex_checkpoint_becomes_a_siglip_that_gives_the_same_logits_for_square_images(checkpoints):
+def test_a_naflex_checkpoint_converted_to_siglip_gives_the_same_logits_for_square_images(checkpoints):
     built = build(checkpoints("siglip2"))
     theirs = AutoModelForImageClassification.from_pretrained(checkpoints("siglip2")).eval()
     built.model.classifier = theirs.classifier
@@ -174,7 +178,7 @@ def test_a_naflex_checkpoint_becomes_a_siglip_that_gives_the_same_logits_for_squ
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_dinov3_with_a_head_loads_elsewhere_with_the_code_that_is_saved_beside_it(checkpoints, tmp_path):
+def test_dinov3_with_a_head_loads_elsewhere_by_the_code_that_is_saved_beside_it(checkpoints, tmp_path):
     built = build(checkpoints("dinov3_vit")).model.eval()
     built.save_pretrained(tmp_path / "model")
     assert {p.name for p in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors", "dinov3.py"}
@@ -199,34 +203,34 @@ def test_dinov3_with_a_head_loads_elsewhere_with_the_code_that_is_saved_beside_i
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_the_readmes_row_of_each_backbone_is_what_its_code_says(kind, checkpoints):
+def test_the_row_of_each_backbone_in_the_docs_is_what_its_code_says(kind, checkpoints):
     built = build(checkpoints(kind))
     row = describe_families({kind: find_pooling(built.model, 32)})[0]
-    assert row in (ROOT / "README.md").read_text(), f"{row}\nrun: python tests/backbones.py"
+    assert row in (ROOT / "docs" / "backbones.md").read_text(), f"{row}\nrun: python tests/backbones.py"
 
 
-TIMM = {  # architecture -> what makes it tiny
+TIMM = {  # architecture -> arguments that make it tiny
     "vit_tiny_patch16_224": {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8},
     "eva02_tiny_patch14_224": {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8},
     "resnet18": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
 }
 
 
-def save_timm(architecture: str, place) -> None:
-    """A tiny random checkpoint as timm's lie on the Hub; skips where timm, or the torchvision it needs, is missing."""
+def save_timm(architecture: str, folder) -> None:
+    """Save a tiny random checkpoint in timm's Hub format; skips the test without timm and the torchvision it needs."""
     timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm torchvision")
     try:
         import torchvision  # noqa: F401
-    except Exception as fault:  # whatever its binaries raise
+    except Exception as fault:  # torchvision's binaries may raise anything
         pytest.skip(f"timm's checkpoints need torchvision, which cannot be imported: {fault}")
     from timm.models import save_for_hf
 
     torch.manual_seed(0)
     arguments = TIMM[architecture]
-    view = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
-    view |= {"crop_pct": 0.9, "crop_mode": "center"}
-    model = timm.create_model(architecture, num_classes=5, pretrained_cfg_overlay=view, **arguments)
-    save_for_hf(model, place, model_args=arguments, safe_serialization=True)
+    preprocessing = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
+    preprocessing |= {"crop_pct": 0.9, "crop_mode": "center"}
+    model = timm.create_model(architecture, num_classes=5, pretrained_cfg_overlay=preprocessing, **arguments)
+    save_for_hf(model, folder, model_args=arguments, safe_serialization=True)
 
 
 @pytest.mark.parametrize("architecture", TIMM)
@@ -239,7 +243,7 @@ def test_a_timm_checkpoint_trains_at_another_size_reloads_and_predicts_the_same(
     levels = parameter_levels(model)
     assert len(find_blocks(model)) == (4 if architecture == "resnet18" else 2)
     assert max(levels, key=levels.get).startswith(next(iter(head_names(model))).rpartition(".")[0])
-    # Fine-tuned once more, it is called what the new classes are called.
+    # Fine-tuned once more, the model has the names of the new classes.
     renamed = build_classifier(str(tmp_path / "out" / "model"), ["a", "b"], ["one", "two"], ["one", "two"])
     renamed.model.save_pretrained(tmp_path / "renamed")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "renamed")

@@ -164,7 +164,9 @@ def test_a_checkpoint_that_brings_code_needs_leave_to_run_it(checkpoints, tmp_pa
         "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForImageClassification": "own.Own"},
     }
     (place / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="brings its own code, which is not run; read it, and --trust_remote_code"):
+    with pytest.raises(
+        UserError, match="custom code, which is not run by default; read it, then set --trust_remote_code"
+    ):
         load_checkpoint(str(place))
     assert not marker.exists()
     model, _ = load_checkpoint(str(place), trust_remote_code=True)

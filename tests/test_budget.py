@@ -11,8 +11,9 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
-from data_loading import load_dataset, open_data, split_fingerprint
+from data_loading import load_dataset, open_data
 from transfer.data.labels import read_template
+from transfer.data.splits import split_fingerprint
 from transfer.evaluation.predictions import Predictions
 from transfer.runs import timing
 from transfer.runs.timing import Deadline, TimeBudget, steps_that_fit

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from transfer.evaluation.metrics import fit_temperature, measure_calibration
+from transfer.evaluation.predictions import fit_temperature, measure_calibration
 
 
 def honest_logits(images: int = 4000) -> tuple[np.ndarray, np.ndarray]:
@@ -21,11 +21,11 @@ def test_the_temperature_undoes_what_sharpened_the_logits(sharpness):
     assert fit_temperature(sharpness * logits, labels) == pytest.approx(sharpness, rel=0.06)
 
 
-def test_scaling_mends_overconfidence_on_images_it_was_not_fitted_on():
+def test_scaling_fixes_overconfidence_on_images_it_was_not_fitted_on():
     logits, labels = honest_logits()
     calibration = measure_calibration(3 * logits, labels)
-    assert calibration["ece"] > 0.1 > 0.03 > calibration["ece_scaled"]
-    assert set(calibration) == {"temperature", "ece", "ece_scaled"}
+    assert calibration.ece > 0.1 > 0.03 > calibration.ece_scaled
+    assert set(vars(calibration)) == {"temperature", "ece", "ece_scaled"}
 
 
 def test_scaling_by_one_temperature_changes_no_label():

@@ -1,38 +1,35 @@
 """The model card: its numbers are the files', its metadata loads, and it names no place of this machine."""
 
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import WNIDS
-from fabricated import ARGUMENTS, RECORD, some_logits, write_run
+from fabricated import ARGUMENTS, RECORD, seed_metrics, some_logits, write_run
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
+from transfer.evaluation.metrics import Calibration, RunMetrics, Scores, SplitScores, TtaMetrics
 from transfer.evaluation.predictions import Predictions
 from transfer.reporting.card import write_card
 
 NAMES = ["red thing", "green | thing", "<blue> [thing]", "grey_thing"]
 LABELS = np.arange(40) % 4
 
-SEEDS = {
-    "seeds": [{"seed": s, "validation": {"accuracy": 0.7 + s / 100}} for s in range(3)],
-    "mean": {"validation": {"accuracy": 0.7123, "loss": 0.9876}, "train": {"accuracy": 0.8234, "loss": 0.5432}},
-    "std": {"validation": {"accuracy": 0.0123, "loss": 0.0234}, "train": {"accuracy": 0.0345, "loss": 0.0456}},
-    "soup": {"accuracy": 0.7345},
-    "ensemble": {"accuracy": 0.7456},
+SEEDS = seed_metrics([0.7, 0.71, 0.72], soup=0.7345, ensemble=0.7456, members=[3, 8]) | {
+    "mean": SplitScores(Scores(0.7123, 0.9876), Scores(0.8234, 0.5432)),
+    "std": SplitScores(Scores(0.0123, 0.0234), Scores(0.0345, 0.0456)),
 }
 
 
-def make_card(folder: Path, record=None, class_ids=WNIDS, **metrics) -> tuple[Path, dict, dict]:
+def make_card(folder: Path, record=None, class_ids=WNIDS, **metrics) -> tuple[Path, RunMetrics, dict]:
     """A card of a made-up run; returns its path, and the metrics and the record that it was made from."""
     logits = some_logits(LABELS, 4, sharpness=1.5)
     write_run(folder, "x", [f"{i}.JPEG" for i in range(40)], LABELS, NAMES, logits, **metrics)
-    measured = json.loads((folder / "metrics.json").read_text())
+    measured = RunMetrics.read(folder)
     arguments = ARGUMENTS | {"data_dir": "/home/jane/data/tiny-imagenet-100.zip"} | (record or {}).pop("arguments", {})
     record = RECORD | (record or {}) | {"arguments": arguments}
     write_card(folder / "model", measured, record, NAMES, class_ids, Predictions.load(folder))
@@ -51,7 +48,7 @@ def numbers_in(value) -> set[str]:
 
 
 def counted_numbers(predictions: Predictions) -> set[str]:
-    """Counts of every class and pair, and the calibration error, worked out here."""
+    """Counts of every class and pair, and the calibration error, computed here."""
     said, labels = predictions.validation_logits.argmax(1), predictions.validation_labels
     counts = [((labels == a) & (said == b)).sum() for a in range(4) for b in range(4)]
     pairs = [((labels == a) & (said == b) | (labels == b) & (said == a)).sum() for a in range(4) for b in range(a)]
@@ -66,40 +63,40 @@ def counted_numbers(predictions: Predictions) -> set[str]:
 def test_every_number_of_the_card_is_in_the_runs_files(metrics, tmp_path):
     path, measured, record = make_card(tmp_path / "run", **metrics)
     text = ModelCard.load(path).text
-    known = numbers_in(measured) | numbers_in(record) | counted_numbers(Predictions.load(tmp_path / "run"))
+    known = numbers_in(measured.to_json()) | numbers_in(record) | counted_numbers(Predictions.load(tmp_path / "run"))
     known |= {str(len(NAMES)), "15", str(len(metrics.get("seeds", ())))}  # classes, bins, seeds
     names = re.compile(r"EfficientNet-Lite0 \(ImageNet-1k\)|top-5|F1|95% interval|tiny-imagenet-100")
     strange = set(re.findall(r"\d+(?:\.\d+)*", names.sub("", text))) - known
     assert not strange
-    validation = measured["validation"]
-    assert f"| validation, held out | 40 | {validation['accuracy']:.4f} |" in text
+    assert f"| validation | 40 | {measured.validation.accuracy:.4f} |" in text
 
 
 def test_a_card_of_one_seed_says_that_the_spread_is_not_known(tmp_path):
     text = make_card(tmp_path / "run")[0].read_text()
-    assert "One seed: the spread over seeds is not known" in text and "±" not in text
+    assert "Trained with one seed: the spread over seeds is unknown." in text and "±" not in text
 
 
 def test_a_card_of_three_seeds_gives_mean_and_standard_deviation(tmp_path):
     text = make_card(tmp_path / "run", **SEEDS)[0].read_text()
     assert "over 3 seeds, validation: accuracy 0.7123 ± 0.0123, loss 0.9876 ± 0.0234." in text
     assert "over 3 seeds, training images: accuracy 0.8234 ± 0.0345, loss 0.5432 ± 0.0456." in text
-    assert "soup of the seeds 0.7345, ensemble of the seeds 0.7456" in text and "One seed" not in text
+    assert "soup of the seeds 0.7345, ensemble of the seeds 0.7456" in text and "one seed" not in text
 
 
 def test_a_card_says_of_which_weights_and_views_its_figures_are(tmp_path):
-    views = {"kept": ["plain", "flip"], "accuracy": {"plain": 0.7012, "flip": 0.69}}
+    views = TtaMetrics(kept=["plain", "flip"], accuracy={"plain": 0.7012, "flip": 0.69})
     arguments = {"seeds": [3, 5, 8], "freeze_layers": 4}
-    soup = SEEDS | {"soup": {"accuracy": 0.7345, "members": [3, 8]}, "tta": views}
-    text = make_card(tmp_path / "run", record={"arguments": arguments}, **soup)[0].read_text()
-    assert "This model is the mean of the weights of seeds 3, 8 (greedy soup)." in text
-    assert "average the views plain, flip of each image" in text and "has validation accuracy 0.7012." in text
+    text = make_card(tmp_path / "run", record={"arguments": arguments}, tta=views, **SEEDS)[0].read_text()
+    assert "This model has the mean of the weights of seeds 3, 8 (greedy soup)." in text
+    assert "test-time augmentation, the mean of the views plain, flip." in text
+    assert "the validation accuracy is 0.7012." in text
     assert "| seeds | 3, 5, 8 |" in text and "| seed |" not in text and "| freeze_layers | 4 |" in text
 
 
 def test_a_measured_calibration_is_what_the_card_says(tmp_path):
-    text = make_card(tmp_path / "run", calibration={"temperature": 1.2345, "ece": 0.0212})[0].read_text()
-    assert "temperature 1.2345, ece 0.0212" in text and "Expected calibration error" not in text
+    text = make_card(tmp_path / "run", calibration=Calibration(1.2345, 0.0212, 0.0123))[0].read_text()
+    assert "Expected calibration error on the validation images: 0.0212 in 15 bins, 0.0123 with temp" in text
+    assert "(temperature 1.2345)" in text
 
 
 def test_the_metadata_is_what_the_hub_reads(tmp_path):
@@ -112,10 +109,10 @@ def test_the_metadata_is_what_the_hub_reads(tmp_path):
     name, results = model_index_to_eval_results(metadata["model-index"])
     assert name == "tiny"
     values = {result.metric_type: result.metric_value for result in results}
-    assert values == {"accuracy": measured["validation"]["accuracy"], "f1": measured["validation"]["macro_f1"]}
+    assert values == {"accuracy": measured.validation.accuracy, "f1": measured.validation.macro_f1}
     assert all(result.dataset_split == "validation" for result in results)
     card = ModelCard.load(path)
-    assert card.data.eval_results[0].metric_value == measured["validation"]["accuracy"]
+    assert card.data.eval_results[0].metric_value == measured.validation.accuracy
     assert 'pipeline("image-classification", model="me/tiny")' in card.text
 
 
@@ -144,7 +141,7 @@ def test_a_local_checkpoint_is_no_base_model_of_the_hub_and_its_place_stays_priv
     command = "python finetune_vit.py /home/jane/a.yaml --data_dir=/home/jane/tiny.zip --output_dir ~jane/x"
     path, *_ = make_card(tmp_path / "run", record={"arguments": local, "command": command})
     content = path.read_text()
-    assert "base_model" not in metadata_load(path) and "| started from | my-vit |" in content
+    assert "base_model" not in metadata_load(path) and "| base model | my-vit |" in content
     assert "jane" not in content and "/home" not in content
     assert "python finetune_vit.py a.yaml --data_dir=tiny.zip --output_dir x" in content
 

@@ -29,7 +29,7 @@ def test_the_p_value_is_the_exact_binomial_on_images_that_one_run_alone_gets_rig
     first, second = np.ones(20, dtype=bool), np.ones(20, dtype=bool)
     first[:8], second[8] = False, False
     found = compare_hits(first, second)
-    assert (found.first_alone, found.second_alone) == (1, 8)
+    assert (found.first_only, found.second_only) == (1, 8)
     # Two-sided: of the 2^9 ways in which nine coins fall, those at least as uneven as 1 to 8.
     uneven = sum(sum(coins) in (0, 1, 8, 9) for coins in product((0, 1), repeat=9)) / 2**9
     assert found.p_value == pytest.approx(uneven)
@@ -48,10 +48,10 @@ def test_a_small_difference_is_called_noise_and_a_large_one_names_the_better_run
     base = run_with_mistakes(tmp_path / "base", range(20))
     similar = run_with_mistakes(tmp_path / "similar", range(2, 23))
     better = run_with_mistakes(tmp_path / "better", range(5))
-    assert say(base, similar, capsys)[-1].startswith("This is within noise")
+    assert say(base, similar, capsys)[-1].startswith("The difference is within noise")
     lines = say(base, better, capsys)
-    assert "0.8000  80 of 100 right, 0 of them it alone" in lines[0]
-    assert "0.9500  95 of 100 right, 15 of them it alone" in lines[1]
+    assert "0.8000  80 of 100 correct, 0 of them only by this run" in lines[0]
+    assert "0.9500  95 of 100 correct, 15 of them only by this run" in lines[1]
     assert lines[2].startswith("difference +15.00 points") and "15 images: p = 6.1e-05" in lines[3]
     assert lines[-1].startswith(f"{better} is better")
     assert say(better, base, capsys)[-1].startswith(f"{better} is better")
@@ -61,15 +61,18 @@ def test_the_order_of_the_images_does_not_matter(tmp_path, capsys):
     first = run_with_mistakes(tmp_path / "first", [0, 1, 2])
     turned = run_with_mistakes(tmp_path / "turned", [99, 98, 97], FILES[::-1], LABELS[::-1])
     lines = say(first, turned, capsys)
-    assert all(line.endswith("97 of 100 right, 0 of them it alone") for line in lines[:2]) and "p = 1" in lines[3]
+    assert (
+        all(line.endswith("97 of 100 correct, 0 of them only by this run") for line in lines[:2])
+        and "p = 1" in lines[3]
+    )
 
 
 @pytest.mark.parametrize(
     ("files", "labels", "message"),
     [
-        (["train/c/other.JPEG", *FILES[1:]], LABELS, "held out other images (2 are in one of them alone"),
-        (FILES[:50], LABELS[:50], "held out other images (50 are in one of them alone"),
-        (FILES, np.roll(LABELS, 1), "give train/c/0.JPEG other labels"),
+        (["train/c/other.JPEG", *FILES[1:]], LABELS, "have different validation images (2 are in only one of them"),
+        (FILES[:50], LABELS[:50], "have different validation images (50 are in only one of them"),
+        (FILES, np.roll(LABELS, 1), "have different labels for train/c/0.JPEG"),
     ],
 )
 def test_runs_on_other_images_or_labels_are_refused(files, labels, message, tmp_path, capsys):

@@ -9,8 +9,9 @@ import pytest
 from conftest import ROOT, WNIDS, write_data_set
 from PIL import Image
 
-from data_loading import load_dataset, main, open_data, split_fingerprint
+from data_loading import load_dataset, main, open_data
 from transfer.data.layouts import image_id_of
+from transfer.data.splits import split_fingerprint
 from transfer.errors import UserError
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import WNIDS, draw_picture
+from fabricated import trained_metrics
 from safetensors.torch import load_file
 from scipy.special import softmax
 
@@ -27,11 +28,14 @@ def metrics_of(out) -> dict:
 
 
 def test_mean_and_standard_deviation_are_those_of_a_sample():
-    runs = [{"validation": {"accuracy": a, "loss": 1.0}, "train": {"accuracy": 0.9, "loss": a}} for a in (0.7, 0.8)]
-    summary = summarise(runs)
-    assert summary["mean"]["validation"] == {"accuracy": pytest.approx(0.75), "loss": 1.0}
-    assert summary["std"]["validation"] == {"accuracy": pytest.approx(0.1 / np.sqrt(2)), "loss": 0.0}
-    assert summary["std"]["train"]["loss"] == pytest.approx(0.1 / np.sqrt(2))
+    runs = [trained_metrics(accuracy) for accuracy in (0.7, 0.8)]
+    runs = [
+        dataclasses.replace(run, train=dataclasses.replace(run.train, loss=run.validation.accuracy)) for run in runs
+    ]
+    mean, std = summarise(runs).values()
+    assert vars(mean.validation) == {"accuracy": pytest.approx(0.75), "loss": 1.5}
+    assert vars(std.validation) == {"accuracy": pytest.approx(0.1 / np.sqrt(2)), "loss": 0.0}
+    assert std.train.loss == pytest.approx(0.1 / np.sqrt(2))
 
 
 def test_an_ensemble_averages_probabilities_not_logits():
@@ -98,7 +102,7 @@ def test_each_seed_leaves_a_whole_run_of_its_own(seeds_run):
     _, out = seeds_run
     for seed in (3, 5):
         record = json.loads((out / f"seed-{seed}" / "run.json").read_text())
-        assert record["arguments"]["seed"] == seed and record["arguments"]["seeds"] is None
+        assert record["arguments"]["seed"] == seed and record["arguments"]["seeds"] == []
         assert (out / f"seed-{seed}" / "submission.csv").is_file()
     assert (out / "submission.csv").is_file() and (out / "model" / "model.safetensors").is_file()
 
@@ -138,9 +142,9 @@ def test_a_finished_training_of_other_data_is_noticed_before_the_next_one(seeds_
         (["--seeds", "1"], "two or more different seeds"),
         (["--seeds", "1", "1"], "two or more different seeds"),
         (["--seeds", "1", "2", "--do_train", "false"], "does not go with --do_train false"),
-        (["--tta", "upside_down"], "must be of flip"),
+        (["--tta", "upside_down"], "--tta upside_down: must be flip, zoom, zoom_flip or corners"),
         (["--ema_decay", "1"], "must be at least 0 and below 1"),
-        (["--mixup_alpha", "-1"], "must be 0 or above"),
+        (["--mixup_alpha", "-1"], "--mixup_alpha -1.0: must be at least 0"),
         (["--train_image_size", "32", "4"], "must be at least 8"),
     ],
 )
@@ -217,7 +221,7 @@ def test_every_image_is_judged_by_the_fold_that_had_not_seen_it(folds_run):
     assert metrics["folds"] == [metrics_of(out / f"fold-{fold}") for fold in (1, 2, 3)]
     said = (out.parent / "said").read_text()
     assert "fold-2      training 2 of 3: train 32, validation 16, test 10\n" in said and "splits" not in said
-    assert re.search(r"each by the fold that had not seen it: validation accuracy [\d.]+ .*n=48\)", said)
+    assert re.search(r"all images, each predicted by the fold that left it out: [\d.]+ \(95% .*n=48\)", said)
 
 
 def test_the_submission_of_a_cross_validation_is_its_ensembles(folds_run):
@@ -228,7 +232,7 @@ def test_the_submission_of_a_cross_validation_is_its_ensembles(folds_run):
     assert [int(handed_in[image_id]) for image_id in members[0].test_ids] == expected.tolist()
     page, card = (out / "report.html").read_text(), (out / "model" / "README.md").read_text()
     assert "ensemble of 3 folds" in page and "<h3>Folds</h3>" in page and "mean of the seeds" not in page
-    assert "over 3 folds, validation" in card and "by the fold that had not seen it" in card
+    assert "over 3 folds, validation" in card and "each predicted by the fold that left it out" in card
 
 
 def test_a_fold_can_be_trained_alone_and_is_not_trained_again(folds_run, tmp_path):

@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from transfer import export
+from transfer.config import RunArguments, check_bounds
 from transfer.errors import UserError
 
 
@@ -48,7 +49,7 @@ def test_a_file_that_answers_otherwise_is_refused_and_removed(checkpoints, image
             model.classifier.bias += torch.tensor([9.0, 0.0])
 
     monkeypatch.setattr(export, "_write", spoil)
-    with pytest.raises(UserError, match=r"--export onnx: .* gets label"):
+    with pytest.raises(UserError, match=r"--export onnx: for .* onnxruntime predicts label"):
         export.export_onnx(checkpoints("convnext"), tmp_path / "model.onnx", images)
     assert not list(tmp_path.glob("*.onnx")) and not list(tmp_path.glob(".*"))
 
@@ -56,9 +57,9 @@ def test_a_file_that_answers_otherwise_is_refused_and_removed(checkpoints, image
 def test_what_is_missing_is_said_before_training(monkeypatch):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs onnx, onnxscript, onnxruntime; pip install -r requirements-extras"):
-        export.check_export("onnx")
+        export.check_export()
     with pytest.raises(UserError, match="--export tflite: must be onnx"):
-        export.check_export("tflite")
+        check_bounds(RunArguments(export="tflite"))
 
 
 def test_the_described_preprocessing_gives_the_models_input(checkpoints, images):

@@ -12,6 +12,7 @@ from conftest import ROOT
 from transfer import bundle, files
 from transfer.bundle import main, pack
 from transfer.errors import UserError
+from transfer.evaluation.metrics import ClassificationMetrics, RunMetrics
 
 USER = "zapho" + "d"  # in two parts: this file is packed too
 SECRET = "hf_" + 34 * "x"
@@ -30,8 +31,7 @@ def run(tmp_path, monkeypatch, checkpoints, pristine_data):
     (out / "model" / "model.safetensors").write_bytes(b"weights")
     (out / "submission.csv").write_text("image_id,label\na,1\n")
     (out / "report.html").write_text(f"<p>{home}/work</p><img src='data:image/png;base64,ab+/{USER[:3]}/cd/ef=='>")
-    validation = {"accuracy": 0.75, "accuracy_ci95": [0.5, 0.9], "n": 12}
-    (out / "metrics.json").write_text(json.dumps({"validation": validation}))
+    RunMetrics(ClassificationMetrics(0.75, [0.5, 0.9], 1.0, 0.75, 0.5, n=12)).write(out)
     link = {"url": f"https://huggingface.co/{USER}/tiny/tree/abc", "repo_id": f"{USER}/tiny"}
     record = {
         "command": f"python finetune_vit.py recipes/offline.yaml --data_dir {home}/data.zip --output_dir {out}",

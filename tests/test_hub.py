@@ -49,7 +49,7 @@ def test_a_push_leaves_exactly_the_model_folder_in_one_commit_and_gives_its_link
     assert pushed_to.url == f"{hub.url}/me/tiny/tree/{repo.branches['main']}"
     said = capsys.readouterr().out
     assert "me/tiny is public, the default: everyone sees it; --hub_private_repo true" in said
-    assert "read back: 4 files and 10 predictions are the run's own" in said
+    assert "read back: 4 files and 10 predictions match the run's" in said
     assert not hub.strangers  # the token goes to the Hub, not to its CDN
 
 
@@ -98,8 +98,8 @@ def test_a_name_that_holds_other_work_is_not_overwritten(hub, model):
         ("me/tiny", "hf_wrong", "does not accept the token .*HF_TOKEN"),
         ("me/tiny", None, "there is no token; `hf auth login` or the variable HF_TOKEN"),
         ("someone/tiny", TOKEN, "the token is me's; the owner must be me"),
-        ("tiny", TOKEN, "give the owner too, as in me/tiny"),
-        ("me/tiny model", TOKEN, "is no name for a repository"),
+        ("tiny", TOKEN, "add the owner, as in me/tiny"),
+        ("me/tiny model", TOKEN, "is not a valid repository name"),
     ],
 )
 def test_a_push_that_cannot_succeed_is_refused_before_any_training(hub, name, token, message, monkeypatch):
@@ -163,7 +163,7 @@ def test_a_copy_that_differs_from_the_folder_is_noticed(hub, model, monkeypatch)
         return keep(self, branch, files | ({"config.json": b"{}"} if "config.json" in files else {}), message)
 
     monkeypatch.setattr(Repo, "commit", spoil)
-    with pytest.raises(UserError, match=r"what the Hub gives back differs from .* in config\.json"):
+    with pytest.raises(UserError, match=r"the pushed commit differs from .* in config\.json"):
         push_model(model, "me/tiny")
 
 
@@ -173,7 +173,7 @@ def test_a_model_that_names_images_otherwise_is_noticed(model, images, tmp_path)
         other.classifier.bias += torch.tensor([0.0, 9.0, 0.0, 0.0])
     other.save_pretrained(tmp_path / "other")
     shutil.copy(model / "preprocessor_config.json", tmp_path / "other")
-    with pytest.raises(UserError, match="what was pushed takes"):
+    with pytest.raises(UserError, match="the pushed model predicts"):
         hub._check_predictions(model, tmp_path / "other", images)
 
 

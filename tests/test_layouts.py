@@ -11,11 +11,12 @@ import pytest
 from conftest import ROOT, WNIDS, draw_picture
 from PIL import Image
 
-from data_loading import describe_layout, load_dataset, main, open_data, split_fingerprint
+from data_loading import describe_layout, load_dataset, main, open_data
 from transfer import submission
 from transfer.data import sources, tiny_imagenet
 from transfer.data.layouts import natural_key
 from transfer.data.sources import open_hub_data
+from transfer.data.splits import split_fingerprint
 from transfer.errors import UserError
 
 # Eleven distinct colours: with eleven classes, folder 10 must sort after folder 9.

@@ -1,4 +1,4 @@
-"""Adapters: few parameters, the same outputs when merged, and checkpoints that resume and keep the best."""
+"""LoRA adapters: few parameters, the same outputs once merged, and checkpoints to resume and choose from."""
 
 import json
 
@@ -11,12 +11,12 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from transfer.errors import UserError
 from transfer.models.build import load_trained
-from transfer.models.layers import parameter_groups, trained_share
+from transfer.models.layers import parameter_groups, trainable_fraction
 from transfer.models.lora import adapted_layers, add_adapters, check_same_adapters, load_adapters, merge_adapters
 
 
 def adapted(checkpoint, rank=4):
-    """A model whose adapters do something: peft starts them at zero."""
+    """A model whose adapters change its outputs: peft initialises them to have no effect."""
     torch.manual_seed(0)
     model = add_adapters(build(checkpoint).model, rank).eval()
     with torch.no_grad():
@@ -27,7 +27,7 @@ def adapted(checkpoint, rank=4):
 
 
 @pytest.mark.parametrize("kind", ["vit", "swin", "convnextv2", "siglip", "dinov3_vit"])
-def test_the_merged_model_is_plain_and_gives_the_adapters_outputs(kind, checkpoints, tmp_path):
+def test_the_merged_model_is_plain_and_gives_the_same_outputs(kind, checkpoints, tmp_path):
     model, pixels = adapted(checkpoints(kind)), torch.rand(4, 3, 32, 32)
     with torch.no_grad():
         expected = model(pixels).logits
@@ -43,7 +43,7 @@ def test_the_merged_model_is_plain_and_gives_the_adapters_outputs(kind, checkpoi
     assert not (tmp_path / "adapter_config.json").exists()
 
 
-def test_under_two_percent_of_vit_b_is_trained_and_its_head_in_full():
+def test_under_two_percent_of_vit_b_is_trained_including_its_whole_head():
     with torch.device("meta"):
         model = ViTForImageClassification(ViTConfig(num_labels=100))
         plain = sum(p.numel() for p in model.parameters())
@@ -52,14 +52,14 @@ def test_under_two_percent_of_vit_b_is_trained_and_its_head_in_full():
     # 12 blocks of q, k, v, o (768 to 768), fc1 (to 3072) and fc2 (back), each r * (in + out), and the head.
     adapters = 12 * 8 * (4 * (768 + 768) + 2 * (768 + 3072))
     assert sum(trained.values()) == adapters + 768 * 100 + 100
-    assert sum(trained.values()) / plain < 0.02 and trained_share(model) < 0.02
+    assert sum(trained.values()) / plain < 0.02 and trainable_fraction(model) < 0.02
     assert {name.rpartition("classifier.")[2] for name in trained if "lora_" not in name} == {
         "modules_to_save.default.weight",
         "modules_to_save.default.bias",
     }
 
 
-def test_adapters_learn_by_depth_and_the_head_fastest(checkpoints):
+def test_learning_rates_of_adapters_decay_with_depth_from_the_head(checkpoints):
     groups = parameter_groups(adapted(checkpoints("vit")), 1.0, 0.1, 0.5)
     assert [group["lr"] for group in groups if group["weight_decay"]] == [1.0, 0.25, 0.125]
 
@@ -68,7 +68,7 @@ def test_a_run_with_adapters_keeps_its_best_epoch_and_leaves_a_plain_model(
     pristine_data, checkpoints, finetune, capsys
 ):
     out = finetune(pristine_data, checkpoints("vit"), lora_r=4, learning_rate="2e-2", num_train_epochs=3)
-    assert "% trained" in capsys.readouterr().out
+    assert "% trainable" in capsys.readouterr().out
     state = json.loads((out / "trainer_state.json").read_text())
     best = load_file(f"{state['best_model_checkpoint']}/adapter_model.safetensors")
     saved = load_file(out / "model" / "model.safetensors")
@@ -90,30 +90,30 @@ def test_a_run_with_adapters_that_was_stopped_resumes_to_the_same_weights(
     pristine_data, checkpoints, finetune, stops_at_a_checkpoint, tmp_path, capsys
 ):
     options = {"lora_r": 4, "learning_rate": "2e-2"}
-    whole = finetune(pristine_data, checkpoints("vit"), output_dir="whole", **options)
+    complete = finetune(pristine_data, checkpoints("vit"), output_dir="complete", **options)
 
     with stops_at_a_checkpoint(), pytest.raises(SystemExit):
         finetune(pristine_data, checkpoints("vit"), output_dir="stopped", **options)
-    for wrong, message in ({"lora_r": 2}, "holds other adapters"), ({}, "holds adapters; go on with the --lora_r"):
+    for wrong, message in ({"lora_r": 2}, "holds other adapters"), ({}, "holds LoRA adapters; set the --lora_r"):
         with pytest.raises(SystemExit):
             finetune(pristine_data, checkpoints("vit"), output_dir="stopped", resume_from_checkpoint="true", **wrong)
         assert message in capsys.readouterr().err
     resumed = finetune(
         pristine_data, checkpoints("vit"), output_dir="stopped", resume_from_checkpoint="true", **options
     )
-    assert (resumed / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert (resumed / "model/model.safetensors").read_bytes() == (complete / "model/model.safetensors").read_bytes()
 
 
 def test_adapters_learn_under_gradient_checkpointing(pristine_data, checkpoints, finetune):
     out = finetune(pristine_data, checkpoints("vit"), lora_r=4, learning_rate="2e-2", gradient_checkpointing="true")
     start, trained = build(checkpoints("vit")).model, load_trained(str(out / "model"), WNIDS).model
-    moved = [n for n, p in start.named_parameters() if not torch.equal(p, trained.get_parameter(n))]
-    assert {name for name in moved if not name.startswith("classifier")} == {
+    changed = [n for n, p in start.named_parameters() if not torch.equal(p, trained.get_parameter(n))]
+    assert {name for name in changed if not name.startswith("classifier")} == {
         f"{name}.weight" for name in adapted_layers(start, 4)
     }
 
 
-def test_other_adapters_than_the_chosen_ones_are_noticed(checkpoints, tmp_path):
+def test_adapters_that_differ_from_the_chosen_checkpoint_are_an_error(checkpoints, tmp_path):
     model = adapted(checkpoints("vit"))
     model.save_pretrained(tmp_path)
     check_same_adapters(model, tmp_path)
@@ -130,7 +130,7 @@ def test_a_backbone_without_linear_layers_gets_advice_instead_of_adapters(checkp
         add_adapters(build(checkpoints("resnet")).model, 4)
 
 
-def test_adapters_and_frozen_levels_do_not_go_together(pristine_data, checkpoints, finetune, capsys):
+def test_adapters_cannot_be_combined_with_frozen_levels(pristine_data, checkpoints, finetune, capsys):
     with pytest.raises(SystemExit):
         finetune(pristine_data, checkpoints("vit"), lora_r=4, freeze_layers=1)
     assert "--freeze_layers does not go with --lora_r" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Checkpoints made into classifiers: what loads, what is new, what is resized, which learning rates."""
+"""Classifiers built from checkpoints: what is loaded, what is new, what is resized."""
 
 import json
 
@@ -33,12 +33,12 @@ def test_only_the_head_is_new(kind, checkpoints):
 def test_weights_missing_from_the_backbone_are_an_error_that_lists_them(checkpoints, tmp_path):
     source = checkpoints("vit")
     weights = load_file(source / "model.safetensors")
-    lost = sorted(name for name in weights if "layer.1." in name or "layers.1." in name)
-    assert lost
-    save_file({k: v for k, v in weights.items() if k not in lost}, tmp_path / "model.safetensors", {"format": "pt"})
+    missing = sorted(name for name in weights if "layer.1." in name or "layers.1." in name)
+    assert missing
+    save_file({k: v for k, v in weights.items() if k not in missing}, tmp_path / "model.safetensors", {"format": "pt"})
     for name in ("config.json", "preprocessor_config.json"):
         (tmp_path / name).write_bytes((source / name).read_bytes())
-    with pytest.raises(UserError, match="only the head may be new, but these did not load: vit"):
+    with pytest.raises(UserError, match="backbone weights are missing or have another shape: vit"):
         build(tmp_path)
 
 
@@ -69,7 +69,7 @@ def test_a_half_precision_checkpoint_trains_in_fp32(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_another_image_size_is_settled_once_and_saved(kind, checkpoints, tmp_path):
+def test_another_image_size_is_set_once_and_saved(kind, checkpoints, tmp_path):
     built = build(checkpoints(kind), image_size=48)
     built.model.save_pretrained(tmp_path)
     built.processor.save_pretrained(tmp_path)
@@ -83,7 +83,7 @@ def test_another_image_size_is_settled_once_and_saved(kind, checkpoints, tmp_pat
     assert logits.shape == (2, 4)
 
 
-def test_resized_positions_are_those_that_vit_would_interpolate_itself(checkpoints):
+def test_resized_position_embeddings_equal_those_that_vit_interpolates_in_its_forward_pass(checkpoints):
     resized = build(checkpoints("vit"), image_size=48).model.eval()
     plain = type(resized).from_pretrained(checkpoints("vit")).eval()
     pixels = torch.rand(2, 3, 48, 48)
@@ -92,18 +92,18 @@ def test_resized_positions_are_those_that_vit_would_interpolate_itself(checkpoin
         torch.testing.assert_close(resized.vit(pixels).last_hidden_state, expected)
 
 
-def test_an_image_size_that_patches_do_not_fill_is_refused(checkpoints):
+def test_an_image_size_that_is_not_a_multiple_of_the_patch_size_is_refused(checkpoints):
     with pytest.raises(UserError, match="--image_size 50: must be a multiple of 8"):
         build(checkpoints("vit"), image_size=50)
 
 
-def test_known_classes_are_matched_by_wnid_then_gloss_then_unambiguous_first_name():
+def test_known_classes_are_matched_by_class_id_then_synonyms_then_unambiguous_first_synonym():
     ours = ["n1", "n2", "n3", "n4", "n5"]
     synonyms = ["crane", "goldfish, Carassius auratus", "jay, blue bird", "crane", "unknown"]
     theirs = ["jay", "crane", "Goldfish,  carassius_auratus", "crane"]
-    assert match_labels(ours, synonyms, theirs) == {1: 2, 2: 0}  # crane means two things
+    assert match_labels(ours, synonyms, theirs) == {1: 2, 2: 0}  # crane is the name of two classes
     assert match_labels(ours, synonyms, theirs, ["n9", "n4", "n8", "n1"]) == {0: 3, 3: 1, 1: 2, 2: 0}
-    assert match_labels(["b", "a"], ["x", "y"], ["a", "b"]) == {0: 1, 1: 0}  # labels that are wnids
+    assert match_labels(["b", "a"], ["x", "y"], ["a", "b"]) == {0: 1, 1: 0}  # labels that are class ids
 
 
 def test_the_rows_of_known_classes_are_copied_and_the_others_are_new(checkpoints, tmp_path):
@@ -112,12 +112,12 @@ def test_the_rows_of_known_classes_are_copied_and_the_others_are_new(checkpoints
     first.processor.save_pretrained(tmp_path)
     order = [WNIDS[2], "n77777777", WNIDS[0]]
     built = build_classifier(str(tmp_path), order, ["blue", "new", "red"], ["blue", "new", "red"])
-    assert built.warm_classes == 2
+    assert built.copied_head_rows == 2
     old, new = first.model.classifier.weight, built.model.classifier.weight
     assert torch.equal(new[0], old[2]) and torch.equal(new[2], old[0])
     assert not any(torch.equal(new[1], row) for row in old)
     cold = build_classifier(str(tmp_path), order, ["b", "n", "r"], order, warm_start=False)
-    assert cold.warm_classes == 0 and not torch.equal(cold.model.classifier.weight[0], old[2])
+    assert cold.copied_head_rows == 0 and not torch.equal(cold.model.classifier.weight[0], old[2])
 
 
 def test_efficientnets_batch_norms_average_over_batches(tmp_path, checkpoints):
@@ -139,14 +139,16 @@ def test_a_foreign_model_is_not_taken_for_a_trained_one(checkpoints):
         load_trained(str(checkpoints("vit")), WNIDS)
 
 
-@pytest.mark.parametrize("hold", [True, False])
-def test_batch_norms_keep_their_statistics_unless_told_to_learn_them(hold, pristine_data, checkpoints, finetune):
-    out = finetune(pristine_data, checkpoints("resnet"), num_train_epochs=1, freeze_batch_norm_stats=str(hold).lower())
-    before, after = (load_file(place / "model.safetensors") for place in (checkpoints("resnet"), out / "model"))
+@pytest.mark.parametrize("frozen", [True, False])
+def test_batch_norms_keep_their_statistics_unless_told_to_update_them(frozen, pristine_data, checkpoints, finetune):
+    out = finetune(
+        pristine_data, checkpoints("resnet"), num_train_epochs=1, freeze_batch_norm_stats=str(frozen).lower()
+    )
+    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoints("resnet"), out / "model"))
     statistics = [name for name in before if name.endswith(("running_mean", "running_var"))]
-    assert statistics and all(torch.equal(before[name], after[name]) == hold for name in statistics)
+    assert statistics and all(torch.equal(before[name], after[name]) == frozen for name in statistics)
     affine = [name for name in before if "normalization.weight" in name]
-    assert any(not torch.equal(before[name], after[name]) for name in affine)  # what is learnt still is
+    assert any(not torch.equal(before[name], after[name]) for name in affine)  # weight and bias are trained either way
 
 
 def test_stochastic_depth_changes_training_and_is_refused_where_there_is_none(

@@ -1,4 +1,4 @@
-"""The offline backbone is the published network; what is cached is whole and built once."""
+"""The offline backbone equals the published network; the cache is built atomically, and only once."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -71,7 +71,7 @@ def test_it_equals_a_reference_checkpoint(backbone):
 
 
 @needs_package
-def test_every_gate_is_open_whatever_the_input(backbone):
+def test_every_gate_multiplies_by_one_whatever_the_input(backbone):
     model, gates = _load(backbone), []
     for block in model.efficientnet.encoder.blocks:
         block.squeeze_excite.act_expand.register_forward_hook(lambda *args: gates.append(args[2]))
@@ -102,7 +102,7 @@ def test_a_pipeline_loads_the_folder_alone(backbone):
     grey = Image.new("RGB", (64, 64), (127, 127, 127))
     pixels = processor(grey, return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 224, 224)
-    assert pixels.abs().max() < 1e-3  # 127 is the middle of the network's range
+    assert pixels.abs().max() < 1e-3  # the network maps 127 to 0
 
 
 @needs_package
@@ -119,7 +119,7 @@ def test_a_run_draws_the_same_numbers_whether_or_not_it_builds_the_backbone(tmp_
 
 
 @needs_package
-def test_an_interrupted_build_leaves_no_half_folder(tmp_path, monkeypatch):
+def test_an_interrupted_build_leaves_no_incomplete_folder(tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -130,21 +130,21 @@ def test_an_interrupted_build_leaves_no_half_folder(tmp_path, monkeypatch):
     assert (offline.offline_backbone(tmp_path) / "preprocessor_config.json").is_file()
 
 
-def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+def test_what_a_killed_process_left_is_removed(tmp_path):
     leftover = tmp_path / ".thing.tmp"
     leftover.mkdir()
-    (leftover / "half.txt").touch()
-    folder = files.build_folder_once(tmp_path / "thing", lambda partial: (partial / "whole.txt").touch())
-    assert [path.name for path in folder.iterdir()] == ["whole.txt"]
+    (leftover / "part.txt").touch()
+    folder = files.build_folder_once(tmp_path / "thing", lambda partial: (partial / "content.txt").touch())
+    assert [path.name for path in folder.iterdir()] == ["content.txt"]
     assert not leftover.exists()
 
 
-def test_of_many_builders_at_once_one_builds(tmp_path):
+def test_of_several_concurrent_builders_only_one_builds(tmp_path):
     builds = []
 
     def build(partial: Path) -> None:
         builds.append(partial)
-        (partial / "whole.txt").touch()
+        (partial / "content.txt").touch()
 
     with ThreadPoolExecutor(8) as pool:
         folders = list(pool.map(lambda _: files.build_folder_once(tmp_path / "thing", build), range(8)))
@@ -159,18 +159,18 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, 
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
-def test_a_cache_that_cannot_be_written_is_a_users_error(tmp_path):
+def test_a_cache_that_cannot_be_written_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="HF_HOME"):
         tiny_imagenet.sample_data(tmp_path / "file")
 
 
-def test_names_that_do_not_map_are_listed():
+def test_weights_without_a_counterpart_are_listed():
     tensor = torch.zeros(1)
     published = {"_fc.weight": tensor, "_fc.bias": tensor, "_extra.weight": tensor}
-    wanted = {"classifier.weight": tensor, "classifier.bias": tensor, "head.weight": tensor}
-    with pytest.raises(ValueError, match=r"nothing for \['head.weight'\], no place for \['_extra.weight'\]"):
-        offline._renamed(published, wanted)
+    expected = {"classifier.weight": tensor, "classifier.bias": tensor, "head.weight": tensor}
+    with pytest.raises(ValueError, match=r"missing \['head.weight'\], unused \['_extra.weight'\]"):
+        offline._rename_weights(published, expected)
 
 
 def test_sample_data_is_kept_beside_the_hub_cache_and_made_once(tmp_path, monkeypatch):

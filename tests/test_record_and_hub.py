@@ -55,12 +55,12 @@ def test_metrics_are_right_on_a_case_counted_by_hand():
     logits[np.arange(10), [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]] = 2.0
     logits[8, 1] = logits[9, 0] = 1.0  # the right labels of the two mistakes come second
     metrics = measure(logits, np.array([0, 1, 2, 3, 4, 5, 6, 7, 1, 0]))
-    assert metrics["accuracy"] == 0.8 and metrics["n"] == 10
-    assert metrics["accuracy_ci95"] == pytest.approx([0.4902, 0.9433], abs=1e-4)  # Wilson, by hand
+    assert metrics.accuracy == 0.8 and metrics.n == 10
+    assert metrics.accuracy_ci95 == pytest.approx([0.4902, 0.9433], abs=1e-4)  # Wilson, by hand
     right, wrong = np.log(np.exp(2) + 7) - 2, np.log(np.exp(2) + np.exp(1) + 6) - 1
-    assert metrics["loss"] == pytest.approx(0.8 * right + 0.2 * wrong)
-    assert metrics["macro_f1"] == pytest.approx((6 * 1 + 2 * 0.5) / 8)
-    assert metrics["top5_accuracy"] == 1.0
+    assert metrics.loss == pytest.approx(0.8 * right + 0.2 * wrong)
+    assert metrics.macro_f1 == pytest.approx((6 * 1 + 2 * 0.5) / 8)
+    assert metrics.top5_accuracy == 1.0
 
 
 def test_the_card_states_the_runs_own_numbers_and_loads_as_a_card(pristine_data, checkpoints, finetune):

@@ -1,17 +1,19 @@
-"""report.html: whole, self-contained, harmless whatever the data are called, and never in a run's way."""
+"""report.html: complete, self-contained, safe with any names in the data, and never fatal to a run."""
 
 import json
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import WNIDS, draw_picture
-from fabricated import ARGUMENTS, write_history, write_run
+from fabricated import ARGUMENTS, seed_metrics, trained_metrics, write_history, write_run
 
+from transfer.evaluation.metrics import LinearProbe, RunMetrics, SubmissionSource, TtaMetrics, ZeroEpoch
 from transfer.reporting import __main__ as command
 from transfer.reporting import charts, page
 
@@ -67,10 +69,10 @@ def test_a_run_writes_its_report_with_pictures_before_its_submission(pristine_da
     page = Page(out / "report.html")
     assert (out / "report.html").stat().st_mtime_ns <= (out / "submission.csv").stat().st_mtime_ns
     accuracy = json.loads((out / "metrics.json").read_text())["validation"]["accuracy"]
-    assert f"{100 * accuracy:.1f}% of 12 held-out images right" in page.words
+    assert f"{100 * accuracy:.1f}% of 12 validation images correct" in page.words
     assert json.loads((out / "run.json").read_text())["submission_sha256"] in page.words
     assert len(page.pictures()) >= 10  # the test images, all of them least confident ones
-    assert "Validation accuracy against time" in page.words
+    assert "Validation accuracy over time" in page.words
 
 
 def test_a_report_that_cannot_be_drawn_does_not_lose_the_run(
@@ -83,8 +85,8 @@ def test_a_report_that_cannot_be_drawn_does_not_lose_the_run(
     out = finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
     said = capsys.readouterr().err
     assert (
-        "warning: report.html could not be drawn (ZeroDivisionError: no picture today); the run is whole; "
-        f"`python -m transfer.reporting {out}` draws it again" in said
+        "warning: report.html could not be written (ZeroDivisionError: no picture today); all other results are "
+        f"complete; `python -m transfer.reporting {out}` writes it again" in said
     )
     assert (out / "submission.csv").is_file() and not (out / "report.html").exists()
 
@@ -194,57 +196,75 @@ def test_a_hundred_classes_and_thousands_of_images_stay_under_5_mb(tmp_path):
 def test_a_run_that_measured_little_is_drawn_all_the_same(pristine_data, tmp_path):
     run = run_on(pristine_data, tmp_path / "run", train=None, zero_epoch=None)
     page = draw(run)
-    assert "Nothing was trained in this run" in page.words and "before any training" not in page.words
+    assert "Nothing was trained in this run" in page.words and "before training" not in page.words
+    assert "evaluated on" in page.words and "fine-tuned" not in page.words
+
+
+def test_metrics_of_another_version_are_drawn_without_the_stages_that_are_unknown_or_missing(pristine_data, tmp_path):
+    run = run_on(pristine_data, tmp_path / "run")
+    written = json.loads((run / "metrics.json").read_text())
+    del written["calibration"], written["zero_epoch"]
+    written |= {"fine_tuned": {"accuracy": 0.5}, "views": {"kept": ["plain"]}}
+    written["validation"]["balanced_accuracy"] = 0.3
+    (run / "metrics.json").write_text(json.dumps(written))
+    words = draw(run).words
+    assert "% of 48 validation images correct" in words and "before training" not in words
+
+
+def test_metrics_without_what_every_run_writes_are_refused(pristine_data, tmp_path, capsys):
+    run = run_on(pristine_data, tmp_path / "run")
+    written = json.loads((run / "metrics.json").read_text())
+    del written["validation"]["macro_f1"]
+    (run / "metrics.json").write_text(json.dumps(written))
+    with pytest.raises(SystemExit) as stop:
+        command.main([str(run)])
+    assert stop.value.code == 2
+    assert "metrics.json: 'validation.macro_f1' is missing" in capsys.readouterr().err
+
+
+def test_folds_stand_in_the_report_as_a_cross_validation(pristine_data, tmp_path):
+    folds = [trained_metrics(accuracy) for accuracy in (0.7, 0.8)]
+    ensemble = SubmissionSource("ensemble of 2 folds")
+    words = draw(run_on(pristine_data, tmp_path / "run", folds=folds, submission=ensemble)).words
+    assert "submission.csv comes from the ensemble of 2 folds. Everything below is about the folds" in words
+    assert "2 80.00% 1.5000" in words and "cross-validation" in words and "seeds 8" not in words
 
 
 def test_seeds_and_stages_stand_in_the_report_with_mean_and_spread(pristine_data, tmp_path):
-    seeds = [{"validation": {"accuracy": 0.7 + s / 100, "loss": 1.5}} for s in range(3)]
     run = run_on(
         pristine_data,
         tmp_path / "run",
-        seeds=seeds,
-        mean={"validation": {"accuracy": 0.71, "loss": 1.5}},
-        std={"validation": {"accuracy": 0.01, "loss": 0.0}},
-        linear_probe={"accuracy": 0.4375},
-        soup={"accuracy": 0.75, "members": [5, 7]},
-        ensemble={"accuracy": 0.76},
-        submission={"from": "ensemble", "validation_accuracy": 0.76},
+        **seed_metrics([0.7, 0.71, 0.72], soup=0.75, ensemble=0.76, members=[5, 7]),
+        linear_probe=LinearProbe(0.4375),
+        submission=SubmissionSource("ensemble", 0.76),
         record={"arguments": ARGUMENTS | {"data_dir": str(pristine_data), "seeds": [5, 6, 7]}},
     )
     for seed in range(3):
         write_history(run / f"seed-{seed + 5}", offset=seed / 100)
     words = draw(run).words
-    assert "7 72.00% 1.5000" in words and "mean 71.00% 1.5000 standard deviation 1.00% 0.0000" in words
-    assert "before any training 12.5%" in words and "linear probe 43.8% (+31.2)" in words
-    assert "soup of the seeds, kept 75.0% (+4.0)" in words and "ensemble of the seeds 76.0% (+1.0)" in words
+    assert "7 72.00% 1.5000 90.00% 0.5000 1.3 mean 71.00% 1.5000 90.00% 0.5000 – standard deviation 1.00%" in words
+    assert "before training 12.5%" in words and "linear probe 43.8% (+31.2)" in words
+    assert "soup of the seeds 75.0% (+4.0)" in words and "ensemble of the seeds 76.0% (+1.0)" in words
     assert "seed 5 seed 6 seed 7" in words
-    assert "submission.csv comes from the ensemble, at 76.0% the best on the held-out images" in words
+    assert "submission.csv comes from the ensemble, which has the best validation accuracy, 76.0%." in words
 
 
-def test_the_views_of_a_soup_stand_before_the_ensemble_that_they_are_no_part_of(pristine_data, tmp_path):
-    views = {"kept": ["plain", "flip"], "accuracy": {"plain": 0.75, "flip": 0.7}}
-    run = run_on(
-        pristine_data,
-        tmp_path / "run",
-        seeds=[{"validation": {"accuracy": 0.7}}],
-        mean={"accuracy": 0.7},
-        soup={"accuracy": 0.78, "members": [0]},
-        ensemble={"accuracy": 0.76},
-        tta=views,
-    )
+def test_a_soup_with_and_without_tta_stands_before_the_ensemble_which_has_none(pristine_data, tmp_path):
+    views = TtaMetrics(kept=["plain", "flip"], accuracy={"plain": 0.75, "flip": 0.7})
+    seeds = seed_metrics([0.69, 0.71], soup=0.78, ensemble=0.76, members=[0])
+    words = draw(run_on(pristine_data, tmp_path / "run", tta=views, **seeds)).words
     steps = (
-        "soup of the seeds, one plain view 75.0% (+5.0) soup of the seeds, kept, with views plain, flip 78.0% (+3.0)"
+        "soup of the seeds without TTA 75.0% (+5.0) soup of the seeds with TTA (plain, flip) 78.0% (+3.0)"
+        " ensemble of the seeds 76.0% (−2.0)"
     )
-    assert f"{steps} ensemble of the seeds 76.0% (−2.0)" in draw(run).words
+    assert f"mean of the seeds 70.0% (+57.5) {steps}" in words
 
 
 def test_curves_begin_with_what_was_measured_before_training(pristine_data, tmp_path):
-    run = run_on(pristine_data, tmp_path / "run", zero_epoch={"accuracy": 0.0625})
+    run = run_on(pristine_data, tmp_path / "run", zero_epoch=ZeroEpoch(0.0625))
     write_history(run)
     assert "validation accuracy: 6.2% at 0 epoch" in draw(run).text
-    (run / "metrics.json").write_text(
-        json.dumps(json.loads((run / "metrics.json").read_text()) | {"linear_probe": {"accuracy": 0.25}})
-    )
+    replace(RunMetrics.read(run), linear_probe=LinearProbe(0.25, 1e-3, 2.0)).write(run)
     assert "validation accuracy: 25.0% at 0 minutes" in draw(run).text
 
 
@@ -265,16 +285,17 @@ def test_no_number_of_an_axis_is_cut_off_where_letters_are_large(pristine_data, 
 
 
 def test_views_and_averaged_weights_stand_in_the_report(pristine_data, tmp_path):
-    views = {"kept": ["plain", "flip"], "accuracy": {"plain": 0.25, "flip": 0.125}}
+    views = TtaMetrics(kept=["plain", "flip"], accuracy={"plain": 0.25, "flip": 0.125})
     run = run_on(pristine_data, tmp_path / "run", tta=views)
     logged = {"epoch": 1, "eval_accuracy": 0.5, "eval_ema_accuracy": 0.6}
     (run / "trainer_state.json").write_text(json.dumps({"log_history": [logged]}))
     page = draw(run)
-    assert "one plain view 25.0%" in page.words and "kept, with views plain, flip" in page.words
-    assert "the weights their average" in page.words and "their average: 60.0% at 1 epoch" in page.text
+    assert "fine-tuned without TTA 25.0%" in page.words and "fine-tuned with TTA (plain, flip)" in page.words
+    assert "weights averaged weights (EMA)" in page.words
+    assert "averaged weights (EMA): 60.0% at 1 epoch" in page.text
 
 
-def test_a_doubtful_label_is_marked_and_its_file_listed(pristine_data, tmp_path):
+def test_a_suspected_wrong_label_is_marked_and_its_file_listed(pristine_data, tmp_path):
     files, labels = labelled_files(pristine_data)
     logits = np.eye(4)[labels] * 4 + np.linspace(0, 0.5, 4)
     logits[5] = [-6, 9, 0, 0]  # its label, of the first class in wnids order, is the least likely of all
@@ -282,7 +303,7 @@ def test_a_doubtful_label_is_marked_and_its_file_listed(pristine_data, tmp_path)
     labels[5] = 0
     run = write_run(tmp_path / "run", pristine_data, files, labels, NAMES, logits)
     words = draw(run).words
-    assert "Of all mistakes 1 are marked label?" in words
+    assert "Suspected wrong labels among all mistakes: 1, marked label?" in words
     assert f"{files[5]} red thing green thing 100.0%" in words
 
 
@@ -291,8 +312,8 @@ def test_a_doubtful_label_is_marked_and_its_file_listed(pristine_data, tmp_path)
     [
         (["nowhere"], "nowhere: no such folder; name a run's output folder"),
         (["EMPTY"], "run.json: cannot be read (No such file or directory); is EMPTY a finished run?"),
-        (["RUN", "RUN", "RUN"], "3 runs were named; one is drawn, two are compared"),
-        (["RUN", "RUN", "--data_dir", "x"], "--data_dir is for the pictures of one run's report"),
+        (["RUN", "RUN", "RUN"], "3 runs given; give one to write its report, or two to compare them"),
+        (["RUN", "RUN", "--data_dir", "x"], "--data_dir is for the report of one run"),
     ],
 )
 def test_a_mistake_is_one_line(words, message, pristine_data, tmp_path, capsys):
@@ -339,13 +360,13 @@ def test_a_run_with_seeds_and_every_ingredient_is_drawn_and_carded(
     )
     places = ["--data_dir", pristine_data, "--model_name_or_path", checkpoints("convnext"), "--output_dir", out]
     main([str(recipe), *map(str, places)])
-    assert "could not be drawn" not in capsys.readouterr().err
+    assert "could not be written" not in capsys.readouterr().err
     page, metrics = Page(out / "report.html"), json.loads((out / "metrics.json").read_text())
     for seed, run in zip((3, 5), metrics["seeds"], strict=True):
         assert f"{seed} {100 * run['validation']['accuracy']:.2f}% {run['validation']['loss']:.4f}" in page.words
     source = metrics["submission"]["from"]
-    assert f"submission.csv comes from {'' if source.startswith('seed') else 'the '}{source}, at" in page.words
-    assert "linear probe" in Page(out / "seed-3" / "report.html").words and "their average" in page.words
+    assert f"submission.csv comes from {'' if source.startswith('seed') else 'the '}{source}, which has" in page.words
+    assert "linear probe" in Page(out / "seed-3" / "report.html").words and "averaged weights (EMA)" in page.words
     card = (out / "model" / "README.md").read_text()
     mean, std = (metrics[name]["validation"]["accuracy"] for name in ("mean", "std"))
     assert f"over 2 seeds, validation: accuracy {mean:.4f} ± {std:.4f}" in card and "| ema_decay | 0.5 |" in card

@@ -163,7 +163,7 @@ def test_a_run_stopped_after_an_epoch_resumes_to_the_same_weights(
     with stops_at_a_checkpoint(), pytest.raises(SystemExit):
         finetune(pristine_data, checkpoints(kind), output_dir="stopped")
     message = capsys.readouterr().err
-    assert "error: interrupted in epoch 1.00; go on with --resume_from_checkpoint true" in message
+    assert "error: interrupted in epoch 1.00; resume with --resume_from_checkpoint true" in message
     (tmp_path / "stopped" / "checkpoint-99").mkdir()  # what a kill leaves of a checkpoint that was being written
     resumed = finetune(pristine_data, checkpoints(kind), output_dir="stopped", resume_from_checkpoint="true")
     for name in ("model/model.safetensors", "submission.csv"):
@@ -279,7 +279,7 @@ def test_a_bad_image_stops_the_run_before_training_and_leaves_nothing(data, chec
         (["RECIPE", "--data_dir", "DATA", "--max_minutes", "1", "--do_train", "false"], "does not go with --do_train"),
         (
             ["RECIPE", "--data_dir", "DATA", "--do_train", "false", "--resume_from_checkpoint", "true"],
-            "goes on training",
+            "resumes training",
         ),
     ],
 )

@@ -5,9 +5,10 @@ import json
 import pytest
 import yaml
 
-from transfer.cli import known_names
+from transfer.config import known_names
 from transfer.errors import UserError
 from transfer.runs.search import SearchSpace
+from transfer.training.averaging import WeightAveraging
 from transfer.training.trainer import FinetuningTrainer
 
 optuna = pytest.importorskip("optuna", reason="--search is tested where Optuna is installed")
@@ -79,7 +80,7 @@ def test_a_search_that_was_killed_goes_on_with_the_trials_that_are_left(searchin
         searching(search=5, search_space=ranges)
     with pytest.raises(SystemExit):
         searching(search=5, search_space=ranges)
-    assert "holds a search; --resume_from_checkpoint true goes on with it" in capsys.readouterr().err
+    assert "holds a search; continue it with --resume_from_checkpoint true" in capsys.readouterr().err
     out = searching(search=5, search_space=ranges, resume_from_checkpoint="true")
     assert len(trained) == 3 + 3  # two were finished
     drawn = [trial.params["learning_rate"] for trial in trials_of(out) if trial.params]
@@ -95,7 +96,8 @@ def test_what_is_searched_is_what_the_trials_train_with(searching, monkeypatch):
 
     def watched(self, *args, **kwargs):
         result = original(self, *args, **kwargs)
-        seen.append((self.args.learning_rate, self.layer_decay, self.average is not None))
+        averages = any(isinstance(callback, WeightAveraging) for callback in self.callback_handler.callbacks)
+        seen.append((self.args.learning_rate, self.layer_decay, averages))
         return result
 
     monkeypatch.setattr(FinetuningTrainer, "train", watched)

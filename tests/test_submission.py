@@ -153,7 +153,7 @@ def test_quotes_a_mark_and_blank_lines_are_not_faults(write):
         ("d,1\n", ["3 ids are missing ('a', 'b', 'c')"]),
         ("", ["4 ids are missing ('a', 'b', 'c', ...)"]),
         ("a,1\nb,1\nc,1\nd,1\ny,1\nx,1\n", ["2 ids are not in the template ('x', 'y')"]),
-        ("a,1\nb,1\nc,1\nd,1\na,1\n", ["1 ids are there more than once ('a')"]),
+        ("a,1\nb,1\nc,1\nd,1\na,1\n", ["1 ids are repeated ('a')"]),
         ("a,1\nb,1\nc,1\n d,1\n", ["1 ids are missing ('d')", "1 ids are not in the template (' d')"]),
         ("a,1\nb,1,\nc,1\nd,1\n", ["line 3: has 3 columns, not 2", "1 ids are missing ('b')"]),
         ("a,1\nb\nc,1\nd,1\n", ["line 3: has 1 columns, not 2", "1 ids are missing ('b')"]),
@@ -206,7 +206,7 @@ def test_all_faults_are_found_at_once(write):
         "line 3: has 1 columns, not 2",
         "2 ids are missing ('b', 'd')",
         "1 ids are not in the template ('x')",
-        "1 ids are there more than once ('c')",
+        "1 ids are repeated ('c')",
         "line 2: label '1.5' is not an integer",
         "line 5: label 9 is out of range 0 to 3",
     ]
@@ -245,8 +245,8 @@ def test_a_usual_classifier_is_not_warned_of(num_classes, per_class, seed):
 
 def test_the_untouched_template_is_warned_of_in_numbers():
     warning = balance_warning([0] * 5000, 100)
-    assert "label 0 stands 5000 times" in warning
-    assert "equal classes: 50" in warning and "99 of 100 labels never" in warning
+    assert "label 0 occurs 5000 times" in warning
+    assert "expected about 50" in warning and "99 of 100 labels never" in warning
 
 
 def test_classes_that_are_never_predicted_are_warned_of():
@@ -322,7 +322,7 @@ def test_wnids_that_are_not_text_are_one_line_without_a_traceback(good, write, c
 @pytest.mark.parametrize("number", [0, -1])
 def test_a_number_of_classes_below_one_is_refused(good, number, capsys):
     assert run(good[0], "--template", good[1], "--num_classes", number) == 2
-    assert capsys.readouterr().err.startswith(f"error: --num_classes: {number} leaves no label")
+    assert capsys.readouterr().err.startswith(f"error: --num_classes {number}: must be at least 1")
 
 
 @pytest.mark.parametrize("absent", [0, 1])

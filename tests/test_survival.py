@@ -11,7 +11,6 @@ import sys
 import weakref
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, WNIDS, draw_picture, write_data_set
@@ -22,9 +21,10 @@ from transfer.data import images
 from transfer.errors import UserError
 from transfer.runs import single
 from transfer.training import checkpoints as checkpoint_files
-from transfer.training import fault_tolerance
+from transfer.training import memory
 from transfer.training.checkpoints import last_checkpoint
 from transfer.training.trainer import FinetuningTrainer
+from transfer.transforms.evaluation import EvaluationTransform
 
 
 class Killed(BaseException):
@@ -214,7 +214,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
     message = capsys.readouterr().err
     assert stop.value.code == 2 and "Traceback" not in message
     assert "checkpoint-10: cannot be written" in message and "No space left on device" in message
-    assert "go on with --resume_from_checkpoint true, from checkpoint-5" in message
+    assert "resume with --resume_from_checkpoint true, from checkpoint-5" in message
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-5"]
 
 
@@ -222,7 +222,7 @@ def test_old_checkpoints_make_room_and_the_best_and_the_last_stay(tmp_path, monk
     made = [make_checkpoint(tmp_path, step) for step in (1, 2, 3)]
     usage = shutil.disk_usage(tmp_path)._replace(free=10)
     monkeypatch.setattr(checkpoint_files.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match=r"next checkpoint needs .* free some, then go on .* from checkpoint-3"):
+    with pytest.raises(UserError, match=r"next checkpoint needs .* free some, then resume .* from checkpoint-3"):
         checkpoint_files.make_room(tmp_path, needed=100, best=str(made[0]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
 
@@ -238,20 +238,19 @@ def test_lost_permission_while_results_are_written_is_one_line(
         finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and "Traceback" not in message
-    assert "submission.csv: cannot be written (Permission denied); mend that, then repeat" in message
+    assert "submission.csv: cannot be written (Permission denied); fix this and rerun; the command restarts" in message
 
 
 def test_ctrl_c_outside_of_training_is_one_line(pristine_data, checkpoints, finetune, monkeypatch, capsys):
-    import finetune_vit
 
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune_vit, "predict_and_measure", interrupt)
+    monkeypatch.setattr(single, "predict_and_measure", interrupt)
     with pytest.raises(SystemExit) as stop:
         finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
     assert stop.value.code == 130
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: interrupted; the same command")
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: interrupted; the same command restarts")
 
 
 def test_the_blocks_of_the_pixel_store_are_taken_before_it_is_filled(tmp_path, monkeypatch):
@@ -350,8 +349,8 @@ def test_one_image_that_does_not_fit_is_an_error_that_says_what_to_do(
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
-    assert not fault_tolerance.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert fault_tolerance.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not memory.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert memory.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
 
 
 def test_memory_does_not_grow_with_epochs(pristine_data, checkpoints, finetune, when):
@@ -369,16 +368,15 @@ def test_memory_does_not_grow_with_epochs(pristine_data, checkpoints, finetune, 
 
 
 def test_memory_does_not_grow_with_test_images(pristine_data, checkpoints, finetune, monkeypatch):
-    seen, alive, prepare = [], [], FinetuningTrainer._prepare_inputs
+    seen, alive, forward = [], [], EvaluationTransform.forward
 
-    def watch(self, inputs):
-        assert isinstance(self.eval_dataset.pixels, np.memmap)
-        batch, views = inputs["pixel_values"], prepare(self, inputs)
-        seen.extend([weakref.ref(batch), weakref.ref(views["pixel_values"])])
+    def watch(self, images):
+        pixel_values = forward(self, images)
+        seen.extend([weakref.ref(images), weakref.ref(pixel_values)])
         alive.append(sum(reference() is not None for reference in seen))
-        return views
+        return pixel_values
 
-    monkeypatch.setattr(FinetuningTrainer, "_prepare_inputs", watch)
+    monkeypatch.setattr(EvaluationTransform, "forward", watch)
     settings = {"linear_probe_only": "true", "tta": "flip", "per_device_eval_batch_size": 1}
     finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1, **settings)
     assert len(seen) > 100 and max(alive) <= 4  # this batch and the one before

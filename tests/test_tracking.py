@@ -5,7 +5,8 @@ import json
 import pytest
 from transformers.integrations import is_tensorboard_available
 
-from transfer import config
+from transfer import cli, config
+from transfer.errors import UserError
 
 
 def history_of(out) -> list[dict]:
@@ -51,8 +52,8 @@ def missing_tracker() -> str:
     """A tracker that this environment does not have."""
     for name in ("wandb", "trackio", "comet_ml", "clearml"):
         try:
-            config.check_trackers([name])
-        except config.UserError:
+            cli.check_trackers([name])
+        except UserError:
             return name
     pytest.skip("every tracker is installed")
 
@@ -70,4 +71,4 @@ def test_an_unknown_tracker_names_those_that_exist(tmp_path, finetune, capsys):
     with pytest.raises(SystemExit):
         finetune(tmp_path / "no data", "nowhere", report_to="tensorbord")
     error = capsys.readouterr().err
-    assert "error: --report_to tensorbord: is no tracker; there are " in error and "tensorboard" in error
+    assert "error: --report_to tensorbord: is not a tracker; choose from " in error and "tensorboard" in error

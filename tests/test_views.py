@@ -105,7 +105,7 @@ def test_training_views_differ_by_image_and_repeat_with_the_seed():
     images = batch_of(draw_picture(WNIDS[0], 0)).repeat(6, 1, 1, 1)
 
     def draw(*parts):
-        return view(images, seeded_generator(*parts))
+        return view(images, torch.zeros(6), seeded_generator(*parts))[0]
 
     first = draw(1, 2)
     assert first.shape == (6, 3, 24, 24)
@@ -131,8 +131,8 @@ def test_stored_pixels_equal_pils_decoding_byte_for_byte(pristine_data, tmp_path
     split = load_dataset(folder)["validation"]
     dataset = PixelDataset(store, split)
     batch = dataset.__getitems__(range(len(split)))
-    assert batch["pixel_values"].dtype == torch.uint8 and batch["labels"].tolist() == split["label"]
-    for file, values in zip(split["file"], batch["pixel_values"], strict=True):
+    assert batch["images"].dtype == torch.uint8 and batch["labels"].tolist() == split["label"]
+    for file, values in zip(split["file"], batch["images"], strict=True):
         expected = np.asarray(Image.open(folder.root / file).convert("RGB"))
         assert np.array_equal(values.permute(1, 2, 0).numpy(), expected)
 

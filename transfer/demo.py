@@ -1,8 +1,9 @@
-"""Try a model: a page to drop a picture on, which answers with the five likeliest names.
+"""A web page that shows a model's five most probable classes for an image.
 
     python -m transfer.demo outputs/sample/model
 
-The same file is the app of a Hub Space, where demo.json beside it names the model; so it imports nothing of ours.
+This file is also the app of a Hub Space, with demo.json beside it that names the model; so it imports nothing from
+this project.
 """
 
 import argparse
@@ -10,53 +11,54 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from PIL import Image
 from transformers import pipeline
 
-SHOWN = 5
+TOP_K = 5
 SPACE_FILE = Path(__file__).with_name("demo.json")
 
 
 def make_classifier(model: str, revision: str | None = None) -> Callable[[Image.Image | None], dict[str, float]]:
-    """A function from a picture to the probabilities of its likeliest names, nothing for no picture."""
+    """Return a function from an image to the probabilities of its most probable classes; none without an image."""
     classify = pipeline("image-classification", model=model, revision=revision)
 
-    def name(picture: Image.Image | None) -> dict[str, float]:
-        if picture is None:
+    def predict(image: Image.Image | None) -> dict[str, float]:
+        if image is None:
             return {}
-        return {answer["label"]: answer["score"] for answer in classify(picture.convert("RGB"), top_k=SHOWN)}
+        return {answer["label"]: answer["score"] for answer in classify(image.convert("RGB"), top_k=TOP_K)}
 
-    return name
+    return predict
 
 
 def make_page(model: str, revision: str | None = None):
-    """The page as a gradio app."""
-    import gradio  # an optional extra: whoever only asks for --help needs none
+    """Return the page as a gradio app."""
+    import gradio  # an optional package, not needed for --help
 
     return gradio.Interface(
         make_classifier(model, revision),
-        gradio.Image(type="pil", label="picture", height=320),
-        gradio.Label(num_top_classes=SHOWN, label="names"),
-        title=f"What does {Path(model).parent.name if Path(model).is_dir() else model} see?",
-        live=True,  # answers as soon as a picture is dropped
+        gradio.Image(type="pil", label="image", height=320),
+        gradio.Label(num_top_classes=TOP_K, label="classes"),
+        title=f"Image classification with {Path(model).parent.name if Path(model).is_dir() else model}",
+        live=True,  # predicts as soon as an image is dropped
         flagging_mode="never",
         analytics_enabled=False,
     )
 
 
-def stop(mistake: str) -> None:
-    """One line and exit code 2, as everywhere in this project."""
+def stop(mistake: str) -> NoReturn:
+    """Print one line and exit with code 2, as the project's other commands do."""
     print(f"error: {mistake}", file=sys.stderr)
     sys.exit(2)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Serve the page until interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m transfer.demo", description="A page to drop a picture on.")
+    """Serve the page until Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m transfer.demo", description="Classify images on a web page.")
     parser.add_argument("model", help="a model folder such as outputs/sample/model, or a Hub id")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub model")
-    parser.add_argument("--port", type=int, help="port on this machine [the first free one from 7860]")
+    parser.add_argument("--port", type=int, help="port on this machine [first free port from 7860]")
     args = parser.parse_args(argv)
     if Path(args.model).is_dir() and not (Path(args.model) / "config.json").is_file():
         stop(f"{args.model}: holds no config.json; give a run's model folder, such as outputs/sample/model")

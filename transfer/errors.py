@@ -1,4 +1,4 @@
-"""What a fine-tuning run is made of, one noun a file."""
+"""`UserError`, and how commands end: one line on stderr and an exit code, without a traceback."""
 
 import errno
 import functools
@@ -7,9 +7,9 @@ import sys
 import time
 from typing import NoReturn
 
-# The machine's faults rather than the program's: a full disk or quota, a folder that may not be written.
+# Faults of the machine, not of the program: a full disk or quota, a file or folder that cannot be written.
 SYSTEM_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-FIRST_SPEAKS = 10.0  # seconds; the launcher ends all processes of a machine once one has ended
+OTHERS_WAIT_SECONDS = 10.0  # the launcher ends the other processes once the first has ended
 
 
 class UserError(Exception):
@@ -17,23 +17,24 @@ class UserError(Exception):
 
 
 def _stop(message: str, code: int) -> NoReturn:
-    """End with one line. Of a machine's processes the first says it; another does only where it fails alone."""
+    """Print one line and exit. Of the processes of a machine only the first prints it, unless another fails alone."""
     if int(os.environ.get("LOCAL_RANK", 0)):
-        time.sleep(FIRST_SPEAKS)
+        time.sleep(OTHERS_WAIT_SECONDS)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
 
 def _lost_a_process(fault: RuntimeError) -> bool:
-    """Whether a collective failed since another process is gone: gloo raises no type of its own."""
+    """Whether a collective operation failed because another process is gone; gloo has no exception for that."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     return several and (type(fault).__name__.startswith("Dist") or "/gloo/" in str(fault))
 
 
 def exits_cleanly(main):
-    """Decorate a command so that a `UserError` becomes one `error:` line on stderr and exit code 2.
+    """Decorate a command so that a `UserError` ends it with one `error:` line on stderr and exit code 2.
 
-    So do a full disk and a folder that may not be written; Ctrl-C becomes a line and exit code 130, as in a shell.
+    A full disk and a folder that cannot be written end it in the same way; Ctrl-C ends it with exit code 130, as in a
+    shell.
     """
 
     @functools.wraps(main)
@@ -43,7 +44,7 @@ def exits_cleanly(main):
         except UserError as mistake:
             _stop(str(mistake), 2)
         except KeyboardInterrupt:
-            _stop("interrupted; the same command starts again, or says how to go on", 130)
+            _stop("interrupted; the same command restarts, or tells you how to resume", 130)
         except RuntimeError as fault:
             if not _lost_a_process(fault):
                 raise
@@ -53,8 +54,8 @@ def exits_cleanly(main):
                 raise
             where = f"{fault.filename}: " if fault.filename else ""
             _stop(
-                f"{where}cannot be written ({fault.strerror}); mend that, then repeat the command: it starts "
-                "again, or says how to go on",
+                f"{where}cannot be written ({fault.strerror}); fix this and rerun; the command restarts, or tells you "
+                "how to resume",
                 2,
             )
 

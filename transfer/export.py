@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
+from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
 from transfer.data.images import decode
 from transfer.errors import UserError
 from transfer.models.load import read_geometry
 
-FORMATS = ("onnx",)
 EXTRAS = ("onnx", "onnxscript", "onnxruntime")
 CHECKED_IMAGES = 64
 LARGEST_DIFFERENCE = 1e-3  # of logits, which lie around 10
@@ -32,17 +31,15 @@ class _Logits(nn.Module):
         return self.model(pixel_values=pixel_values).logits
 
 
-def check_export(what: str) -> None:
-    """Refuse an export that cannot be made before anything is trained. Raises `UserError`."""
-    if what not in FORMATS:
-        raise UserError(f"--export {what}: must be {' or '.join(FORMATS)}")
+def check_export() -> None:
+    """Check that the packages for the export are installed. Raises `UserError`."""
     missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--export {what}: needs {', '.join(missing)}; pip install -r requirements-extras.txt")
+        raise UserError(f"--export onnx: needs {', '.join(missing)}; pip install -r requirements-extras.txt")
 
 
 def describe_preprocessing(processor: BaseImageProcessor) -> str:
-    """How a picture becomes the model's input, in words that can be programmed."""
+    """How an image becomes the model's input, precisely enough to implement it elsewhere."""
     geometry = read_geometry(processor)
     resize = geometry.resize if isinstance(geometry.resize, int) else "x".join(map(str, geometry.resize))
     how = "shortest edge" if isinstance(geometry.resize, int) else "height x width"
@@ -53,13 +50,13 @@ def describe_preprocessing(processor: BaseImageProcessor) -> str:
     )
 
 
-def _write(model: nn.Module, processor: BaseImageProcessor, target: Path) -> None:
-    """Export with a free batch size, and note labels and preprocessing in the file."""
+def _write(model: PreTrainedModel, processor: BaseImageProcessor, target: Path) -> None:
+    """Export the model with a dynamic batch size; labels and preprocessing go into the file's metadata."""
     import onnx
 
     height, width = read_geometry(processor).crop
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of operators that no such model has
-    # Two images: torch.export takes a batch of one for a constant.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about operators that these models do not use
+    # Two images, since torch.export would make a batch size of one a constant.
     torch.onnx.export(
         _Logits(model),
         (torch.zeros(2, 3, height, width),),
@@ -72,7 +69,8 @@ def _write(model: nn.Module, processor: BaseImageProcessor, target: Path) -> Non
         verbose=False,
     )
     written = onnx.load(str(target))
-    labels = [model.config.id2label[label] for label in range(model.config.num_labels)]
+    names: dict = model.config.id2label or {}
+    labels = [names[label] for label in sorted(names)]
     facts = {"preprocessing": describe_preprocessing(processor), "labels": json.dumps(labels, ensure_ascii=False)}
     onnx.helper.set_model_props(written, facts)
     onnx.save(written, str(target))
@@ -87,20 +85,20 @@ def compare(model: nn.Module, processor: BaseImageProcessor, target: Path, image
     with torch.inference_mode():
         expected = model(pixel_values=pixels).logits.numpy()
     session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
-    batches = (pixels.numpy()[:1], pixels.numpy()[1:])  # of two sizes: the batch is free
+    batches = (pixels.numpy()[:1], pixels.numpy()[1:])  # of two sizes, to test the dynamic batch size
     found = np.concatenate([session.run(["logits"], {"pixel_values": b})[0] for b in batches if len(b)])
     for path, ours, theirs in zip(images, expected.argmax(-1), found.argmax(-1), strict=True):
         if ours != theirs:
-            raise UserError(f"--export onnx: {path} gets label {theirs} there, {ours} from the model")
+            raise UserError(f"--export onnx: for {path} onnxruntime predicts label {theirs}, torch {ours}")
     return float(np.abs(found - expected).max())
 
 
 def export_onnx(folder: Path, target: Path, images: Sequence[Path]) -> str:
-    """Write a model folder as one ONNX file and check it on the images; returns a line that says so.
+    """Write the model of a folder as one ONNX file and check it on up to 64 images; returns a line to print.
 
-    Raises `UserError`, leaving no file, where torch cannot export the architecture or the two disagree.
+    Raises `UserError`, and leaves no file, if torch cannot export the architecture or the predictions differ.
     """
-    model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    model: PreTrainedModel = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
     unchecked = target.with_name(f".{target.name}.tmp")
     images = list(images)[:CHECKED_IMAGES]
@@ -108,11 +106,11 @@ def export_onnx(folder: Path, target: Path, images: Sequence[Path]) -> str:
         _write(model, processor, unchecked)
         difference = compare(model, processor, unchecked, images)
         if difference > LARGEST_DIFFERENCE:
-            raise UserError(f"--export onnx: logits differ from the model's by {difference:.1e}")
+            raise UserError(f"--export onnx: logits of onnxruntime and torch differ by {difference:.1e}")
         unchecked.replace(target)
     except UserError:
         raise
-    except Exception as fault:  # what exporter and runtime raise has no common base
+    except Exception as fault:  # exporter and runtime have no common exception class
         reason = " ".join(str(fault).split())[:300]
         raise UserError(f"--export onnx: {type(model).__name__} cannot be exported: {reason}") from None
     finally:

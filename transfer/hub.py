@@ -1,4 +1,4 @@
-"""The model link: a saved model folder pushed to the Hugging Face Hub in one commit, and read back."""
+"""Push a model folder to the Hugging Face Hub in one commit, check the commit by downloading it, and make a Space."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # of whichever httpx the client is built on
+    HTTPError,  # from the httpx that the client uses
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
@@ -25,23 +25,23 @@ from transformers import pipeline
 from transfer.errors import UserError
 from transfer.files import refuse_secrets
 
-# Seconds before another try where the client does not try again itself; its own 23 s come on top where it does.
+# Seconds before each retry. The client retries some requests itself, for another 23 s.
 WAITS = (2, 8, 20)
 TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
-# hf_xet, which transfers large files, tells only in words what went wrong.
+# hf_xet, which transfers large files, gives the status only in the text of its exceptions.
 XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3}) ")
 XET_CUT = re.compile(r"error (?:sending request|decoding response body)")
 
 TOKEN_ADVICE = "`hf auth login` or the variable HF_TOKEN gives one with write permission"
-HUB_OWN = {".gitattributes"}  # what a repository has from the start
+HUB_OWN = {".gitattributes"}  # files that the Hub puts into a new repository
 
-# Scores of one model on one machine differ by rounding alone.
+# Scores of the same model on the same machine differ only by rounding.
 SCORE_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class ModelLink:
-    """Where a pushed model lies, to the commit."""
+    """The repository and commit of a pushed model."""
 
     repo_id: str
     commit: str
@@ -50,15 +50,15 @@ class ModelLink:
 
 
 def _status_of(fault: BaseException) -> int | None:
-    """The HTTP status with which a request was refused, if it was answered at all."""
+    """The HTTP status in a fault; None if there was no answer."""
     if isinstance(fault, HfHubHTTPError):
         return fault.response.status_code
-    told = XET_STATUS.search(str(fault))
-    return int(told[1]) if told else None
+    found = XET_STATUS.search(str(fault))
+    return int(found[1]) if found else None
 
 
 def is_transient(fault: BaseException | None) -> bool:
-    """Whether trying again may help: the fault is the network's or the server's, not the request's."""
+    """Whether a retry may help, because the fault lies with the network or the server and not with the request."""
     while fault is not None:
         if status := _status_of(fault):
             return status in TRANSIENT_STATUS
@@ -66,34 +66,34 @@ def is_transient(fault: BaseException | None) -> bool:
             return False
         if isinstance(fault, (HTTPError, ConnectionError, TimeoutError)) or XET_CUT.search(str(fault)):
             return True
-        fault = fault.__cause__  # the client wraps what a transfer raised
+        fault = fault.__cause__  # the client wraps exceptions of a transfer
     return False
 
 
 def _one_line(fault: object) -> str:
-    """A fault's text on one line, without the token that a server or a client might repeat."""
+    """A fault's text on one line, without the token, which a server or a client might repeat."""
     text, token = " ".join(str(fault).split()), get_token()
     return text.replace(token, "<token>") if token else text
 
 
 def explain(fault: BaseException) -> str:
-    """One line on what a client's exception means for the user."""
+    """What an exception of the client means for the user, in one line."""
     status = _status_of(fault)
-    said = _one_line(getattr(fault, "server_message", None) or fault)
+    text = _one_line(getattr(fault, "server_message", None) or fault)
     if isinstance(fault, LocalTokenNotFoundError):
         return f"there is no token; {TOKEN_ADVICE}"
     if isinstance(fault, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it to reach the Hub"
     if status == 401:
-        return f"the Hub does not accept the token ({said}); {TOKEN_ADVICE}"
+        return f"the Hub does not accept the token ({text}); {TOKEN_ADVICE}"
     if status == 403:
-        return f"the Hub refuses it ({said}); is the name yours, and may the token write?"
-    cause = fault.__cause__ if status is None else None  # a transfer's fault comes wrapped
-    return f"{said} ({explain(cause)})" if cause else said
+        return f"the Hub refuses it ({text}); is the name yours, and may the token write?"
+    cause = fault.__cause__ if status is None else None  # the client wraps exceptions of a transfer
+    return f"{text} ({explain(cause)})" if cause else text
 
 
 def retry(action: Callable, say: Callable[[str], None]):
-    """What `action` returns; after a fault that may pass it is called again, so it must be harmless to repeat."""
+    """Return `action()`, called again after transient faults; it must be safe to repeat."""
     for wait in (*WAITS, None):
         try:
             return action()
@@ -108,15 +108,15 @@ def _check_name(name: str, flag: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as fault:
-        raise UserError(f"{flag} {name}: is no name for a repository: {_one_line(fault)}") from None
+        raise UserError(f"{flag} {name}: is not a valid repository name: {_one_line(fault)}") from None
     if "/" not in name:
-        raise UserError(f"{flag} {name}: give the owner too, as in me/{name}")
+        raise UserError(f"{flag} {name}: add the owner, as in me/{name}")
 
 
 def check_push(repo_id: str, space_id: str | None = None, say: Callable[[str], None] = print) -> None:
-    """Refuse a push that cannot succeed before hours are spent on training. Raises `UserError`.
+    """Check before training that a push can succeed. Raises `UserError`.
 
-    A Hub that cannot be reached now may be at the end of the run: that is only said.
+    If the Hub cannot be reached now, this only says so: it may be reachable at the end of the run.
     """
     names = {"--hub_model_id": repo_id} | ({"--hub_space_id": space_id} if space_id else {})
     for flag, name in names.items():
@@ -135,16 +135,20 @@ def check_push(repo_id: str, space_id: str | None = None, say: Callable[[str], N
 
 
 def _open_model(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> ModelInfo:
-    """Make repository and branch where they are missing; what is there then."""
+    """Create the repository and the branch if they are missing; returns what the Hub knows of them."""
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision not in (None, "main") and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     return api.model_info(repo_id, revision=revision)
 
 
+def _file_names(info) -> set[str]:
+    return {file.rfilename for file in info.siblings or ()}
+
+
 def _refuse_foreign(api: HfApi, info: ModelInfo) -> None:
-    """Refuse to replace what this project did not make: a name may be taken by another work of the same owner."""
-    names = {file.rfilename for file in info.siblings} - HUB_OWN - {"README.md"}
+    """Check that the repository is empty or holds a model of this project, so that nothing else is overwritten."""
+    names = _file_names(info) - HUB_OWN - {"README.md"}
     if not names:
         return
     try:
@@ -169,7 +173,7 @@ def _describe_visibility(info: ModelInfo, private: bool | None) -> str:
 
 
 def _list_files(folder: Path) -> dict[str, Path]:
-    """Every file of a folder by its path inside, without what client and Hub keep for themselves."""
+    """The files of a folder by relative path, without those that the client or the Hub adds."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {name: path for name, path in paths.items() if not name.startswith(".cache/") and name not in HUB_OWN}
 
@@ -177,14 +181,14 @@ def _list_files(folder: Path) -> dict[str, Path]:
 def _commit(
     api: HfApi, repo_id: str, files: Mapping[str, Path | bytes], revision: str | None = None, kind: str = "model"
 ) -> str:
-    """The hash of the one commit after which the repository holds these files and nothing else.
+    """Commit the files and delete all others; returns the hash of the one commit, the last one if nothing changes.
 
-    upload_folder may split an upload into several commits. If the files are there already, that is the last commit.
+    upload_folder is not used because it may split an upload into several commits.
     """
-    # Asked anew at every try: a commit whose answer was lost has moved the branch.
+    # Ask again at every retry: a commit whose answer was lost has moved the branch.
     info = api.repo_info(repo_id, repo_type=kind, revision=revision)
-    stale = [file.rfilename for file in info.siblings if file.rfilename not in files.keys() | HUB_OWN]
-    operations = [CommitOperationDelete(path) for path in stale]
+    stale = sorted(_file_names(info) - files.keys() - HUB_OWN)
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(path) for path in stale]
     operations += [CommitOperationAdd(path, content) for path, content in files.items()]
     commit = api.create_commit(
         repo_id,
@@ -198,7 +202,7 @@ def _commit(
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file of a folder."""
+    """sha256 of every file of a folder, by name."""
     digests = {}
     for name, path in _list_files(folder).items():
         with path.open("rb") as file:
@@ -207,24 +211,24 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _check_predictions(folder: Path, copy: Path, images: Sequence[Path]) -> None:
-    """Refuse a copy that does not name images as the folder's model does."""
+    """Check that the model in the copy predicts the same as the one in the folder. Raises `UserError`."""
     ours, theirs = (
         pipeline("image-classification", model=str(place), device="cpu")([str(image) for image in images], top_k=1)
         for place in (folder, copy)
     )
     for image, (expected, *_), (found, *_) in zip(images, ours, theirs, strict=True):
         if found["label"] != expected["label"] or abs(found["score"] - expected["score"]) > SCORE_TOLERANCE:
-            raise UserError(f"what was pushed takes {image.name} for {found['label']}, not {expected['label']}")
+            raise UserError(f"the pushed model predicts {found['label']} for {image.name}, not {expected['label']}")
 
 
 def read_back(api: HfApi, repo_id: str, commit: str, folder: Path, images: Sequence[Path]) -> None:
-    """Download a pushed commit and compare it with the folder: names, hashes, predictions. Raises `UserError`."""
+    """Download a pushed commit and compare names, hashes and predictions with the folder. Raises `UserError`."""
     with tempfile.TemporaryDirectory() as place:
         copy = Path(api.snapshot_download(repo_id, revision=commit, local_dir=place))
         sent, found = _digests(folder), _digests(copy)
         differing = sorted(name for name in sent | found if sent.get(name) != found.get(name))
         if differing:
-            raise UserError(f"what the Hub gives back differs from {folder} in {', '.join(differing)}")
+            raise UserError(f"the pushed commit differs from {folder} in {', '.join(differing)}")
         if images:
             _check_predictions(folder, copy, images)
 
@@ -237,11 +241,11 @@ def push_model(
     images: Sequence[Path] = (),
     say: Callable[[str], None] = print,
 ) -> ModelLink:
-    """Push a model folder so that its repository holds exactly it, in one commit, and read that commit back.
+    """Push a model folder in one commit, so that the repository holds nothing else, and check the commit.
 
-    A repository that does not exist is made, public unless `private`; so is the branch `revision`. The model that is
-    read back must name the `images` as the folder's does. Network faults are tried again. Raises `UserError`, also
-    for a repository that holds something else, or is public where `private` is asked; the folder is never changed.
+    The repository is created if it is missing, public unless `private`, and so is the branch `revision`. The pushed
+    model must predict the same for the `images`. Transient faults are retried. Raises `UserError`, also if the
+    repository holds something else, or is public although `private` is set. The folder never changes.
     """
     api, files = HfApi(), _list_files(folder)
     try:
@@ -255,14 +259,14 @@ def push_model(
         retry(lambda: read_back(api, repo_id, oid, folder, images), say)
     except UserError as fault:
         raise UserError(str(fault) if str(fault).startswith("--") else f"--push_to_hub {repo_id}: {fault}") from None
-    except Exception as fault:  # whatever client and network raise, a finished run must not end in a traceback
+    except Exception as fault:  # a finished run must not end in a traceback, whatever the client raises
         raise UserError(f"--push_to_hub {repo_id}: {explain(fault)}") from None
-    say(f"hub         read back: {len(files)} files and {len(images)} predictions are the run's own")
+    say(f"hub         read back: {len(files)} files and {len(images)} predictions match the run's")
     return ModelLink(repo_id, oid, f"{api.endpoint}/{repo_id}/tree/{oid}", bool(info.private))
 
 
 def make_space(link: ModelLink) -> dict[str, bytes]:
-    """The files of a Space: the demo as its app, told by demo.json which commit of which model to show."""
+    """The files of a Space: the demo as its app, and demo.json with the model and its commit."""
     card = {"title": link.repo_id.split("/")[1], "sdk": "gradio", "app_file": "app.py", "models": [link.repo_id]}
     model = {"model": link.repo_id, "revision": link.commit}
     return {
@@ -274,13 +278,13 @@ def make_space(link: ModelLink) -> dict[str, bytes]:
 
 
 def push_space(space_id: str, link: ModelLink, say: Callable[[str], None] = print) -> str:
-    """Make or renew the Space that shows a pushed model; returns its address. Raises `UserError`."""
+    """Create or update the Space with a demo of a pushed model; returns its address. Raises `UserError`."""
     api, files = HfApi(), make_space(link)
 
     def push() -> None:
         api.create_repo(space_id, repo_type="space", space_sdk="gradio", private=link.private, exist_ok=True)
-        there = {file.rfilename for file in api.space_info(space_id).siblings}
-        if "app.py" in there and "demo.json" not in there:
+        names = _file_names(api.space_info(space_id))
+        if "app.py" in names and "demo.json" not in names:
             raise UserError("the name is taken by another Space of yours; give another name")
         _commit(api, space_id, files, kind="space")
 
@@ -290,5 +294,5 @@ def push_space(space_id: str, link: ModelLink, say: Callable[[str], None] = prin
         reason = fault if isinstance(fault, UserError) else explain(fault)
         raise UserError(f"--hub_space_id {space_id}: {reason}") from None
     if link.private:
-        say(f"hub         {link.repo_id} is private: {space_id} needs a secret HF_TOKEN that may read it")
+        say(f"hub         {link.repo_id} is private: {space_id} needs a secret HF_TOKEN with read access to it")
     return f"{api.endpoint}/spaces/{space_id}"

@@ -1,22 +1,21 @@
-"""The Trainer subclass: uint8 batches, views made on the device, weights that are loaded for certain.
-
-What changes where several processes train together: nothing that a recipe says.
-"""
+"""What the process runs with: mixed precision, CPU threads and memory, and the processes of a launch."""
 
 import ctypes
 import os
 import platform
 
 import torch
+from accelerate import PartialState
 from transformers import TrainingArguments
 
+from transfer.compatibility import check_libraries
 from transfer.errors import UserError
 
 PRECISION_VARIABLE = "ACCELERATE_MIXED_PRECISION"  # how accelerate launch tells the script
 
 
 def _has_bf16_units() -> bool:
-    """Whether the device multiplies bf16 in hardware; torch emulates it elsewhere, slower than fp32."""
+    """Whether the device multiplies bf16 in hardware; elsewhere torch emulates it, slower than fp32."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_capability() >= (8, 0)
     if torch.accelerator.is_available():
@@ -25,9 +24,9 @@ def _has_bf16_units() -> bool:
 
 
 def resolve_mixed_precision() -> str:
-    """Decide the mixed precision before the Trainer reads it; returns one line that says what and why.
+    """Set the mixed precision in the environment, from where the Trainer reads it; returns a line to print.
 
-    accelerate_config.yaml states it; the launcher passes it on in the environment. What the device cannot do fast is
+    accelerate_config.yaml states it and the launcher passes it on. A precision that is slow on this device is
     replaced: bf16 by fp16 on a GPU without bf16 units and by fp32 on such a CPU, fp16 by fp32 on any CPU.
     """
     asked = os.environ.get(PRECISION_VARIABLE)
@@ -38,23 +37,23 @@ def resolve_mixed_precision() -> str:
         )
     if asked == "no":
         return "precision: fp32 (mixed_precision in the accelerate config)"
-    settled = asked
+    chosen = asked
     if asked == "bf16" and not _has_bf16_units():
-        settled = "fp16" if torch.cuda.is_available() else "no"
+        chosen = "fp16" if torch.cuda.is_available() else "no"
     elif asked == "fp16" and not torch.accelerator.is_available():
-        settled = "no"
-    os.environ[PRECISION_VARIABLE] = settled
-    shown = "fp32" if settled == "no" else settled
-    if settled == asked:
+        chosen = "no"
+    os.environ[PRECISION_VARIABLE] = chosen
+    shown = "fp32" if chosen == "no" else chosen
+    if chosen == asked:
         return f"precision: {shown} (mixed_precision in the accelerate config)"
     return f"precision: {shown}, not the accelerate config's {asked}, which this device has no fast units for"
 
 
 def use_all_cores() -> None:
-    """Let torch compute on every core that this process may use.
+    """Let torch compute on every core that this process may use; several processes share the cores.
 
-    accelerate launch sets OMP_NUM_THREADS=1 where nobody has set it, which halves the speed of two cores. Several
-    processes share the cores; `taskset` gives a run fewer.
+    accelerate launch sets OMP_NUM_THREADS=1 unless it is set, which halves the speed on two cores. To use fewer
+    cores, start the run with `taskset`.
     """
     if os.environ.get("OMP_NUM_THREADS") == "1" and PRECISION_VARIABLE in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -62,25 +61,34 @@ def use_all_cores() -> None:
 
 
 def tune_malloc() -> None:
-    """Let glibc keep the memory of freed tensors for the next ones instead of returning it to the system.
+    """Let glibc reuse the memory of freed tensors instead of returning it to the system.
 
-    By default every large tensor is mapped anew and its pages are zeroed at first touch, on a CPU a third of the time
-    of a forward pass. Elsewhere than on Linux with glibc nothing is changed.
+    By default every large tensor gets new pages, which the system fills with zeros at first touch: on a CPU a third of
+    the time of a forward pass. Does nothing with an accelerator or without glibc.
     """
     if torch.accelerator.is_available() or platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
-    libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
-    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end is kept
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: take every block from the heap
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+
+
+def set_up_runtime() -> str:
+    """Check the libraries and tune the process before anything is computed; returns a line on the precision."""
+    check_libraries()
+    precision = resolve_mixed_precision()
+    use_all_cores()
+    tune_malloc()
+    return precision
 
 
 def launched_processes() -> int:
-    """How many processes the launcher started, on all machines."""
+    """Number of processes that the launcher started, over all machines."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def must_use_cpu() -> bool:
-    """Whether several processes were started where there is no accelerator: accelerate then wants to be told."""
+    """Whether several processes run without an accelerator: accelerate then needs use_cpu."""
     return launched_processes() > 1 and not torch.accelerator.is_available()
 
 
@@ -90,21 +98,24 @@ def shards_model() -> bool:
 
 
 def can_shard() -> bool:
-    """Whether accelerate would do it: on CPUs it trains without a word as if it had not been asked."""
+    """Whether accelerate can shard the model; on CPUs it silently trains without FSDP."""
     return torch.accelerator.is_available()
 
 
-def say(args: TrainingArguments, *lines: str) -> None:
-    """Print from the main process alone."""
-    if args.process_index == 0:
+def say(*lines: str) -> None:
+    """Print lines from the main process; accelerate's own `print` would do so once per machine.
+
+    Call it only after TrainingArguments have been made: they tell accelerate which backend to use.
+    """
+    if PartialState().is_main_process:
         print(*lines, sep="\n", flush=True)
 
 
 def share_batch(images: int, accumulation: int, processes: int) -> tuple[int, int]:
-    """What each of several processes does of an optimizer step: (images at once, accumulation).
+    """Batch size and gradient accumulation of each of several processes, for the optimizer step of a single one.
 
-    `images` and `accumulation` are those of one process. No process gets more at once than that, so that what fits one
-    device fits each. Raises `UserError` where the step cannot be shared equally.
+    `images` and `accumulation` are those of the single process. The batch never grows, so what fits one device fits
+    each. Raises `UserError` if the step cannot be shared equally.
     """
     step = images * accumulation
     if step % processes:
@@ -113,12 +124,12 @@ def share_batch(images: int, accumulation: int, processes: int) -> tuple[int, in
             f"processes; take {max(1, round(images / processes)) * processes}"
         )
     share = step // processes
-    at_once = max(size for size in range(1, min(images, share) + 1) if share % size == 0)
-    return at_once, share // at_once
+    batch = max(size for size in range(1, min(images, share) + 1) if share % size == 0)
+    return batch, share // batch
 
 
 def share_steps(args: TrainingArguments) -> list[str]:
-    """Let several processes do together what the arguments ask of one; returns a line that says so."""
+    """Divide the arguments' batch among the processes, which keeps the optimizer step; returns lines to print."""
     processes = args.world_size
     if processes == 1:
         return []

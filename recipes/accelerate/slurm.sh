@@ -1,6 +1,6 @@
 #!/bin/bash
 # sbatch recipes/accelerate/slurm.sh RECIPE.yaml [--key value ...]
-# One launcher a node, which starts one process a GPU; a preempted job is requeued and goes on from its checkpoint.
+# One launcher per node, which starts one process per GPU. A preempted job is requeued and resumes from its checkpoint.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -19,11 +19,11 @@ for ((i = 2; i < $#; i++)); do
 done
 resume=()
 begun=$(compgen -G "$out/checkpoint-*" || compgen -G "$out/seed-*" || true)
-if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -n "$begun" ]; then # before that there is nothing to go on from
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -n "$begun" ]; then # without a checkpoint there is nothing to resume
     resume=(--resume_from_checkpoint true)
 fi
 
-# SLURM_NODEID differs by node, so it is expanded there. A node that fails ends the others, which would wait for it.
+# SLURM_NODEID differs per node, so it is expanded there. A node that fails stops the others, which would wait for it.
 srun --kill-on-bad-exit=1 bash -c 'accelerate launch --config_file recipes/accelerate/multi_node.yaml \
     --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --num_processes "$0" --main_process_ip "$1" \
     --main_process_port "$2" finetune_vit.py "${@:3}"' \

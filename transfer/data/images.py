@@ -290,11 +290,11 @@ def open_pixel_store(
 class PixelDataset(torch.utils.data.Dataset):
     """One split of the data set over a pixel store; a whole batch is gathered at once.
 
-    `__getitems__` gives {"pixel_values": (B, 3, H, W) uint8} and, where the split has labels, "labels": (B,) int64.
+    `__getitems__` gives {"images": (B, 3, H, W) uint8} and, where the split has labels, "labels": (B,) int64.
     """
 
     def __init__(self, store: PixelStore, split: datasets.Dataset):
-        self.pixels = store.pixels
+        self.store, self.pixels = store, store.pixels
         # [:] reads a column at once; without it every row is looked up by itself.
         self.rows = np.array([store.rows[file] for file in split["file"][:]], dtype=np.int64)
         self.labels = np.array(split["label"][:], dtype=np.int64) if "label" in split.column_names else None
@@ -305,7 +305,7 @@ class PixelDataset(torch.utils.data.Dataset):
     def __getitems__(self, positions: Sequence[int]) -> dict[str, torch.Tensor]:
         # (B, H, W, 3) in memory, seen as (B, 3, H, W): channels-last, as convolutions like it
         images = torch.from_numpy(self.pixels[self.rows[positions]]).permute(0, 3, 1, 2)
-        batch = {"pixel_values": images}
+        batch = {"images": images}
         if self.labels is not None:
             batch["labels"] = torch.from_numpy(self.labels[positions])
         return batch

@@ -7,6 +7,8 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 
+import datasets
+
 from transfer.errors import UserError
 
 
@@ -77,3 +79,12 @@ def take_evenly(positions: Sequence[int], files: Sequence[str], labels: Sequence
         drawn = draw_order([files[positions[m]] for m in members], seed=0)
         rounds += [(turn, positions[members[i]]) for turn, i in enumerate(drawn)]
     return sorted(position for _, position in sorted(rounds)[:count])
+
+
+def split_fingerprint(dataset: datasets.DatasetDict) -> str:
+    """Hash of the file names in each split; the same wherever the data set lies."""
+    digest = hashlib.sha256()
+    for name in ("train", "validation", "test"):
+        if name in dataset:
+            digest.update("\n".join([name, *dataset[name]["file"][:], ""]).encode())
+    return digest.hexdigest()

@@ -1,104 +1,61 @@
-"""Whether probabilities mean what they say, and the one number that makes them (Guo et al. 2017).
-
-What predictions tell about classes, mistakes, labels and confidence: numbers alone, no pictures.
-
-What is measured on labelled images, and metrics.json.
-"""
+"""Metrics of labelled images: accuracy with its intervals, and metrics.json."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
-from scipy.cluster.hierarchy import leaves_list, linkage
-from scipy.optimize import minimize_scalar
-from scipy.spatial.distance import squareform
-from scipy.special import log_softmax, softmax
+from scipy.special import log_softmax
 from scipy.stats import betabinom, binomtest
 from sklearn.metrics import f1_score, top_k_accuracy_score
 
-from transfer.files import write_atomically
+from transfer.errors import UserError
+from transfer.files import read_json, write_atomically
 
-HIGHEST = 20.0  # temperature; the lowest is its inverse
-
-
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The number by which logits (N, classes) are divided for the least cross-entropy against labels (N,)."""
-    rows = np.arange(len(labels))
-
-    def loss(log_temperature: float) -> float:
-        return -log_softmax(logits / np.exp(log_temperature), axis=-1)[rows, labels].mean()
-
-    bound = np.log(HIGHEST)
-    return float(np.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded").x))
+FILE_NAME = "metrics.json"
 
 
-def measure_calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Temperature, and the expected calibration error without and with it.
-
-    Each half of the images is scaled by the temperature of the other half, so that the error is not measured where
-    the temperature was fitted. Scaling changes no label: the submission is the same.
-    """
-    logits = np.asarray(logits, dtype=np.float64)
-    scaled, first = np.empty_like(logits), np.arange(len(labels)) % 2 == 0
-    for half in (first, ~first):
-        other = ~half if (~half).any() else half
-        scaled[half] = logits[half] / fit_temperature(logits[other], labels[other])
-    return {
-        "temperature": fit_temperature(logits, labels),
-        "ece": judge_confidence(softmax(logits, axis=-1), labels).ece,
-        "ece_scaled": judge_confidence(softmax(scaled, axis=-1), labels).ece,
-    }
-
-
-CALIBRATION_BINS = 15  # as Guo et al. 2017
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """Confidence against accuracy in equal bins of confidence that hold images; `ece` weighs their gaps by images."""
-
-    confidence: np.ndarray
-    accuracy: np.ndarray
-    images: np.ndarray
-    ece: float
-
-
-def judge_confidence(probabilities: np.ndarray, labels: np.ndarray) -> Reliability:
-    """Whether the top probability means what it says; the expected calibration error of Guo et al. 2017."""
-    confidence, hits = probabilities.max(1), probabilities.argmax(1) == labels
-    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    images = np.bincount(bins, minlength=CALIBRATION_BINS)
-    kept = images > 0
-    sums = np.bincount(bins, confidence, CALIBRATION_BINS)[kept], np.bincount(bins, hits, CALIBRATION_BINS)[kept]
-    mean_confidence, accuracy = sums[0] / images[kept], sums[1] / images[kept]
-    ece = float(np.abs(mean_confidence - accuracy) @ images[kept] / len(labels))
-    return Reliability(mean_confidence, accuracy, images[kept], ece)
+def find_hits(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(N,) bool: whether the highest logit of each image, of (N, classes), is that of its label (N,)."""
+    return logits.argmax(-1) == labels
 
 
 def accuracy_interval(hits: int, images: int) -> tuple[float, float]:
-    """95% interval of an accuracy (Wilson 1927): what other images of the same kind would give."""
+    """95% interval of an accuracy over the choice of images (Wilson 1927)."""
     interval = binomtest(hits, images).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 
 
 def score_interval(hits: int, images: int, scored: int) -> tuple[float, float]:
-    """Where the accuracy on `scored` other images lies in 95% of cases, after `hits` of `images` were right.
+    """95% interval of the accuracy on `scored` other images, given `hits` of `images`.
 
-    Beta-binomial under Jeffreys' prior: covers the luck of both draws, as a leaderboard's public part has it.
+    Beta-binomial with Jeffreys' prior: it covers the choice of both sets of images. A public leaderboard scores such
+    another set.
     """
     seen = betabinom(scored, hits + 0.5, images - hits + 0.5)
     return float(seen.ppf(0.025) / scored), float(seen.ppf(0.975) / scored)
 
 
-class ClassificationMetrics(evaluate.Metric):
-    """Accuracy with its 95% interval, top-5 accuracy, macro F1 and cross-entropy, from logits.
+@dataclass(frozen=True)
+class ClassificationMetrics:
+    """Metrics of one set of labelled images."""
 
-    A metric of our own: `evaluate.load` fetches its scripts from the Hub. The interval does not cover the spread over
-    training seeds.
+    accuracy: float
+    accuracy_ci95: list[float]  # low and high end of its 95% interval, without the spread over training seeds
+    top5_accuracy: float  # 1 with five classes or fewer
+    macro_f1: float
+    loss: float  # cross-entropy
+    n: int  # images
+
+
+class ImageClassificationMetric(evaluate.Metric):
+    """The values of `ClassificationMetrics`, from logits.
+
+    `evaluate.load` would download its scripts from the Hub; this class also works offline.
     """
 
     def _info(self):
@@ -113,145 +70,217 @@ class ClassificationMetrics(evaluate.Metric):
 
     def _compute(self, predictions, references):
         logits, labels = np.asarray(predictions, dtype=np.float64), np.asarray(references)
-        chosen, classes = logits.argmax(-1), np.arange(logits.shape[1])
-        hits = int((chosen == labels).sum())
-        many = logits.shape[1] > 5
+        images, classes = logits.shape
+        hits = int(find_hits(logits, labels).sum())
+        top5 = top_k_accuracy_score(labels, logits, k=5, labels=np.arange(classes)) if classes > 5 else 1.0
         return {
-            "accuracy": hits / len(labels),
-            "accuracy_ci95": list(accuracy_interval(hits, len(labels))),
-            "top5_accuracy": float(top_k_accuracy_score(labels, logits, k=5, labels=classes)) if many else 1.0,
-            "macro_f1": float(f1_score(labels, chosen, labels=np.unique(labels), average="macro")),
-            "loss": float(-log_softmax(logits, axis=-1)[np.arange(len(labels)), labels].mean()),
-            "n": len(labels),
+            "accuracy": hits / images,
+            "accuracy_ci95": list(accuracy_interval(hits, images)),
+            "top5_accuracy": float(top5),
+            "macro_f1": float(f1_score(labels, logits.argmax(-1), labels=np.unique(labels), average="macro")),
+            "loss": float(-log_softmax(logits, axis=-1)[np.arange(images), labels].mean()),
+            "n": images,
         }
 
 
-def measure(logits: np.ndarray, labels: np.ndarray) -> dict:
+def measure(logits: np.ndarray, labels: np.ndarray) -> ClassificationMetrics:
     """Metrics of logits (N, classes) against labels (N,)."""
-    metric = ClassificationMetrics(keep_in_memory=True)
-    return metric.compute(predictions=logits.astype(np.float32), references=labels)
-
-
-def write_metrics(folder: Path, metrics: Mapping) -> None:
-    """metrics.json, whole or not at all."""
-    write_atomically(folder / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
-
-
-def read_metrics(folder: Path) -> dict:
-    """A run's metrics.json."""
-    return json.loads((folder / "metrics.json").read_text())
-
-
-MOST_DOUBTED = 0.1  # ImageNet has some 6% of wrong labels (Northcutt et al. 2021)
-
-
-def count_confusions(labels: np.ndarray, said: np.ndarray, classes: int) -> np.ndarray:
-    """(classes, classes) counts: row = label, column = prediction."""
-    counts = np.zeros((classes, classes), dtype=np.int64)
-    np.add.at(counts, (labels, said), 1)
-    return counts
-
-
-def order_classes(probabilities: np.ndarray, labels: np.ndarray) -> list[int]:
-    """Labels in an order that puts classes side by side which the model takes for each other.
-
-    Leaves of an average-linkage tree over the mean probabilities that images of one class give to another.
-    """
-    classes = probabilities.shape[1]
-    if classes < 3:
-        return list(range(classes))
-    shares = np.stack([probabilities[labels == c].sum(0) / max(1, (labels == c).sum()) for c in range(classes)])
-    likeness = shares + shares.T
-    np.fill_diagonal(likeness, 0)
-    # Roots spread out the many small likenesses, so that far classes are ordered too.
-    distance = 1 - np.sqrt(likeness / max(likeness.max(), 1e-12))
-    np.fill_diagonal(distance, 0)
-    return leaves_list(linkage(squareform(distance, checks=False), "average", optimal_ordering=True)).tolist()
+    metric = ImageClassificationMetric(keep_in_memory=True)
+    return ClassificationMetrics(**metric.compute(predictions=logits.astype(np.float32), references=labels))
 
 
 @dataclass(frozen=True)
-class ClassScore:
-    """How one class fared: `right` of its `images`; `taken_for` is the class its mistakes name most, `times` often."""
+class Calibration:
+    """Temperature, and the expected calibration error before and after scaling with it."""
 
-    label: int
-    images: int
-    right: int
-    taken_for: int | None
-    times: int
-
-    @property
-    def recall(self) -> float:
-        return self.right / self.images
-
-
-def score_classes(confusions: np.ndarray) -> list[ClassScore]:
-    """Every class that has images, the worst first."""
-    wrong = confusions.copy()
-    np.fill_diagonal(wrong, 0)
-    scores = []
-    for label in np.flatnonzero(confusions.sum(1)).tolist():
-        other = int(wrong[label].argmax())
-        times = int(wrong[label, other])
-        right, images = int(confusions[label, label]), int(confusions[label].sum())
-        scores.append(ClassScore(label, images, right, other if times else None, times))
-    return sorted(scores, key=lambda s: (s.recall, -s.images, s.label))
+    temperature: float
+    ece: float
+    ece_scaled: float | None = None
 
 
 @dataclass(frozen=True)
-class ConfusedPair:
-    """Two classes and how often images of each were taken for the other."""
+class Speed:
+    """How fast images were trained on or predicted."""
 
-    first: int
-    second: int
-    first_as_second: int
-    second_as_first: int
+    samples_per_second: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Mean or standard deviation over repeated runs."""
+
+    accuracy: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class SplitScores:
+    """Scores on validation and on training images."""
+
+    validation: Scores
+    train: Scores
+
+
+@dataclass(frozen=True)
+class TrainMetrics(Speed, ClassificationMetrics):
+    """Metrics of unaugmented training images, and the speed of the training with its evaluations."""
+
+
+@dataclass(frozen=True)
+class MeanTrainMetrics(Speed, Scores):
+    """The same of a cross-validation: mean scores over its folds."""
+
+
+@dataclass(frozen=True)
+class ZeroEpoch:
+    """Validation accuracy before training."""
+
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """Validation accuracy of a linear probe; of repeated runs only their mean accuracy."""
+
+    accuracy: float
+    penalty: float | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class TtaMetrics:
+    """Test-time augmentation: the views that are averaged, and the validation accuracy of each view alone."""
+
+    kept: list[str]
+    accuracy: dict[str, float]
+
+
+@dataclass(frozen=True)
+class SoupMetrics(ClassificationMetrics):
+    """Validation metrics of averaged weights, and the seeds that they are averaged over."""
+
+    members: list[int]
+
+
+@dataclass(frozen=True)
+class SubmissionSource:
+    """What the submission of repeated runs is made from."""
+
+    from_: str
+    validation_accuracy: float | None = None
+
+
+def _drop_none(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name.rstrip("_"): value for name, value in items if value is not None}  # `from` is a keyword of Python
+
+
+def _parse(kind: Any, content: Any, stage: str) -> Any:
+    """A dataclass from json. Raises `ValueError` if a key is missing; ignores keys that are not fields."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{stage!r} is missing")
+    values = {}
+    for field in fields(kind):
+        key = field.name.rstrip("_")
+        if key in content:
+            nested = is_dataclass(field.type)
+            values[field.name] = _parse(field.type, content[key], f"{stage}.{key}") if nested else content[key]
+        elif field.default is MISSING:
+            raise ValueError(f"'{stage}.{key}' is missing")
+    return kind(**values)
+
+
+@dataclass(frozen=True)
+class RunMetrics:
+    """Everything that a run measured: metrics.json. Stages that a run does not have are None."""
+
+    validation: ClassificationMetrics
+    calibration: Calibration | None = None
+    tta: TtaMetrics | None = None
+    prediction: Speed | None = None  # of the test images
+    zero_epoch: ZeroEpoch | None = None
+    linear_probe: LinearProbe | None = None
+    train: TrainMetrics | MeanTrainMetrics | None = None  # None where nothing was trained
+    seeds: "list[RunMetrics] | None" = None
+    folds: "list[RunMetrics] | None" = None
+    mean: SplitScores | None = None
+    std: SplitScores | None = None
+    soup: SoupMetrics | None = None
+    ensemble: ClassificationMetrics | None = None
+    submission: SubmissionSource | None = None
 
     @property
-    def times(self) -> int:
-        return self.first_as_second + self.second_as_first
+    def repeats(self) -> "list[RunMetrics]":
+        """Metrics of each seed or fold; empty for a single run."""
+        return self.seeds or self.folds or []
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of metrics.json."""
+        return asdict(self, dict_factory=_drop_none)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "RunMetrics":
+        """Metrics from the content of metrics.json. Raises `ValueError` if a key is missing; ignores unknown keys."""
+
+        def stage(name: str, kind: type) -> Any:
+            return None if content.get(name) is None else _parse(kind, content[name], name)
+
+        def repeats(name: str) -> list[RunMetrics] | None:
+            return None if content.get(name) is None else [cls.from_json(run) for run in content[name]]
+
+        means = "accuracy_ci95" not in (content.get("train") or {})
+        return cls(
+            validation=_parse(ClassificationMetrics, content.get("validation"), "validation"),
+            calibration=stage("calibration", Calibration),
+            tta=stage("tta", TtaMetrics),
+            prediction=stage("prediction", Speed),
+            zero_epoch=stage("zero_epoch", ZeroEpoch),
+            linear_probe=stage("linear_probe", LinearProbe),
+            train=stage("train", MeanTrainMetrics if means else TrainMetrics),
+            seeds=repeats("seeds"),
+            folds=repeats("folds"),
+            mean=stage("mean", SplitScores),
+            std=stage("std", SplitScores),
+            soup=stage("soup", SoupMetrics),
+            ensemble=stage("ensemble", ClassificationMetrics),
+            submission=stage("submission", SubmissionSource),
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write metrics.json into a run's folder, atomically."""
+        write_atomically(folder / FILE_NAME, json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "RunMetrics":
+        """Read a run's metrics.json. Raises `UserError` if it is missing or incomplete."""
+        path = folder / FILE_NAME
+        content = read_json(path, f"is {folder} a finished run?")
+        try:
+            return cls.from_json(content)
+        except ValueError as fault:
+            raise UserError(f"{path}: {fault}; every run of this project writes it") from None
 
 
-def find_confused_pairs(confusions: np.ndarray, most: int) -> list[ConfusedPair]:
-    """The pairs of classes that are confused most, in either direction."""
-    rows, columns = np.nonzero(np.triu(confusions + confusions.T, k=1))
-    pairs = [
-        ConfusedPair(a, b, int(confusions[a, b]), int(confusions[b, a]))
-        for a, b in zip(rows.tolist(), columns.tolist(), strict=True)
-    ]
-    # Of the first class as of the one whose images are lost more often.
-    pairs = [
-        p
-        if p.first_as_second >= p.second_as_first
-        else ConfusedPair(p.second, p.first, p.second_as_first, p.first_as_second)
-        for p in pairs
-    ]
-    return sorted(pairs, key=lambda p: (-p.times, -p.first_as_second, p.first, p.second))[:most]
-
-
-def doubt_labels(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(N,) bool: images whose label is likely wrong, by confident learning (Northcutt et al. 2021).
-
-    An image is one if another class is likelier for it than that class is, on average, for the images that bear its
-    label, while its own label is not among the five likeliest (the two likeliest of few classes). No label is doubted
-    where that holds for more than a tenth of the images: a model that weak cannot judge labels.
-    """
-    classes = probabilities.shape[1]
-    usual = np.array([probabilities[labels == c, c].mean() if (labels == c).any() else 2.0 for c in range(classes)])
-    said = probabilities.argmax(1)
-    own = probabilities[np.arange(len(labels)), labels]
-    rank = (probabilities > own[:, None]).sum(1)
-    confident = probabilities[np.arange(len(labels)), said] >= usual[said]
-    doubted = confident & (said != labels) & (rank >= (5 if classes > 10 else 2))
-    return doubted & (doubted.mean() <= MOST_DOUBTED)
-
-
-def expect_counts(confusions: np.ndarray, images: int) -> np.ndarray:
-    """(classes,) predictions of each label to expect of `images` with equal classes, confused as on validation."""
-    sizes = confusions.sum(1, keepdims=True)
-    shares = np.divide(confusions, sizes, where=sizes > 0, out=np.zeros(confusions.shape))
-    return shares.sum(0) / max(1, int((sizes > 0).sum())) * images
-
-
-def most_confident(probabilities: np.ndarray, positions: Sequence[int]) -> list[int]:
-    """The positions, those with the highest top probability first."""
-    return sorted(map(int, positions), key=lambda p: (-probabilities[p].max(), p))
+def describe_metrics(metrics: RunMetrics) -> list[str]:
+    """The main results in words, one line each."""
+    lines, label = [], "validation accuracy"
+    if metrics.mean and metrics.std:
+        kind, mean, std = "folds" if metrics.folds else "seeds", metrics.mean.validation, metrics.std.validation
+        spread = f"{mean.accuracy:.4f}, standard deviation {std.accuracy:.4f}"
+        lines.append(f"{f'{len(metrics.repeats)} {kind}':<11} mean validation accuracy {spread}")
+    if metrics.soup:
+        members = ", ".join(map(str, metrics.soup.members))
+        lines.append(
+            f"soup        validation accuracy {metrics.soup.accuracy:.4f}, weights of seeds {members} averaged"
+        )
+    if metrics.ensemble:
+        lines.append(f"ensemble    validation accuracy {metrics.ensemble.accuracy:.4f}")
+    if metrics.submission:
+        best = "" if metrics.folds else ", the best on validation"
+        lines.append(f"submission  from {metrics.submission.from_}{best}")
+    if metrics.folds:
+        label = "validation accuracy of all images, each predicted by the fold that left it out:"
+    validation = metrics.validation
+    low, high = validation.accuracy_ci95
+    lines.append(f"{label} {validation.accuracy:.4f} (95% interval {low:.4f} to {high:.4f}, n={validation.n})")
+    return lines

@@ -1,1 +1,1 @@
-"""Checkpoints: loaded, given a new head and image size, cut into layers, adapted, made faster on a CPU."""
+"""Models: load a checkpoint, build a classifier from it, find its layers, add LoRA adapters, train faster on a CPU."""

@@ -1,129 +1,145 @@
-"""A model brought to another image size: its position tables are resized once, so that nothing has to interpolate
-later, neither in training nor in a plain pipeline.
+"""Build a classifier from a pretrained checkpoint: a new head, the image size, frozen layers, LoRA adapters.
 
-A pretrained checkpoint made into a classifier of our classes: new head, warm where classes are known, new size.
+Position embeddings are resized once, so that neither training nor a pipeline interpolates them at every step.
 """
 
 import copy
+import functools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import set_seed
 from torch import nn
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
+from transfer.config import FinetuningArguments, RunArguments
+from transfer.data.images import ImageGeometry
+from transfer.data.layouts import DatasetFiles
 from transfer.errors import UserError
-from transfer.models.cpu_kernels import skip_open_gates, use_fast_depthwise
-from transfer.models.layers import find_heads
+from transfer.models.cpu_kernels import apply_cpu_speedups
+from transfer.models.layers import (
+    describe_learning_rates,
+    find_heads,
+    fix_batch_norm_momentum,
+    freeze_batch_norm_stats,
+    freeze_layers,
+    parameter_groups,
+    trainable_fraction,
+)
 from transfer.models.load import load_checkpoint, read_geometry, saved_class_ids, set_image_size
+from transfer.models.lora import add_adapters
+from transfer.runtime import say
 
 
-def _vision_config(config):
-    """Where a config keeps the image size: CLIP and SigLIP describe a text tower too."""
+@runtime_checkable
+class _PositionEmbeddings(Protocol):
+    """A module that interpolates its absolute position embeddings, as in most of transformers' vision transformers."""
+
+    def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor: ...
+
+
+def _vision_config(config: PreTrainedConfig) -> Any:
+    """The config that has the image size: that of the vision tower, where there is a text tower too (CLIP, SigLIP)."""
     return getattr(config, "vision_config", config)
 
 
-def _check_patches(config, image_size: int) -> None:
+def _check_patches(config: Any, image_size: int) -> None:
     if image_size % config.patch_size:
         raise UserError(f"--image_size {image_size}: must be a multiple of {config.patch_size}, the patch size")
 
 
-def resize_table(module: nn.Module, table: torch.Tensor, config, image_size: int) -> torch.Tensor:
-    """A table (1, N, D) of absolute positions for another image size, by the module's own interpolation."""
+def _resize_absolute(module: _PositionEmbeddings, table: torch.Tensor, config: Any, image_size: int) -> torch.Tensor:
+    """Absolute position embeddings (1, N, D) for another image size, by the module's own interpolation."""
     old_patches = (config.image_size // config.patch_size) ** 2
     patches = (image_size // config.patch_size) ** 2
-    # Only the shape of its first argument is read.
+    # interpolate_pos_encoding reads only the shape of its first argument.
     tokens = torch.empty(1, table.shape[1] - old_patches + patches, table.shape[2])
     return module.interpolate_pos_encoding(tokens, image_size, image_size).clone()
 
 
-def resize_relative_table(module: nn.Module, patches: int) -> torch.Tensor:
-    """BEiT's table of biases for `patches` x `patches` tokens, as its forward would interpolate it at every step.
+def _resize_relative(table: torch.Tensor, patches: int) -> torch.Tensor:
+    """BEiT's relative position biases for `patches` x `patches` tokens, interpolated as in BEiT's forward pass.
 
-    (2P-1)^2 distances and three rows for the class token; x heads.
+    The table has a row for each of (2P-1)^2 distances and three for the class token, and a column per attention head.
     """
-    old = 2 * module.window_size[0] - 1
-    distances, special = module.relative_position_bias_table.split([old * old, 3])
+    old = math.isqrt(len(table) - 3)  # 2P-1
+    distances, class_token = table.split([old * old, 3])
     distances = distances.reshape(1, old, old, -1).permute(0, 3, 1, 2)
     distances = F.interpolate(distances, (2 * patches - 1,) * 2, mode="bilinear")
-    return torch.cat([distances.permute(0, 2, 3, 1).flatten(0, 2), special])
+    return torch.cat([distances.permute(0, 2, 3, 1).flatten(0, 2), class_token])
 
 
 @torch.no_grad()
 def interpolate_positions(model: PreTrainedModel, image_size: int) -> dict[str, torch.Tensor]:
-    """Every position table of a ViT-like model for another image size, by its own interpolation."""
-    tables, config = {}, _vision_config(model.config)
+    """Return the position embeddings and biases of a ViT-like model for another image size, by parameter name."""
+    resized, config = {}, _vision_config(model.config)
     for name, module in model.named_modules():
-        if hasattr(module, "num_relative_distance"):
+        if hasattr(module, "num_relative_distance"):  # BEiT
             _check_patches(config, image_size)
-            table = resize_relative_table(module, image_size // config.patch_size)
-            tables[f"{name}.relative_position_bias_table"] = table
-        if not hasattr(module, "interpolate_pos_encoding"):
+            biases = module.get_parameter("relative_position_bias_table")
+            resized[f"{name}.relative_position_bias_table"] = _resize_relative(biases, image_size // config.patch_size)
+        if not isinstance(module, _PositionEmbeddings):
             continue
         if isinstance(table := getattr(module, "position_embeddings", None), nn.Parameter):
             _check_patches(config, image_size)
-            tables[f"{name}.position_embeddings"] = resize_table(module, table, config, image_size)
+            resized[f"{name}.position_embeddings"] = _resize_absolute(module, table, config, image_size)
         elif isinstance(embedding := getattr(module, "position_embedding", None), nn.Embedding):  # CLIP, SigLIP
             _check_patches(config, image_size)
-            table = resize_table(module, embedding.weight[None], config, image_size)
-            tables[f"{name}.position_embedding.weight"] = table[0]
-    return tables
+            positions = _resize_absolute(module, embedding.weight[None], config, image_size)
+            resized[f"{name}.position_embedding.weight"] = positions[0]
+    return resized
+
+
+def _resize_timm(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
+    """timm's ViTs and Swins resize themselves; its convolutional networks take any size."""
+    timm_model: Any = model.timm_model  # Any: timm is optional, so its types cannot be imported
+    config, old = model.config, model.config.pretrained_cfg.get("input_size", (3, 0, 0))[-1]
+    config.pretrained_cfg["input_size"] = [3, image_size, image_size]
+    if old == image_size or not hasattr(timm_model, "set_input_size"):
+        return model
+    try:
+        timm_model.set_input_size(img_size=(image_size, image_size))
+    except (AssertionError, RuntimeError, ValueError) as fault:
+        reason = " ".join(str(fault).split())
+        raise UserError(f"--image_size {image_size}: {config.architecture} does not support it ({reason})") from None
+    config.model_args = {**(config.model_args or {}), "img_size": image_size}
+    return model
 
 
 def resize_input(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
-    """The same model for square images of another size. Raises `UserError` where a model cannot change."""
+    """Return the model for square images of another size. Raises `UserError` if it does not support that size."""
     if hasattr(model, "timm_model"):
         return _resize_timm(model, image_size)
-    if getattr(_vision_config(model.config), "image_size", image_size) == image_size:
+    old = getattr(_vision_config(model.config), "image_size", image_size)
+    if old == image_size:
         return model
     config = copy.deepcopy(model.config)
     _vision_config(config).image_size = image_size
     resized = type(model)(config)
     weights = model.state_dict() | interpolate_positions(model, image_size)
     expected = resized.state_dict()
-    misfits = [name for name, values in weights.items() if expected[name].shape != values.shape]
-    if misfits:
-        old = _vision_config(model.config).image_size
+    mismatched = [name for name, values in weights.items() if expected[name].shape != values.shape]
+    if mismatched:
         raise UserError(
             f"--image_size {image_size}: {type(model).__name__} cannot change from {old} px "
-            f"({misfits[0]} would not fit)"
+            f"({mismatched[0]} would have another shape)"
         )
     resized.load_state_dict(weights)
     return resized
 
 
-def _resize_timm(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
-    """timm's ViTs and Swins resize themselves; its convolutional networks take any size."""
-    config, old = model.config, model.config.pretrained_cfg.get("input_size", (3, 0, 0))[-1]
-    config.pretrained_cfg["input_size"] = [3, image_size, image_size]
-    if old == image_size or not hasattr(model.timm_model, "set_input_size"):
-        return model
-    try:
-        model.timm_model.set_input_size(img_size=(image_size, image_size))
-    except (AssertionError, RuntimeError, ValueError) as fault:
-        reason = " ".join(str(fault).split())
-        raise UserError(f"--image_size {image_size}: {config.architecture} cannot change to it ({reason})") from None
-    config.model_args = {**(config.model_args or {}), "img_size": image_size}
-    return model
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """A model with one logit a class, the processor that feeds it, and what was done to get there."""
-
-    model: PreTrainedModel
-    processor: BaseImageProcessor
-    warm_classes: int = 0  # head rows copied from the checkpoint
-
-
 def normalise_label(label: str) -> str:
+    """Return a label in lower case, with single spaces for underscores and repeated spaces."""
     return " ".join(label.lower().replace("_", " ").split())
 
 
 def _unambiguous(labels: Sequence[str]) -> dict[str, int]:
-    """Label -> position, for labels that stand once."""
+    """Label -> position, for labels that occur once."""
     counts = Counter(labels)
     return {label: position for position, label in enumerate(labels) if counts[label] == 1}
 
@@ -131,17 +147,17 @@ def _unambiguous(labels: Sequence[str]) -> dict[str, int]:
 def match_labels(
     class_ids: Sequence[str], synonyms: Sequence[str], known_labels: Sequence[str], known_class_ids: Sequence[str] = ()
 ) -> dict[int, int]:
-    """For our classes that a checkpoint already knows: our label -> its label.
+    """Map our labels to the checkpoint's labels, for classes that both have.
 
-    Compared in this order: class_id, the whole synonym ("goldfish, Carassius auratus"), its first synonym; a name that
-    stands for two classes on either side matches nothing.
+    Names are compared in this order: class id, all synonyms ("goldfish, Carassius auratus"), first synonym. A name of
+    two classes, on either side, matches nothing.
     """
-    ours = [list(class_ids), [normalise_label(g) for g in synonyms]]
+    ours = [list(class_ids), [normalise_label(names) for names in synonyms]]
     ours.append([synonym.split(",")[0] for synonym in ours[1]])
     theirs = [normalise_label(label) for label in known_labels]
     first = _unambiguous([label.split(",")[0] for label in theirs])
     tables = [_unambiguous(list(known_class_ids) or theirs), _unambiguous(theirs), first]
-    matches = {}
+    matches: dict[int, int] = {}
     for names, table in zip(ours, tables, strict=True):
         for name, label in _unambiguous(names).items():
             if name in table and label not in matches and table[name] not in matches.values():
@@ -150,7 +166,7 @@ def match_labels(
 
 
 def replace_heads(model: PreTrainedModel, num_labels: int, matches: Mapping[int, int]) -> None:
-    """Give every head `num_labels` rows: rows in `matches` (new -> old) are copied, the others small and random."""
+    """Give every head `num_labels` rows: those in `matches` (new -> old) are copied, the others drawn at random."""
     for name, old in find_heads(model).items():
         new = nn.Linear(old.in_features, num_labels)
         with torch.no_grad():
@@ -164,31 +180,33 @@ def replace_heads(model: PreTrainedModel, num_labels: int, matches: Mapping[int,
 
 
 def set_labels(model: PreTrainedModel, class_ids: Sequence[str], class_names: Sequence[str]) -> None:
-    """Store the label maps, in label order, so that a plain pipeline answers with class names."""
+    """Store ids and names of the classes, in label order, so that a pipeline answers with class names."""
     model.config.id2label = dict(enumerate(class_names))
     model.config.label2id = {name: label for label, name in enumerate(class_names)}
-    if hasattr(model.config, "label_names"):  # timm's, which would win over id2label in what is saved
+    if hasattr(model.config, "label_names"):  # timm's, which would be saved in place of id2label
         model.config.label_names = list(class_names)
     model.config.class_ids = list(class_ids)
-    model.config.problem_type = None  # set by a checkpoint that was trained on soft labels, it would change the loss
-    model.num_labels = len(class_names)
+    model.config.problem_type = None  # a checkpoint trained on soft labels has one, which changes the loss
+    model.num_labels = len(class_names)  # type: ignore[assignment]  # nn.Module's stub allows only tensors and modules
 
 
-def fix_batch_norm_momentum(model: PreTrainedModel) -> None:
-    """Let batch norms average over batches.
+@dataclass(frozen=True)
+class Classifier:
+    """A model with one logit per class, and its image processor."""
 
-    EfficientNet's momentum of 0.99 was TensorFlow's, the share that is kept; torch takes it as the share of the
-    newest batch, so that evaluation would stand on the statistics of the last training batch alone.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum and module.momentum > 0.5:
-            module.momentum = 0.1
+    model: PreTrainedModel
+    processor: BaseImageProcessor
+    copied_head_rows: int = 0  # classes whose head weights come from the checkpoint
+
+    @functools.cached_property
+    def geometry(self) -> ImageGeometry:
+        """How the processor resizes, crops and normalises an image."""
+        return read_geometry(self.processor)
 
 
-def apply_cpu_speedups(model: PreTrainedModel) -> None:
-    """Leave out and replace what takes time for nothing; the parameters and what they mean stay."""
-    skip_open_gates(model)
-    use_fast_depthwise(model)
+def _known_labels(config: PreTrainedConfig) -> list[str]:
+    """The checkpoint's class names in label order."""
+    return [str(name) for _, name in sorted((config.id2label or {}).items())]
 
 
 def build_classifier(
@@ -202,16 +220,17 @@ def build_classifier(
     trust_remote_code: bool = False,
     drop_path_rate: float | None = None,
 ) -> Classifier:
-    """A classifier of our classes from any image-classification checkpoint; its head is new, its backbone is not.
+    """Return a classifier of our classes: the backbone is the checkpoint's, the head is new.
 
-    `class_ids`, `class_names` (unique, shown to people) and `synonyms` (to find classes that the checkpoint knows) are
-    in label order. Head rows that are not copied are drawn from torch's global generator. Raises `UserError`.
+    `class_ids`, `class_names` (unique, for people) and `synonyms` (to find classes that the checkpoint knows) are in
+    label order. With `warm_start`, the head rows of known classes are copied; torch's global generator draws the
+    others. Raises `UserError`.
     """
     model, processor = load_checkpoint(name, revision, trust_remote_code, drop_path_rate)
-    matches = {}
+    matches: dict[int, int] = {}
     if warm_start:
-        known = [str(model.config.id2label[label]) for label in sorted(model.config.id2label)]
-        matches = match_labels(class_ids, synonyms, known, saved_class_ids(model.config) or ())
+        known_ids = saved_class_ids(model.config) or ()
+        matches = match_labels(class_ids, synonyms, _known_labels(model.config), known_ids)
     replace_heads(model, len(class_ids), matches)
     set_labels(model, class_ids, class_names)
     image_size = image_size or read_geometry(processor).crop[0]
@@ -225,7 +244,7 @@ def build_classifier(
 def load_trained(
     name: str, class_ids: Sequence[str], revision: str = "main", trust_remote_code: bool = False
 ) -> Classifier:
-    """A model that was fine-tuned on these classes before. Raises `UserError` if its labels are others."""
+    """Return a model that was fine-tuned on these classes. Raises `UserError` if its labels differ."""
     model, processor = load_checkpoint(name, revision, trust_remote_code)
     known = saved_class_ids(model.config)
     if known is None:
@@ -238,3 +257,44 @@ def load_trained(
         )
     apply_cpu_speedups(model)
     return Classifier(model, processor)
+
+
+def _choose_trained_weights(model: PreTrainedModel, run: RunArguments) -> PreTrainedModel:
+    """The model with what the arguments freeze and the LoRA adapters that they ask for."""
+    if run.freeze_batch_norm_stats:
+        freeze_batch_norm_stats(model)
+    if run.freeze_layers:
+        freeze_layers(model, run.freeze_layers)
+    if run.lora_r:
+        # peft's wrapper is not a PreTrainedModel, but it passes every attribute on to the one inside it.
+        model = cast(PreTrainedModel, add_adapters(model, run.lora_r))
+    return model
+
+
+def prepare_model(run: RunArguments, args: FinetuningArguments, data: DatasetFiles) -> Classifier:
+    """Return a classifier ready for training; with `--do_train false`, a fine-tuned one ready for prediction."""
+    if not args.do_train:
+        return load_trained(run.model_name_or_path, data.class_ids, run.model_revision, run.trust_remote_code)
+    set_seed(args.seed)  # before the head is drawn: the Trainer would seed too late
+    classifier = build_classifier(
+        run.model_name_or_path,
+        data.class_ids,
+        data.class_names,
+        data.synonyms,
+        run.image_size,
+        run.model_revision,
+        run.head_warm_start,
+        run.trust_remote_code,
+        run.drop_path_rate,
+    )
+    kind, parameters = type(classifier.model).__name__, sum(p.numel() for p in classifier.model.parameters())
+    model = _choose_trained_weights(classifier.model, run)
+    say(
+        f"model       {kind}, {parameters / 1e6:.1f} M parameters, {trainable_fraction(model):.2%} trainable; "
+        f"the head starts from the checkpoint's for {classifier.copied_head_rows} of {len(data.class_ids)} classes"
+    )
+    groups = parameter_groups(model, args.learning_rate, args.weight_decay, run.layer_decay)
+    say(f"rates       {describe_learning_rates(groups)}")
+    if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UserError(f"--gradient_checkpointing: {kind} does not support it")
+    return replace(classifier, model=model)

@@ -1,31 +1,34 @@
-"""Depthwise convolutions whose gradients a CPU computes slowly, put together from convolutions that it computes fast.
+"""Faster training on a CPU with unchanged parameters and results.
 
-oneDNN has fast kernels for the weight gradient of depthwise convolutions up to three columns wide, however high, and
-falls back on reference code beyond that; for the input gradient of strided ones it does so in bf16. Both together took
-three quarters of a training step of EfficientNet. Nothing changes on other devices or where no gradient is wanted.
+Depthwise convolutions: oneDNN has fast kernels for the weight gradient of kernels up to three columns wide, of any
+height, and for the input gradient, except that of strided convolutions in bf16. Elsewhere it falls back to reference
+code, which took three quarters of a training step of EfficientNet. Here those gradients are computed by convolutions
+that have fast kernels. Inference and other devices are not affected.
 
-Squeeze-and-excite gates that are pinned open, and cost time for nothing.
+Squeeze-and-excite gates: saturated ones, which multiply by exactly one, are skipped.
 """
+
+from collections.abc import Callable
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.models.efficientnet.modeling_efficientnet import EfficientNetSqueezeExciteLayer
 
-FAST_COLUMNS = 3  # of a kernel
+FAST_COLUMNS = 3  # widest kernel with a fast weight gradient
+IMAGES, WEIGHT = 0, 1  # positions in the results of convolution_backward
 
 
-def _gradients(
+def _torch_gradient(
+    of: int,
     gradient: torch.Tensor,
     images: torch.Tensor,
     weight: torch.Tensor,
     stride: tuple[int, int],
     padding: tuple[int, int],
-    of_images: bool = False,
-    of_weight: bool = False,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """What torch itself computes."""
+) -> torch.Tensor:
+    """The gradient of a depthwise convolution's images or weight (`of` is IMAGES or WEIGHT), computed by torch."""
     return torch.ops.aten.convolution_backward(
         gradient,
         images,
@@ -37,8 +40,8 @@ def _gradients(
         transposed=False,
         output_padding=(0, 0),
         groups=len(weight),
-        output_mask=(of_images, of_weight, False),
-    )[:2]
+        output_mask=(of == IMAGES, of == WEIGHT, False),
+    )[of]
 
 
 def weight_gradient(
@@ -48,23 +51,24 @@ def weight_gradient(
     stride: tuple[int, int],
     padding: tuple[int, int],
 ) -> torch.Tensor:
-    """The gradient (C, 1, kH, kW) of a depthwise kernel, some of its columns at a time.
+    """Return the gradient (C, 1, kH, kW) of a depthwise kernel, computed `FAST_COLUMNS` columns at a time.
 
-    Columns of a kernel see columns of the image: each share is the kernel of a narrower convolution over a slice.
+    A group of kernel columns only meets certain columns of the image, so it is the kernel of a narrower convolution
+    over a slice of the image.
     """
     (kernel_height, kernel_width), (height, width) = weight.shape[-2:], gradient.shape[-2:]
     images = F.pad(images, (padding[1], padding[1], padding[0], padding[0]))
     rows = (height - 1) * stride[0] + kernel_height
-    shares = []
+    gradients = []
     for first in range(0, kernel_width, FAST_COLUMNS):
         columns = weight[..., first : first + FAST_COLUMNS].contiguous()
-        seen = images[..., :rows, first : first + (width - 1) * stride[1] + columns.shape[-1]]
-        shares.append(_gradients(gradient, seen, columns, stride, (0, 0), of_weight=True)[1])
-    return torch.cat(shares, -1)
+        window = images[..., :rows, first : first + (width - 1) * stride[1] + columns.shape[-1]]
+        gradients.append(_torch_gradient(WEIGHT, gradient, window, columns, stride, (0, 0)))
+    return torch.cat(gradients, -1)
 
 
 class _DepthwiseConvolution(torch.autograd.Function):
-    """conv2d with groups = channels; images (B, C, H, W) and weight (C, 1, kH, kW) of one floating-point type."""
+    """conv2d with one group per channel; images (B, C, H, W) and weight (C, 1, kH, kW) of one floating-point type."""
 
     @staticmethod
     def forward(ctx, images, weight, bias, stride, padding):
@@ -77,40 +81,46 @@ class _DepthwiseConvolution(torch.autograd.Function):
     def backward(ctx, gradient):
         (images, weight), stride, padding = ctx.saved_tensors, ctx.stride, ctx.padding
         of_images = of_weight = of_bias = None
-        lean, strided = gradient.dtype != torch.float32, max(stride) > 1
+        low_precision, strided = gradient.dtype != torch.float32, max(stride) > 1
         if ctx.needs_input_grad[0]:
-            operands = [t.float() if lean and strided else t for t in (gradient, images, weight)]
-            of_images = _gradients(*operands, stride, padding, of_images=True)[0].to(gradient.dtype)
+            tensors = (gradient, images, weight)
+            if low_precision and strided:
+                tensors = (gradient.float(), images.float(), weight.float())
+            of_images = _torch_gradient(IMAGES, *tensors, stride, padding).to(gradient.dtype)
         if ctx.needs_input_grad[1]:
-            if weight.shape[-1] > FAST_COLUMNS and (lean or not strided):
+            if weight.shape[-1] > FAST_COLUMNS and (low_precision or not strided):
                 of_weight = weight_gradient(gradient, images, weight, stride, padding)
             else:
-                of_weight = _gradients(gradient, images, weight, stride, padding, of_weight=True)[1]
+                of_weight = _torch_gradient(WEIGHT, gradient, images, weight, stride, padding)
         if ctx.needs_input_grad[2]:
             of_bias = gradient.sum((0, 2, 3))
         return of_images, of_weight, of_bias, None, None
 
 
-class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise nn.Conv2d that is quicker to train on a CPU."""
+def _fast_forward(module: nn.Conv2d, images: torch.Tensor) -> torch.Tensor:
+    """The forward pass of nn.Conv2d; when training on a CPU, its gradients take the fast way."""
+    if images.device.type != "cpu" or not torch.is_grad_enabled():
+        return nn.Conv2d.forward(module, images)
+    weight, bias = module.weight, module.bias
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        images, weight, bias = images.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    padding = module.padding
+    if isinstance(padding, str):
+        padding = (0, 0) if padding == "valid" else tuple(size // 2 for size in module.kernel_size)
+    return _DepthwiseConvolution.apply(images, weight, bias, module.stride, padding)
 
-    def _conv_forward(self, images, weight, bias):
-        if images.device.type != "cpu" or not torch.is_grad_enabled():
-            return super()._conv_forward(images, weight, bias)
-        if torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
-            images, weight, bias = (t if t is None else t.to(dtype) for t in (images, weight, bias))
-        padding = self.padding
-        if isinstance(padding, str):
-            padding = (0, 0) if padding == "valid" else tuple(size // 2 for size in self.kernel_size)
-        return _DepthwiseConvolution.apply(images, weight, bias, self.stride, padding)
+
+def _replace_forward(module: nn.Module, forward: Callable) -> None:
+    # mypy forbids assigning to a method; here one instance gets another forward, and its class stays as it is.
+    module.forward = MethodType(forward, module)  # type: ignore[method-assign]
 
 
-def _is_slow(module: nn.Module) -> bool:
-    """Whether it is a depthwise convolution, computed as torch does, one of whose gradients is slow."""
-    if not isinstance(module, nn.Conv2d) or type(module)._conv_forward is not nn.Conv2d._conv_forward:
+def _has_slow_gradient(module: nn.Module) -> bool:
+    """Whether the module is a plain depthwise convolution with a gradient that oneDNN computes slowly."""
+    if not isinstance(module, nn.Conv2d) or type(module).forward is not nn.Conv2d.forward:
         return False
-    if type(module).forward is not nn.Conv2d.forward or module.padding_mode != "zeros":
+    if "forward" in vars(module) or module.padding_mode != "zeros":
         return False
     depthwise = module.groups == module.in_channels == module.out_channels
     symmetric = module.padding != "same" or all(size % 2 for size in module.kernel_size)
@@ -119,31 +129,38 @@ def _is_slow(module: nn.Module) -> bool:
 
 
 def use_fast_depthwise(model: nn.Module) -> int:
-    """Let depthwise convolutions compute their gradients the quick way; returns how many. Parameters stay."""
-    modules = [module for module in model.modules() if _is_slow(module)]
+    """Let depthwise convolutions compute their slow gradients the fast way; returns how many it changed."""
+    modules = [module for module in model.modules() if _has_slow_gradient(module)]
     for module in modules:
-        module.__class__ = DepthwiseConv2d
+        _replace_forward(module, _fast_forward)
     return len(modules)
 
 
-def _is_open(gate: EfficientNetSqueezeExciteLayer) -> bool:
-    """Whether the gate multiplies by one whatever the image: a sigmoid of a bias alone, which rounds to one."""
-    return not gate.expand.weight.any() and bool((torch.sigmoid(gate.expand.bias) == 1).all())
+def _is_saturated(gate: EfficientNetSqueezeExciteLayer) -> bool:
+    """Whether the gate's output is one for every image: a sigmoid of its bias alone, which rounds to one."""
+    weight, bias = gate.expand.weight, gate.expand.bias
+    return bias is not None and not weight.any() and bool((torch.sigmoid(bias) == 1).all())
 
 
-def _hand_on(images: torch.Tensor) -> torch.Tensor:
-    return images
+def _return_input(gate: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    return hidden_states
 
 
-def skip_open_gates(model: PreTrainedModel) -> int:
-    """Let gates that are pinned open hand on their input; returns how many.
+def skip_saturated_gates(model: nn.Module) -> int:
+    """Let saturated squeeze-and-excite gates return their input; returns how many it changed.
 
-    EfficientNet-Lite has no gates, and is written so as an EfficientNet. The result is the same bit for bit, and the
-    gates would get no gradient (a sigmoid at one has none), but they take a tenth of a training step. Their parameters
-    stay, for the saved model, and are not trained.
+    EfficientNet-Lite has no gates; as an EfficientNet of transformers it has saturated ones, which take a tenth of a
+    training step. Skipping them changes no bit of the results, and their gradients are zero anyway: the derivative of
+    a saturated sigmoid is. Their parameters stay in the saved model and are frozen.
     """
-    gates = [m for m in model.modules() if isinstance(m, EfficientNetSqueezeExciteLayer) and _is_open(m)]
+    gates = [m for m in model.modules() if isinstance(m, EfficientNetSqueezeExciteLayer) and _is_saturated(m)]
     for gate in gates:
         gate.requires_grad_(False)
-        gate.forward = _hand_on
+        _replace_forward(gate, _return_input)
     return len(gates)
+
+
+def apply_cpu_speedups(model: nn.Module) -> None:
+    """Speed up training on a CPU in place; parameters and outputs stay the same."""
+    skip_saturated_gates(model)
+    use_fast_depthwise(model)

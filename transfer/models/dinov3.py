@@ -1,7 +1,7 @@
-"""DINOv3 ViT with a classification head, which transformers does not have.
+"""A DINOv3 ViT with a classification head, which transformers does not provide.
 
-This file is saved beside the weights (`auto_map` in config.json), so that they load anywhere with
-`trust_remote_code=True`; it must import nothing of this project.
+`save_pretrained` copies this file beside the weights (`auto_map` in config.json), so the model loads anywhere with
+`trust_remote_code=True`. Therefore it must not import anything from this project.
 """
 
 import torch
@@ -11,10 +11,11 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 
 class DINOv3ViTForImageClassification(DINOv3ViTModel):
-    """Logits from the class token beside the mean of the patch tokens, as transformers' DINOv2 classifier has it."""
+    """Logits from the class token and the mean of the patch tokens, as in transformers' DINOv2 classifier."""
 
     def __init__(self, config: DINOv3ViTConfig):
         super().__init__(config)
+        assert config.num_labels is not None  # transformers sets two labels where a config has none
         self.num_labels = config.num_labels
         self.classifier = nn.Linear(2 * config.hidden_size, config.num_labels)
         self.post_init()
@@ -23,7 +24,7 @@ class DINOv3ViTForImageClassification(DINOv3ViTModel):
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
     ) -> ImageClassifierOutput:
         outputs = super().forward(pixel_values, **kwargs)
-        tokens = outputs.last_hidden_state  # class, registers, patches
+        tokens = outputs.last_hidden_state  # (B, 1 + registers + patches, D)
         patches = tokens[:, 1 + self.config.num_register_tokens :]
         logits = self.classifier(torch.cat([tokens[:, 0], patches.mean(1)], dim=1))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)

@@ -1,51 +1,66 @@
-"""A classifier's parts by depth: its heads, its blocks, their learning rates, and which of them are frozen."""
+"""The layers of a classifier: its heads and blocks, their learning rates, frozen layers and batch norms."""
 
 import math
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from transfer.errors import UserError
 
-MAX_BLOCK_LEVELS = 24  # ViT-L's depth: deeper backbones share levels, or their first layers would hardly learn
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+MAX_BLOCK_LEVELS = 24  # the depth of ViT-L; over more levels, the decay would leave the first layers almost untrained
 
 
-def head_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The parts that turn features into logits, by name (DeiT's teacher model has two)."""
-    if hasattr(model, "timm_model"):
-        found = model.timm_model.get_classifier()
-        heads = found if isinstance(found, tuple) else (found,)
-        return {name: module for name, module in model.named_modules() if any(module is head for head in heads)}
-    return {name: module for name, module in model.named_children() if "classifier" in name}
+@runtime_checkable
+class _LoraWrapper(Protocol):
+    """The one method of peft's PeftModel that is needed here: importing peft takes seconds, and few runs need it."""
+
+    def get_base_model(self) -> nn.Module: ...
 
 
-def head_names(model: PreTrainedModel) -> set[str]:
-    """Names of the heads' parameters and buffers."""
+def head_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that turn features into logits, by name; DeiT with a distillation head has two."""
+    timm_model: Any = getattr(model, "timm_model", None)  # Any: timm is optional, so its types cannot be imported
+    if timm_model is None:
+        return {name: module for name, module in model.named_children() if "classifier" in name}
+    found = timm_model.get_classifier()
+    heads = found if isinstance(found, tuple) else (found,)
+    return {name: module for name, module in model.named_modules() if any(module is head for head in heads)}
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """Return the names of the heads' parameters and buffers."""
     prefixes = tuple(f"{name}." for name in head_modules(model))
     return {name for name in model.state_dict() if name.startswith(prefixes)}
 
 
-def find_heads(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The linear layers that give the logits, by name."""
+def find_heads(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linear layers that output the logits, by name. Raises `UserError` if there are none."""
     heads = {}
     for prefix, part in head_modules(model).items():
         for name, module in part.named_modules(prefix=prefix):
             if isinstance(module, nn.Linear) and module.out_features == model.num_labels:
                 heads[name] = module
     if not heads:
-        raise UserError(f"{type(model).__name__}: no linear head was found; use a ViT, ConvNeXt or similar checkpoint")
+        raise UserError(f"{type(model).__name__} has no linear head; use a ViT, ConvNeXt or similar checkpoint")
     return heads
 
 
-def _count_matrices(module: nn.Module) -> int:
-    """Weight matrices and convolutions, without those of adapters."""
+def _count_weight_matrices(module: nn.Module) -> int:
+    """Number of weight matrices and convolution kernels, without those of LoRA adapters."""
     return sum(p.ndim > 1 for name, p in module.named_parameters() if "lora_" not in name)
 
 
-def find_blocks(model: PreTrainedModel) -> list[str]:
-    """Names of the backbone's blocks in the order of the data: ViT's layers, ConvNeXt's blocks inside its stages.
+def _parents(name: str) -> list[str]:
+    """The modules that contain a parameter, outermost first: a.b.c -> [a, a.b]."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
 
-    A block is an item of a list of modules that holds two weight matrices or more, and no smaller block.
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Return the names of the backbone's blocks in forward order: a ViT's layers, the blocks in ConvNeXt's stages.
+
+    A block is an item of a `ModuleList` or `Sequential` that holds at least two weight matrices and no smaller block.
     """
     heads = tuple(f"{name}." for name in head_modules(model))
     items = [
@@ -53,50 +68,48 @@ def find_blocks(model: PreTrainedModel) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList | nn.Sequential) and not f"{name}.".startswith(heads)
         for index, item in module.named_children()
-        if _count_matrices(item) >= 2
+        if _count_weight_matrices(item) >= 2
     ]
     blocks = {item for item in items if not any(other.startswith(f"{item}.") for other in items)}
-    found = (prefix for name, _ in model.named_parameters() for prefix in _prefixes(name) if prefix in blocks)
+    found = (parent for name, _ in model.named_parameters() for parent in _parents(name) if parent in blocks)
     return list(dict.fromkeys(found))
 
 
-def _prefixes(name: str) -> list[str]:
-    """Every module that a parameter lies in: a.b.c -> [a, a.b]."""
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts))]
+def parameter_levels(model: nn.Module) -> dict[str, int]:
+    """Return the depth of every parameter, by name: 0 for the stem, one more for each block, the head last.
 
-
-def parameter_levels(model: PreTrainedModel) -> dict[str, int]:
-    """How deep every parameter lies: 0 for the stem, one more for each block, the head last.
-
-    What stands between two blocks, such as ConvNeXt's downsampling, counts with the block above it; what comes after
-    the last block is one level more. More than `MAX_BLOCK_LEVELS` blocks share levels, neighbours together:
-    ConvNeXt-L's 36 are two by two (the ConvNeXt authors take three).
+    Layers between two blocks, such as ConvNeXt's downsampling, share the level of the block that follows them. Layers
+    after the last block form one more level. With more than `MAX_BLOCK_LEVELS` blocks, neighbouring blocks share a
+    level: the 36 blocks of ConvNeXt-L form 18 levels of two (the ConvNeXt authors group three).
     """
     blocks, heads = find_blocks(model), head_names(model)
-    shared = max(1, math.ceil(len(blocks) / MAX_BLOCK_LEVELS))
-    level_of = {block: 1 + position // shared for position, block in enumerate(blocks)}
-    levels, above = {}, max(level_of.values(), default=0) + 1
+    blocks_per_level = max(1, math.ceil(len(blocks) / MAX_BLOCK_LEVELS))
+    level_of = {block: 1 + position // blocks_per_level for position, block in enumerate(blocks)}
+    levels: dict[str, int] = {}
+    current = max(level_of.values(), default=0) + 1  # after the last block
     for name in reversed([name for name, _ in model.named_parameters()]):
         if name not in heads:
-            above = next((level_of[prefix] for prefix in _prefixes(name) if prefix in level_of), above)
-            levels[name] = above
+            current = next((level_of[parent] for parent in _parents(name) if parent in level_of), current)
+            levels[name] = current
     for name in reversed(levels):
-        if any(prefix in level_of for prefix in _prefixes(name)):
+        if any(parent in level_of for parent in _parents(name)):
             break
-        levels[name] = 0  # below the first block
+        levels[name] = 0  # before the first block
     top = max(levels.values()) + 1
     return {name: levels.get(name, top) for name, _ in model.named_parameters()}
 
 
 def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Optimizer groups: each level's learning rate is `layer_decay` times that of the level above (Clark et al. 2020,
-    Bao et al. 2021), the head's is `learning_rate`; vectors (biases, norms, layer scales) are not decayed."""
-    if hasattr(model, "get_base_model"):  # adapters around it
+    """Return optimizer groups with layer-wise learning-rate decay (Clark et al. 2020, Bao et al. 2021), head first.
+
+    The head learns at `learning_rate`, each level below at `layer_decay` times the rate of the level above it. Weight
+    decay applies to matrices and convolution kernels, not to biases, norms and layer scales.
+    """
+    if isinstance(model, _LoraWrapper):
         model = model.get_base_model()
     levels = parameter_levels(model)
     top = max(levels.values())
-    groups = {}
+    groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -110,32 +123,46 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
             },
         )
         group["params"].append(parameter)
-    return [groups[key] for key in sorted(groups, reverse=True)]  # the head first: its rate is the one that is logged
+    return [groups[key] for key in sorted(groups, reverse=True)]  # the Trainer logs the rate of the first group
 
 
 def describe_learning_rates(groups: list[dict]) -> str:
-    """The learning rates of `parameter_groups`, from the head down, in words."""
+    """Return the learning rates of `parameter_groups` in words, from the head down."""
     head, *below = sorted({group["lr"] for group in groups}, reverse=True)
     if not below:
-        return f"{head:.3g} for all that is trained"
-    return f"{head:.3g} for the head, by level down {', '.join(f'{rate:.3g}' for rate in below)}"
+        return f"{head:.3g} for all trainable parameters"
+    return f"{head:.3g} for the head; {', '.join(f'{rate:.3g}' for rate in below)} for the levels below it"
 
 
-def _stay_in_evaluation(module: nn.Module, inputs: tuple) -> None:
+def fix_batch_norm_momentum(model: nn.Module) -> None:
+    """Set the momentum of batch norms to torch's default, 0.1, where it is above 0.5.
+
+    EfficientNet's 0.99 comes from TensorFlow, where it is the weight of the old statistics. In torch it is the weight
+    of the newest batch, so evaluation would use the statistics of the last training batch alone.
+    """
+    for module in model.modules():
+        if isinstance(module, BATCH_NORMS) and module.momentum and module.momentum > 0.5:
+            module.momentum = 0.1
+
+
+def _set_eval_mode(module: nn.Module, inputs: tuple) -> None:
     module.eval()
 
 
 def freeze_batch_norm_stats(model: nn.Module, frozen_only: bool = False) -> None:
-    """Keep the statistics of batch norms, or of those whose parameters are frozen, whatever mode the Trainer sets."""
+    """Keep the running statistics of batch norms as they are, also when the Trainer sets the training mode.
+
+    `frozen_only` limits this to batch norms whose parameters are all frozen.
+    """
     for module in model.modules():
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if not isinstance(module, BATCH_NORMS):
             continue
         if not frozen_only or not any(p.requires_grad for p in module.parameters()):
-            module.register_forward_pre_hook(_stay_in_evaluation)
+            module.register_forward_pre_hook(_set_eval_mode)
 
 
-def freeze_layers(model: PreTrainedModel, count: int) -> None:
-    """Leave the lowest `count` levels of the backbone as they are: 1 is the stem, one more each block."""
+def freeze_layers(model: nn.Module, count: int) -> None:
+    """Freeze the lowest `count` levels of the backbone: 1 is the stem, each further level is a block."""
     levels = parameter_levels(model)
     below_head = max(levels.values())
     if count > below_head:
@@ -145,7 +172,7 @@ def freeze_layers(model: PreTrainedModel, count: int) -> None:
     freeze_batch_norm_stats(model, frozen_only=True)
 
 
-def trained_share(model: nn.Module) -> float:
-    """Share of the parameters that training changes."""
+def trainable_fraction(model: nn.Module) -> float:
+    """Return the fraction of the parameters that are trained."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)

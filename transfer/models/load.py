@@ -1,22 +1,13 @@
-"""What a run leaves behind: its folder, files that are written whole or not at all, and run.json.
-
-How a checkpoint's processor brings an image to the model: read, applied, set to another size.
-
-Checkpoints as they lie on a disk or the Hub: found, loaded whole, with the processor that feeds them.
-
-Encoders that transformers has no plain classifier for, brought into a class that computes the same and has one.
-
-So the saved model is a plain one, and a pipeline elsewhere needs nothing of this project.
-
-A Trainer whose processes hold one model, whole in each or sharded among them.
-"""
+"""Load a checkpoint from a folder or the Hub: its weights, checked for completeness, and its image preprocessing."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -29,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     SiglipConfig,
     SiglipForImageClassification,
+    SiglipVisionConfig,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -40,52 +32,19 @@ from transfer.errors import UserError
 from transfer.models.layers import head_names
 from transfer.models.offline import offline_backbone
 
-
-def fingerprint_of_weights(model: torch.nn.Module) -> str:
-    """Hash of every parameter and buffer, by name and bit for bit."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, values in sorted(model.state_dict().items()):
-        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
+TIMM_ADVICE = "use a checkpoint with a square center or squash crop and nearest, bilinear or bicubic interpolation"
 TIMM_INTERPOLATIONS = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic"}
+CHECKPOINT_ADVICE = "give a Hub id, a folder made by save_pretrained, or `offline`"
+SIZE_ADVICE = "use a checkpoint with a fixed input size"
+INTERPOLATION_ADVICE = "use a checkpoint with nearest, bilinear or bicubic interpolation"
+
+# Any, because BaseImageProcessor does not declare the settings that its subclasses have: size, crop_size, resample,
+# image_mean and so on.
+ImageProcessor: TypeAlias = Any
 
 
-def read_geometry(processor: BaseImageProcessor) -> ImageGeometry:
-    """The evaluation view that a checkpoint's own processor describes. Raises `UserError` for one without a size."""
-    if hasattr(processor, "data_config"):
-        return _read_timm(processor.data_config)
-    if not getattr(processor, "size", None):
-        raise UserError(f"{type(processor).__name__}: names no image size; it is not supported here")
-    size, crop = dict(processor.size), None
-    if "shortest_edge" in size:
-        resize, crop = _shortest_edge_rule(processor, size["shortest_edge"])
-    elif "height" in size:
-        resize = (size["height"], size["width"])
-    else:
-        raise UserError(f"{type(processor).__name__}: size {size} is no fixed input size")
-    if crop is None and getattr(processor, "do_center_crop", False):
-        crop_size = dict(processor.crop_size)
-        crop = (crop_size["height"], crop_size["width"])
-    if crop is None and isinstance(resize, int):
-        raise UserError(
-            f"{type(processor).__name__}: resizes the shortest edge and crops nothing; no fixed input size"
-        )
-    interpolation = INTERPOLATIONS.get(int(processor.resample))
-    if interpolation is None:
-        raise UserError(
-            f"{type(processor).__name__}: resample {processor.resample} is neither nearest, bilinear nor bicubic"
-        )
-    mean, std = _read_normalisation(processor)
-    return ImageGeometry(
-        resize, crop or resize, interpolation, mean, std, bool(getattr(processor, "do_flip_channel_order", False))
-    )
-
-
-def _read_normalisation(processor: BaseImageProcessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std); MobileViT's processor normalises nothing, EfficientNet's divides by std twice."""
+def _read_normalisation(processor: ImageProcessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std); MobileViT's processor does not normalise, EfficientNet's divides by std twice."""
     if not processor.do_normalize:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     mean, std = tuple(processor.image_mean), tuple(processor.image_std)
@@ -94,34 +53,60 @@ def _read_normalisation(processor: BaseImageProcessor) -> tuple[tuple[float, ...
     return mean, std
 
 
-def _shortest_edge_rule(processor: BaseImageProcessor, edge: int):
-    """(resize, crop or None); ConvNeXt's processors shrink by crop_pct below 384 px and squash from there on."""
-    crop_pct = getattr(processor, "crop_pct", None)
-    if crop_pct is None:
-        return edge, None
-    if edge >= 384:
-        return (edge, edge), (edge, edge)
-    return int(edge / crop_pct), (edge, edge)
+def _read_resize(processor: ImageProcessor) -> tuple[tuple[int, int] | int, tuple[int, int]]:
+    """(resize, crop) as in `ImageGeometry`."""
+    name, size = type(processor).__name__, dict(getattr(processor, "size", None) or {})
+    if not size:
+        raise UserError(f"{name}: has no image size, so it is not supported; {SIZE_ADVICE}")
+    if "shortest_edge" in size:
+        resize, crop_pct = size["shortest_edge"], getattr(processor, "crop_pct", None)
+        if crop_pct is not None:  # ConvNeXt's processors crop below 384 px, and squash from there on
+            return (resize, resize) if resize >= 384 else int(resize / crop_pct), (resize, resize)
+    elif "height" in size:
+        resize = (size["height"], size["width"])
+    else:
+        raise UserError(f"{name}: size {size} is not a fixed input size; {SIZE_ADVICE}")
+    if getattr(processor, "do_center_crop", False):
+        crop = dict(processor.crop_size)
+        return resize, (crop["height"], crop["width"])
+    if isinstance(resize, int):
+        raise UserError(f"{name}: resizes the shortest edge without a center crop; {SIZE_ADVICE}")
+    return resize, resize
 
 
 def _read_timm(config: Mapping) -> ImageGeometry:
-    """The view of timm's transforms_imagenet_eval: the crop is crop_pct of what was resized."""
+    """The geometry of timm's transforms_imagenet_eval, which crops to crop_pct of what it resizes."""
     crop = tuple(config["input_size"][-2:])
     interpolation = TIMM_INTERPOLATIONS.get(config["interpolation"])
     if interpolation is None or config["crop_mode"] not in ("center", "squash") or crop[0] != crop[1]:
-        raise UserError(
-            f"timm view {config['crop_mode']} {crop} {config['interpolation']}: only square views that are cropped "
-            "from the centre or squashed, nearest, bilinear or bicubic, are supported"
-        )
+        view = f"{config['crop_mode']} crop to {crop}, {config['interpolation']} interpolation"
+        raise UserError(f"timm preprocessing with {view} is not supported; {TIMM_ADVICE}")
     edge = int(crop[0] / config["crop_pct"])
     resize = edge if config["crop_mode"] == "center" else (edge, edge)
     return ImageGeometry(resize, crop, interpolation, tuple(config["mean"]), tuple(config["std"]), rounds_corner=True)
 
 
-def set_image_size(processor: BaseImageProcessor, image_size: int) -> None:
-    """Make a processor feed the model image_size x image_size, keeping its share of centre crop."""
+def read_geometry(processor: ImageProcessor) -> ImageGeometry:
+    """Return how a checkpoint's image processor resizes, crops and normalises.
+
+    Raises `UserError` if its input size is not fixed or its interpolation is not supported.
+    """
+    if hasattr(processor, "data_config"):  # timm's
+        return _read_timm(processor.data_config)
+    resize, crop = _read_resize(processor)
+    interpolation = INTERPOLATIONS.get(int(processor.resample))
+    if interpolation is None:
+        name = type(processor).__name__
+        raise UserError(f"{name}: resample {processor.resample} is not supported; {INTERPOLATION_ADVICE}")
+    mean, std = _read_normalisation(processor)
+    bgr = bool(getattr(processor, "do_flip_channel_order", False))
+    return ImageGeometry(resize, crop, interpolation, mean, std, bgr)
+
+
+def set_image_size(processor: ImageProcessor, image_size: int) -> None:
+    """Let a processor output `image_size` x `image_size` pixels; the ratio of crop to resized image stays the same."""
     if hasattr(processor, "data_config"):
-        from timm.data import create_transform  # a checkpoint of timm was loaded, so timm is here
+        from timm.data import create_transform  # only timm's processors have a data_config, so timm is installed
 
         processor.data_config["input_size"] = (3, image_size, image_size)
         processor.val_transforms = create_transform(**processor.data_config, is_training=False)
@@ -133,146 +118,45 @@ def set_image_size(processor: BaseImageProcessor, image_size: int) -> None:
         processor.crop_size = {"height": image_size, "width": image_size}
 
 
-LOADING_ADVICE = "give a Hub id, a folder made by save_pretrained, or `offline`"
-
-
-def locate_checkpoint(name: str) -> str:
-    """What from_pretrained takes for `--model_name_or_path`; a folder without a model is refused."""
-    if name == "offline":
-        return str(offline_backbone())
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{name}: this folder holds no config.json; {LOADING_ADVICE}")
-        return str(path)
-    if name.startswith((".", "/", "~")) or path.is_file() or len(path.parts) > 2:
-        raise UserError(f"--model_name_or_path {name}: no such folder; {LOADING_ADVICE}")
-    return name
-
-
-def _load(loader, name: str, **options):
-    """from_pretrained whose failures are one line. Only safetensors are read: unpickling weights runs their code."""
-    try:
-        return loader.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as fault:
-        reason = " ".join(str(fault).split())
-        if "trust_remote_code" in reason:
-            reason = "it brings its own code, which is not run; read it, and --trust_remote_code true runs it"
-        if "timm" in reason and isinstance(fault, ImportError):
-            reason = "it is one of timm's: pip install timm torchvision"
-        raise UserError(f"--model_name_or_path {name}: cannot be loaded: {reason}; {LOADING_ADVICE}") from None
-
-
-def set_drop_path(config: PreTrainedConfig, rate: float) -> None:
-    """Set the stochastic depth of a backbone (Huang et al. 2016). Raises `UserError` for one without it."""
-    known = [name for name in ("drop_path_rate", "drop_connect_rate") if hasattr(config, name)]
-    if not known:
-        raise UserError(f"--drop_path_rate {rate}: {config.model_type} has no stochastic depth in transformers")
-    setattr(config, known[0], rate)
-
-
-def load_checkpoint(
-    name: str, revision: str = "main", trust_remote_code: bool = False, drop_path_rate: float | None = None
-) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A checkpoint as it was saved, in fp32. Raises `UserError` if anything but the head is missing from it."""
-    source = locate_checkpoint(name)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}  # None would ask at the terminal
-    config = _load(AutoConfig, source, **options)
-    if drop_path_rate is not None:
-        set_drop_path(config, drop_path_rate)
-    if config.num_labels == 0:
-        config.num_labels = 2  # any head will do: it is replaced
-    if config.model_type == "timm_wrapper" and config.model_args:
-        config.model_args.pop("num_classes", None)  # newer timm saves it there too: it would be passed twice
-    if config.model_type == "siglip":
-        config.vision_config.vision_use_head = False  # the classifier stands on the patches, so it would never learn
-    loader, convert = CONVERSIONS.get(config.model_type, (AutoModelForImageClassification, None))
-    model, report = _load(
-        loader,
-        source,
-        config=config,
-        **options,
-        # The checkpoint's own type would win: half precision trains badly and fp16 scaling refuses it.
-        dtype=torch.float32,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
-    absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    lost = sorted(absent - head_names(model))
-    if lost:
-        shown = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
-        raise UserError(f"--model_name_or_path {name}: only the head may be new, but these did not load: {shown}")
-    processor = load_processor(source, config, options)
-    return (convert(model) if convert else model), processor
-
-
-def saved_class_ids(config: PreTrainedConfig) -> list[str] | None:
-    """The class ids in label order of a model that this project saved (older ones call them `wnids`), or None."""
-    found = getattr(config, "class_ids", None) or getattr(config, "wnids", None)
-    return list(found) if found else None
-
-
-def load_processor(source: str, config: PreTrainedConfig, options: dict) -> BaseImageProcessor:
-    """The checkpoint's own processor, or a plain one that does the same; `options` are those of from_pretrained."""
-    # Processors are imported where they are used: without torchvision that prints a warning which means nothing here.
-    if config.model_type == "siglip2":  # it cuts patches, a SigLIP does that itself
-        from transformers import SiglipImageProcessor
-
-        own = _load(AutoImageProcessor, source, **options)
-        side = int(config.vision_config.num_patches**0.5) * config.vision_config.patch_size
-        return SiglipImageProcessor(
-            size={"height": side, "width": side},
-            resample=own.resample,
-            image_mean=own.image_mean,
-            image_std=own.image_std,
-        )
-    if config.model_type.startswith("dinov3"):  # theirs needs torchvision, and resizes as ViT's does
-        from transformers import ViTImageProcessor
-
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=options["revision"])
-        kept = ("size", "resample", "image_mean", "image_std", "do_center_crop", "crop_size")
-        return ViTImageProcessor(**{name: settings[name] for name in kept if name in settings})
-    return _load(AutoImageProcessor, source, **options)
+# Encoders without an image classification class in transformers, converted to a class that computes the same and has
+# one. The saved model is then a standard one, which a pipeline loads without this project.
 
 
 def _shared_settings(config: PreTrainedConfig, target: type[PreTrainedConfig]) -> dict:
-    """What two configs have in common."""
-    apart = {"model_type", "architectures", "transformers_version", "out_features", "out_indices", "stage_names"}
-    wanted = target().to_dict().keys() - apart
+    """The settings of a config that the target class has too."""
+    excluded = {"model_type", "architectures", "transformers_version", "out_features", "out_indices", "stage_names"}
+    wanted = target().to_dict().keys() - excluded
     return {name: value for name, value in config.to_dict().items() if name in wanted}
 
 
-def _plant(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
-    """Load weights that must cover everything but the head."""
+def _load_backbone(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """Load converted weights, which must cover everything but the head."""
     report = model.load_state_dict(weights, strict=False)
     assert not report.unexpected_keys and set(report.missing_keys) <= head_names(model), report
     return model
 
 
 def mae_to_vit(encoder: PreTrainedModel) -> PreTrainedModel:
-    """ViT-MAE's encoder is a ViT (He et al. 2022); without its decoder nothing is masked."""
+    """Return ViT-MAE's encoder as a ViT (He et al. 2022), which masks no patches."""
     model = ViTForImageClassification(ViTConfig(**_shared_settings(encoder.config, ViTConfig)))
-    return _plant(model, {f"vit.{name}": values for name, values in encoder.state_dict().items()})
+    return _load_backbone(model, {f"vit.{name}": values for name, values in encoder.state_dict().items()})
 
 
 def naflex_to_siglip(naflex: PreTrainedModel) -> PreTrainedModel:
-    """SigLIP 2 NaFlex on square images is a SigLIP; its patches come as rows of a linear layer instead of a
-    convolution. The pooling head, which classifiers leave out, is dropped."""
+    """Return SigLIP 2 NaFlex as a SigLIP, which computes the same on square images; its patch embedding is a
+    convolution instead of a linear layer. The pooling head, which classifiers do not use, is dropped."""
     vision = naflex.config.vision_config
-    settings = _shared_settings(vision, type(SiglipConfig().vision_config))
     image_size = int(vision.num_patches**0.5) * vision.patch_size
-    config = SiglipConfig(vision_config=settings | {"image_size": image_size, "vision_use_head": False})
-    config.num_labels = naflex.config.num_labels
-    config.id2label, config.label2id = naflex.config.id2label, naflex.config.label2id
+    settings = _shared_settings(vision, SiglipVisionConfig) | {"image_size": image_size, "vision_use_head": False}
+    config = SiglipConfig(vision_config=settings, id2label=naflex.config.id2label, label2id=naflex.config.label2id)
     weights = {n: v for n, v in naflex.state_dict().items() if not n.startswith("vision_model.head.")}
-    patches = "vision_model.embeddings.patch_embedding.weight"
-    p = vision.patch_size
+    patches, p = "vision_model.embeddings.patch_embedding.weight", vision.patch_size
     weights[patches] = weights[patches].view(-1, p, p, vision.num_channels).permute(0, 3, 1, 2)  # (D, 3, P, P)
-    return _plant(SiglipForImageClassification(config), weights)
+    return _load_backbone(SiglipForImageClassification(config), weights)
 
 
 def _name_in_convnext(name: str) -> str:
-    """A parameter of DINOv3's ConvNeXt as transformers' ConvNeXt calls it."""
+    """The name in transformers' ConvNeXt of a parameter of DINOv3's ConvNeXt."""
     for old, new in {
         "model.stages.0.downsample_layers.0.": "convnext.embeddings.patch_embeddings.",
         "model.stages.0.downsample_layers.1.": "convnext.embeddings.layernorm.",
@@ -288,30 +172,142 @@ def _name_in_convnext(name: str) -> str:
 
 
 def dinov3_to_convnext(encoder: PreTrainedModel) -> PreTrainedModel:
-    """DINOv3's ConvNeXt is a ConvNeXt (Siméoni et al. 2025); the head stands on its normalised mean."""
+    """Return DINOv3's ConvNeXt (Siméoni et al. 2025) as a ConvNeXt; the head's input is the normalised mean."""
     settings = _shared_settings(encoder.config, ConvNextConfig)
     model = ConvNextForImageClassification(ConvNextConfig(**settings, num_stages=len(encoder.config.depths)))
-    return _plant(model, {_name_in_convnext(name): values for name, values in encoder.state_dict().items()})
+    return _load_backbone(model, {_name_in_convnext(name): values for name, values in encoder.state_dict().items()})
 
 
-# model_type -> how it is loaded, and what it becomes
-CONVERSIONS = {
+# model_type -> the class that loads it, and its conversion
+CONVERSIONS: dict[str, tuple[type, Callable[[PreTrainedModel], PreTrainedModel]]] = {
     "vit_mae": (AutoModel, mae_to_vit),
     "siglip2": (AutoModelForImageClassification, naflex_to_siglip),
     "dinov3_convnext": (AutoModel, dinov3_to_convnext),
 }
 
 
-def load_complete(kind: type[PreTrainedModel], folder: Path) -> PreTrainedModel:
-    """A checkpoint's model in fp32. Raises `UserError` unless every tensor of it is there and fits."""
+def locate_checkpoint(name: str) -> str:
+    """Return what from_pretrained takes for a `--model_name_or_path`. Raises `UserError` for a folder without one."""
+    if name == "offline":
+        return str(offline_backbone())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{name}: this folder holds no config.json; {CHECKPOINT_ADVICE}")
+        return str(path)
+    if name.startswith((".", "/", "~")) or path.is_file() or len(path.parts) > 2:
+        raise UserError(f"--model_name_or_path {name}: no such folder; {CHECKPOINT_ADVICE}")
+    return name
+
+
+def _from_pretrained(loader: Any, source: str, **options) -> Any:
+    """`loader.from_pretrained`, whose failures become a `UserError` of one line."""
     try:
-        model, report = kind.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        return loader.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as fault:
+        reason = " ".join(str(fault).split())
+        if "trust_remote_code" in reason:
+            reason = "it has custom code, which is not run by default; read it, then set --trust_remote_code true"
+        if "timm" in reason and isinstance(fault, ImportError):
+            reason = "it is a timm checkpoint: pip install timm torchvision"
+        raise UserError(f"--model_name_or_path {source}: cannot be loaded: {reason}; {CHECKPOINT_ADVICE}") from None
+
+
+# Options of every from_pretrained that loads weights.
+WEIGHT_OPTIONS = {
+    "dtype": torch.float32,  # not the checkpoint's: half precision trains badly, and fp16 loss scaling refuses it
+    "use_safetensors": True,  # unpickling other weight files can run any code
+    "output_loading_info": True,  # returns (model, report)
+}
+
+
+def set_drop_path(config: PreTrainedConfig, rate: float) -> None:
+    """Set the rate of stochastic depth (Huang et al. 2016). Raises `UserError` for a backbone without it."""
+    known = [name for name in ("drop_path_rate", "drop_connect_rate") if hasattr(config, name)]
+    if not known:
+        raise UserError(f"--drop_path_rate {rate}: {config.model_type} has no stochastic depth in transformers")
+    setattr(config, known[0], rate)
+
+
+def load_processor(source: str, config: PreTrainedConfig, options: dict) -> BaseImageProcessor:
+    """Return the checkpoint's image processor, or an equal one for a converted model; `options` of from_pretrained."""
+    # Processors are imported here, because without torchvision their import prints a warning that does not matter.
+    if config.model_type == "siglip2":  # its processor also cuts the image into patches, which SigLIP's model does
+        from transformers import SiglipImageProcessor
+
+        own = _from_pretrained(AutoImageProcessor, source, **options)
+        side = int(config.vision_config.num_patches**0.5) * config.vision_config.patch_size
+        return SiglipImageProcessor(
+            size={"height": side, "width": side},
+            resample=own.resample,
+            image_mean=own.image_mean,
+            image_std=own.image_std,
         )
+    if config.model_type.startswith("dinov3"):  # its processor requires torchvision, and resizes as ViT's does
+        from transformers import ViTImageProcessor
+
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=options["revision"])
+        kept = ("size", "resample", "image_mean", "image_std", "do_center_crop", "crop_size")
+        return ViTImageProcessor(**{name: settings[name] for name in kept if name in settings})
+    return _from_pretrained(AutoImageProcessor, source, **options)
+
+
+def load_checkpoint(
+    name: str, revision: str = "main", trust_remote_code: bool = False, drop_path_rate: float | None = None
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Return a checkpoint's model in fp32 and its image processor.
+
+    Raises `UserError` if the checkpoint cannot be loaded or lacks weights other than the head's.
+    """
+    source = locate_checkpoint(name)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}  # None would ask at the terminal
+    config = _from_pretrained(AutoConfig, source, **options)
+    if drop_path_rate is not None:
+        set_drop_path(config, drop_path_rate)
+    if config.num_labels == 0:
+        config.num_labels = 2  # any number will do: the head is replaced
+    if config.model_type == "timm_wrapper" and config.model_args:
+        config.model_args.pop("num_classes", None)  # newer timm saves it here too, and it would be passed twice
+    if config.model_type == "siglip":
+        config.vision_config.vision_use_head = False  # the classifier does not use it, so it would not be trained
+    loader, convert = CONVERSIONS.get(config.model_type, (AutoModelForImageClassification, None))
+    model, report = _from_pretrained(loader, source, config=config, **options, **WEIGHT_OPTIONS)
+    absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    lost = sorted(absent - head_names(model))
+    if lost:
+        shown = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
+        raise UserError(
+            f"--model_name_or_path {name}: backbone weights are missing or have another shape: {shown}; "
+            "use a complete checkpoint"
+        )
+    processor = load_processor(source, config, options)
+    return (convert(model) if convert else model), processor
+
+
+def load_complete(kind: type[PreTrainedModel], folder: Path) -> PreTrainedModel:
+    """Return a checkpoint's model in fp32. Raises `UserError` unless every tensor is there and fits."""
+    loader: Any = kind  # the annotation of from_pretrained leaves out the report
+    try:
+        model, report = loader.from_pretrained(folder, **WEIGHT_OPTIONS)
         faults = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
         if faults:
-            raise ValueError(f"{faults[0]} does not fit, and {len(faults) - 1} more")
+            raise ValueError(f"{len(faults)} of its tensors do not fit, the first is {faults[0]}")
     except (OSError, ValueError, RuntimeError, SafetensorError) as fault:
         reason = " ".join(str(fault).split())[:300]
         raise UserError(f"{folder}: does not hold this run's model ({reason})") from None
     return model
+
+
+def saved_class_ids(config: PreTrainedConfig) -> list[str] | None:
+    """Return the class ids, in label order, of a model that this project saved (earlier as `wnids`), or None."""
+    found = getattr(config, "class_ids", None) or getattr(config, "wnids", None)
+    return list(found) if found else None
+
+
+def fingerprint_of_weights(model: nn.Module) -> str:
+    """Return a hash of the name, dtype, shape and bytes of every parameter and buffer."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, values in sorted(model.state_dict().items()):
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,66 +1,21 @@
-"""The model card: README.md of a saved model, every number of it from the run's own files."""
+"""The model card: README.md of a saved model, with the numbers of its run."""
 
 import html
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
-from scipy.special import softmax
 
-from transfer.evaluation.comparison import look_up, name_base
-from transfer.evaluation.metrics import (
-    CALIBRATION_BINS,
-    count_confusions,
-    find_confused_pairs,
-    judge_confidence,
-    score_classes,
-)
-from transfer.evaluation.predictions import Predictions
+from transfer.config import card_names
+from transfer.evaluation.comparison import base_model_name
+from transfer.evaluation.metrics import Calibration, ClassificationMetrics, RunMetrics
+from transfer.evaluation.predictions import CALIBRATION_BINS, Predictions, find_confused_pairs, score_classes
 from transfer.files import leave_out_places
-from transfer.reporting.curves import STAGES, read_accuracy
+from transfer.reporting.curves import list_stages
 
-# What a reader needs to judge a training recipe, in this order; those that a run does not have are passed over.
-RECIPE_SETTINGS = [
-    "image_size",
-    "train_image_size",
-    "min_crop_scale",
-    "head_warm_start",
-    "drop_path_rate",
-    "layer_decay",
-    "num_train_epochs",
-    "max_train_samples",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "label_smoothing_factor",
-    "max_grad_norm",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "seed",
-    "seeds",
-    "kfold",
-    "split_seed",
-    "validation_fraction",
-]
-# What a recipe adds to plain fine-tuning; shown where it is on.
-INGREDIENTS = [
-    "freeze_layers",
-    "lora_r",
-    "linear_probe",
-    "linear_probe_only",
-    "ema_decay",
-    "mixup_alpha",
-    "cutmix_alpha",
-    "trivial_augment",
-    "erasing_probability",
-    "augment_until",
-    "tta",
-]
-
-UNPUSHED = "path/to/model"  # how a card names a model that is not on the Hub
+UNPUSHED = "path/to/model"  # the name of a model that is not on the Hub
 WORST_CLASSES, CONFUSED_PAIRS = 5, 5
 
 CARD = """---
@@ -86,7 +41,7 @@ print(classify("some_image.jpg"))
 
 {remarks}
 
-## Where it fails
+## Errors
 
 {failures}
 
@@ -102,102 +57,101 @@ print(classify("some_image.jpg"))
 
 {origin}
 
-## Data and limits
+## Data and limitations
 
 {limits}
 """
 
 IMAGENET_TERMS = (
-    "These images derive from ImageNet, and its terms hold: non-commercial research and education. A backbone that "
-    "was pretrained on ImageNet has then seen many of them at full size, so the scores say little about transfer to "
-    "images that it has never seen."
+    "These images derive from ImageNet, whose terms apply: non-commercial research and education. A backbone that was "
+    "pretrained on ImageNet has seen many of them at full size, so the scores say little about transfer to new images."
 )
-SAMPLE_TERMS = "The images are generated: the model is of no use but to see that everything works."
+SAMPLE_TERMS = "The images are generated: the model is only good for trying out the code."
 OTHER_TERMS = (
-    "No licence is stated here: what may be done with the model depends on the terms of its training images and of "
-    "the checkpoint that it started from."
+    "No licence is stated here: the terms of the training images and of the checkpoint that the training started from "
+    "decide how the model may be used."
 )
 
 
 def _literal(text: str) -> str:
-    """A name from the data as markdown shows it: no markup, no table's edge, one line."""
+    """A name from the data in one line, with everything escaped that is markup in markdown or html."""
     return re.sub(r"([\\`*_{}\[\]|#~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
-def _row(name: str, m: Mapping) -> str:
-    low, high = m["accuracy_ci95"]
+def _row(name: str, m: ClassificationMetrics) -> str:
+    low, high = m.accuracy_ci95
     return (
-        f"| {name} | {m['n']} | {m['accuracy']:.4f} | {low:.4f} to {high:.4f} | {m['top5_accuracy']:.4f} "
-        f"| {m['macro_f1']:.4f} | {m['loss']:.4f} |"
+        f"| {name} | {m.n} | {m.accuracy:.4f} | {low:.4f} to {high:.4f} | {m.top5_accuracy:.4f} "
+        f"| {m.macro_f1:.4f} | {m.loss:.4f} |"
     )
 
 
-def _say_repeats(metrics: Mapping) -> list[str]:
-    """Mean and standard deviation over repeated runs, a line for each split that has them."""
-    kind = "folds" if "folds" in metrics else "seeds"
-    repeats, lines = metrics.get(kind) or [], []
-    for split, name in (("validation", "validation"), ("train", "training images")):
-        figures = []
-        for figure in ("accuracy", "loss"):
-            mean, spread = (look_up(metrics.get(key), split, figure) for key in ("mean", "std"))
-            if mean is not None and spread is not None:
-                figures.append(f"{figure} {mean:.4f} ± {spread:.4f}")
-        if figures:
-            lines.append(f"- Mean and standard deviation over {len(repeats)} {kind}, {name}: {', '.join(figures)}.")
-    if not lines:
-        lines.append("- One seed: the spread over seeds is not known.")
-    return lines
+def _describe_repeats(metrics: RunMetrics) -> list[str]:
+    """Mean and standard deviation over seeds or folds, one line per split."""
+    if not (metrics.mean and metrics.std):
+        return ["- Trained with one seed: the spread over seeds is unknown."]
+    kind = "folds" if metrics.folds else "seeds"
+    splits = {
+        "validation": (metrics.mean.validation, metrics.std.validation),
+        "training images": (metrics.mean.train, metrics.std.train),
+    }
+    return [
+        f"- Mean and standard deviation over {len(metrics.repeats)} {kind}, {name}: "
+        f"accuracy {mean.accuracy:.4f} ± {std.accuracy:.4f}, loss {mean.loss:.4f} ± {std.loss:.4f}."
+        for name, (mean, std) in splits.items()
+    ]
 
 
-def _say_calibration(metrics: Mapping, predictions: Predictions) -> str:
-    measured = metrics.get("calibration")
-    if isinstance(measured, Mapping):
-        figures = [f"{k.replace('_', ' ')} {v:.4f}" for k, v in measured.items() if look_up(measured, k) is not None]
-        return f"- Calibration on the validation images: {', '.join(figures)}."
-    probabilities = softmax(predictions.validation_logits.astype(np.float64), axis=1)
-    ece = judge_confidence(probabilities, predictions.validation_labels).ece
-    return f"- Expected calibration error on the validation images: {ece:.4f} ({CALIBRATION_BINS} bins)."
+def _describe_calibration(c: Calibration) -> str:
+    scaled = "" if c.ece_scaled is None else f", {c.ece_scaled:.4f} with temperature scaling"
+    return (
+        f"- Expected calibration error on the validation images: {c.ece:.4f} in {CALIBRATION_BINS} bins{scaled} "
+        f"(temperature {c.temperature:.4f})."
+    )
 
 
-def _say_which_model(metrics: Mapping) -> list[str]:
-    """What the figures are of, where it is not one training seen through one plain view."""
-    lines, views = [], (metrics.get("tta") or {}).get("kept") or []
-    members = (metrics.get("soup") or {}).get("members")
-    if members:
-        of = "the mean of the weights of seeds" if len(members) > 1 else "that of seed"
-        lines.append(f"- This model is {of} {', '.join(map(str, members))} (greedy soup).")
-    plain = look_up(metrics, "tta", "accuracy", "plain")
-    if len(views) > 1 and plain is not None:
+def _describe_model(metrics: RunMetrics) -> list[str]:
+    """Lines for a model that is not from a single training, or whose figures are with test-time augmentation."""
+    lines = []
+    if metrics.soup:
+        members = ", ".join(map(str, metrics.soup.members))
+        if len(metrics.soup.members) > 1:
+            lines.append(f"- This model has the mean of the weights of seeds {members} (greedy soup).")
+        else:
+            lines.append(f"- This model is that of seed {members}; no average with another was better (greedy soup).")
+    if metrics.tta and len(metrics.tta.kept) > 1:
         lines.append(
-            f"- The figures average the views {', '.join(views)} of each image; one plain view, as `pipeline` "
-            f"takes it, has validation accuracy {plain:.4f}."
+            f"- The figures are with test-time augmentation, the mean of the views {', '.join(metrics.tta.kept)}. "
+            f"Without it, as in `pipeline`, the validation accuracy is {metrics.tta.accuracy['plain']:.4f}."
         )
     return lines
 
 
-def _remarks(metrics: Mapping, predictions: Predictions) -> str:
-    stages = [f"{STAGES[key]} {read_accuracy(metrics[key]):.4f}" for key in STAGES if read_accuracy(metrics.get(key))]
-    lines = _say_repeats(metrics)
-    if "folds" in metrics:
-        lines.append("- The validation figures are of all labelled images, each by the fold that had not seen it.")
-    if stages:
-        lines.append(f"- On the way, validation accuracy: {', '.join(stages)}.")
-    lines += _say_which_model(metrics)
-    lines.append(_say_calibration(metrics, predictions))
-    lines.append("- The epoch was chosen on the validation images too, so their accuracy is slightly optimistic.")
+def _remarks(metrics: RunMetrics) -> str:
+    lines = _describe_repeats(metrics)
+    if metrics.folds:
+        lines.append(
+            "- The validation figures are of all labelled images, each predicted by the fold that left it out."
+        )
+    if stages := list_stages(metrics):
+        figures = ", ".join(f"{name} {accuracy:.4f}" for name, accuracy in stages.items())
+        lines.append(f"- Validation accuracy by stage: {figures}.")
+    lines += _describe_model(metrics)
+    if metrics.calibration:
+        lines.append(_describe_calibration(metrics.calibration))
+    lines.append("- The epoch was chosen on the validation images, so their accuracy is slightly optimistic.")
     return "\n".join(lines)
 
 
 def _failures(predictions: Predictions, class_names: Sequence[str]) -> str:
-    names, said = [_literal(name) for name in class_names], predictions.validation_logits.argmax(-1)
-    confusions = count_confusions(predictions.validation_labels, said, len(names))
+    names, confusions = [_literal(name) for name in class_names], predictions.count_confusions()
     worst = score_classes(confusions)[:WORST_CLASSES]
     pairs = find_confused_pairs(confusions, CONFUSED_PAIRS)
-    classes = ", ".join(f"{names[s.label]} ({s.right} of {s.images} recognised)" for s in worst)
+    classes = ", ".join(f"{names[s.label]} ({s.correct} of {s.images} correct)" for s in worst)
     lines = [f"- Worst classes on the validation images: {classes}."]
     if pairs:
-        told = ", ".join(f"{names[p.first]} and {names[p.second]} ({p.times} times)" for p in pairs)
-        lines.append(f"- Confused most: {told}.")
+        confused = ", ".join(f"{names[p.first]} and {names[p.second]} ({p.times} times)" for p in pairs)
+        lines.append(f"- Most confused pairs: {confused}.")
     return "\n".join(lines)
 
 
@@ -205,17 +159,19 @@ def _plain(value) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _training_table(metrics: Mapping, record: Mapping) -> str:
+def _training_table(metrics: RunMetrics, record: Mapping) -> str:
     arguments = record["arguments"]
     repeated = {"seed"} if arguments.get("seeds") else set()  # each training has its own
-    settings = [(n, arguments[n]) for n in RECIPE_SETTINGS if arguments.get(n) is not None and n not in repeated]
-    settings += [(name, arguments[name]) for name in INGREDIENTS if arguments.get(name)]
-    settings.insert(0, ("started from", name_base(record)))
+    settings = [
+        (n, arguments[n]) for n in card_names("setting") if arguments.get(n) not in (None, []) and n not in repeated
+    ]
+    settings += [(name, arguments[name]) for name in card_names("ingredient") if arguments.get(name)]
+    settings.insert(0, ("base model", base_model_name(record)))
     settings.append(("precision", record["precision"].removeprefix("precision: ")))
     settings.append(("hardware", record["device"]))
-    seconds, rate = look_up(metrics, "train", "seconds"), look_up(metrics, "train", "samples_per_second")
-    if seconds is not None and rate is not None:
-        settings.append(("training time", f"{seconds / 60:.1f} min, {rate:.1f} images/s"))
+    if metrics.train:
+        speed = f"{metrics.train.seconds / 60:.1f} min, {metrics.train.samples_per_second:.1f} images/s"
+        settings.append(("training time", speed))
     return "\n".join(
         ["| setting | value |", "|---|---|", *(f"| {name} | {_plain(value)} |" for name, value in settings)]
     )
@@ -236,12 +192,12 @@ def _origin(record: Mapping) -> str:
 def _limits(data_dir: str | None, class_ids: Sequence[str]) -> str:
     from_imagenet = all(re.fullmatch(r"n\d{8}", class_id) for class_id in class_ids)
     terms = SAMPLE_TERMS if data_dir == "sample" else IMAGENET_TERMS if from_imagenet else OTHER_TERMS
-    return f"{terms} `config.class_ids` names the data set's classes in label order."
+    return f"{terms} `config.class_ids` lists the class ids of the data set in label order."
 
 
-def _metadata(title: str, data: str, validation: Mapping, record: Mapping) -> str:
+def _metadata(title: str, data: str, validation: ClassificationMetrics, record: Mapping) -> str:
     arguments = record["arguments"]
-    common = {
+    common: dict[str, Any] = {
         "task_type": "image-classification",
         "task_name": "Image Classification",
         "dataset_type": arguments.get("dataset_name") or "imagefolder",
@@ -249,8 +205,8 @@ def _metadata(title: str, data: str, validation: Mapping, record: Mapping) -> st
         "dataset_split": "validation",
     }
     results = [
-        EvalResult(**common, metric_type="accuracy", metric_name="Accuracy", metric_value=validation["accuracy"]),
-        EvalResult(**common, metric_type="f1", metric_name="Macro F1", metric_value=validation["macro_f1"]),
+        EvalResult(**common, metric_type="accuracy", metric_name="Accuracy", metric_value=validation.accuracy),
+        EvalResult(**common, metric_type="f1", metric_name="Macro F1", metric_value=validation.macro_f1),
     ]
     return ModelCardData(
         library_name="transformers",
@@ -266,29 +222,29 @@ def _metadata(title: str, data: str, validation: Mapping, record: Mapping) -> st
 
 def write_card(
     folder: Path,
-    metrics: Mapping,
+    metrics: RunMetrics,
     record: Mapping,
     class_names: Sequence[str],
     class_ids: Sequence[str],
     predictions: Predictions,
 ) -> None:
-    """README.md of a trained model's folder, from the run's own numbers; it names no place of this machine."""
+    """Write README.md into the folder of a trained model; it holds no path of this machine."""
     arguments = record["arguments"]
     data = arguments.get("dataset_name") or Path(arguments["data_dir"]).stem
     title = Path(arguments["hub_model_id"] or arguments["output_dir"]).name
-    base = name_base(record)
-    rows = [_row("validation, held out", metrics["validation"])]
-    if "accuracy_ci95" in metrics["train"]:
-        rows.append(_row("training images, not augmented", metrics["train"]))
+    base = base_model_name(record)
+    rows = [_row("validation", metrics.validation)]
+    if isinstance(metrics.train, ClassificationMetrics):
+        rows.append(_row("training images, not augmented", metrics.train))
     text = CARD.format(
-        metadata=_metadata(title, data, metrics["validation"], record).strip(),
+        metadata=_metadata(title, data, metrics.validation, record).strip(),
         title=_literal(title),
         classes=len(class_names),
         base=base if record["local_model"] else f"[{base}](https://huggingface.co/{base})",
         data=_literal(data),
         model_id=arguments["hub_model_id"] or UNPUSHED,
         rows="\n".join(rows),
-        remarks=_remarks(metrics, predictions),
+        remarks=_remarks(metrics),
         failures=_failures(predictions, class_names),
         training=_training_table(metrics, record),
         command=leave_out_places(record["command"]),
@@ -299,7 +255,7 @@ def write_card(
 
 
 def keep_card(source: Path, folder: Path, repo_id: str | None) -> None:
-    """Take over the card of a model that was trained earlier, naming the place where it is pushed to now."""
+    """Copy the card of a model that was trained earlier, with the repository that it is pushed to now."""
     if (source / "README.md").is_file():
         text = (source / "README.md").read_text(encoding="utf-8")
         text = text.replace(f'model="{UNPUSHED}"', f'model="{repo_id or UNPUSHED}"')

@@ -1,8 +1,6 @@
-"""The confusion matrix as one picture that can be read at a hundred classes and more.
+"""Charts as inline SVG: the confusion matrix, lines, reliability and a histogram, with every name in them escaped.
 
-Charts as inline SVG: sharp at every size, a few kilobytes each, and every name in them escaped.
-
-Colours and fonts are the page's: shapes carry classes (`line-0`, `bar`, `grid` ...) that its style sheet knows.
+Shapes have classes (`line-0`, `bar`, `grid` ...); their colours and fonts are in page.css.
 """
 
 import math
@@ -13,20 +11,29 @@ from dataclasses import dataclass, field
 import numpy as np
 from markupsafe import Markup
 
-from transfer.evaluation.metrics import Reliability
+from transfer.evaluation.predictions import Reliability
 
-MOST_CLASSES = 120  # whose names can still be read; of more, those with the most mistakes are shown
+# The confusion matrix.
+MOST_CLASSES = 120  # more names could not be read
 CELL, MARGIN = 10, 118
-# CSS pixels of a unit: few classes are not blown up to the page's width, and many do not shrink on a phone.
+# CSS pixels per unit: a small matrix is not stretched to the page's width, and a large one does not shrink on a phone.
 LARGEST_SCALE, SMALLEST_SCALE = 1.5, 0.85
 LONGEST_NAME = 22
+LEVELS = np.array([0.05, 0.1, 0.2, 0.4, 0.7])  # shares of a class's images at which the colour of a cell darkens
 
-# Shares of a class's images at which the colour of a cell darkens.
-LEVELS = np.array([0.05, 0.1, 0.2, 0.4, 0.7])
+# All other charts.
+WIDTH, HEIGHT = 440, 270
+LEFT, RIGHT, TOP, BOTTOM = 62, 22, 12, 42
+LONGEST_TICK = 6  # characters that fit to the left of an axis on a phone
+
+
+def percent(share: float) -> str:
+    """A share with one decimal, for text."""
+    return f"{100 * share:.1f}%"
 
 
 def choose_classes(confusions: np.ndarray, order: Sequence[int]) -> list[int]:
-    """The classes to show, in the given order: all of them, or those that take part in the most mistakes."""
+    """The classes to show, in the given order: all of them, or those with the most mistakes if there are too many."""
     if len(order) <= MOST_CLASSES:
         return list(order)
     mistakes = confusions.sum(0) + confusions.sum(1) - 2 * confusions.diagonal()
@@ -34,7 +41,7 @@ def choose_classes(confusions: np.ndarray, order: Sequence[int]) -> list[int]:
     return [label for label in order if label in shown]
 
 
-def _short(name: str) -> str:
+def _shorten(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
 
 
@@ -43,13 +50,13 @@ def _names(names: Sequence[str]) -> Markup:
     texts = []
     for i, name in enumerate(names):
         baseline, edge = MARGIN + CELL * i + 8, MARGIN - 4
-        texts.append(Markup(row).format(edge, baseline, _short(name)))
-        texts.append(Markup(column).format(f"translate({baseline} {edge}) rotate(-90)", _short(name)))
+        texts.append(Markup(row).format(edge, baseline, _shorten(name)))
+        texts.append(Markup(column).format(f"translate({baseline} {edge}) rotate(-90)", _shorten(name)))
     return Markup("").join(texts)
 
 
 def _guides(count: int) -> Markup:
-    """A thin line every five classes, to follow a row or a column."""
+    """A thin line every five classes, which helps to follow a row or a column."""
     end = MARGIN + CELL * count
     places = [MARGIN + CELL * i for i in range(0, count + 1, 5)]
     path = "".join(f"M{MARGIN} {p}H{end}M{p} {MARGIN}V{end}" for p in places)
@@ -57,9 +64,9 @@ def _guides(count: int) -> Markup:
 
 
 def draw_matrix(confusions: np.ndarray, names: Sequence[str], order: Sequence[int]) -> tuple[Markup, dict]:
-    """The picture, rows the labels and columns the predictions, and what its reading line needs.
+    """The picture, with a row for each label and a column for each prediction, and the data that page.js reads.
 
-    Cells of one colour are one path, so that a matrix of a hundred classes takes some 20 kB.
+    All cells of one colour are one path, so a matrix of a hundred classes takes about 20 kB.
     """
     counts = confusions[np.ix_(order, order)]
     shares = counts / np.maximum(1, confusions.sum(1)[list(order)])[:, None]
@@ -89,14 +96,9 @@ def draw_matrix(confusions: np.ndarray, names: Sequence[str], order: Sequence[in
     return picture + Markup('<rect class="cross" id="row"/><rect class="cross" id="column"/></svg>'), reading
 
 
-WIDTH, HEIGHT = 440, 270
-LEFT, RIGHT, TOP, BOTTOM = 62, 22, 12, 42
-LONGEST_TICK = 6  # characters that fit left of an axis on a phone
-
-
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart: points in the order of x."""
+    """One line of a chart, with its points in the order of x."""
 
     name: str
     x: Sequence[float]
@@ -105,29 +107,24 @@ class Series:
     dots: bool = field(default=False, kw_only=True)
 
 
-def percent(share: float) -> str:
-    """A share as people read it."""
-    return f"{100 * share:.1f}%"
-
-
 def percent_tick(share: float) -> str:
-    """A share on an axis, without trailing zeros."""
+    """A share as a tick of an axis, without trailing zeros."""
     return f"{100 * share:.6g}%"
 
 
-def plain(value: float) -> str:
-    """A number of an axis, without trailing zeros."""
+def plain_tick(value: float) -> str:
+    """A number as a tick of an axis, without trailing zeros."""
     return f"{value:.6g}"
 
 
-def short(value: float) -> str:
-    """A very small or large number of an axis."""
+def short_tick(value: float) -> str:
+    """A very small or large number as a tick of an axis, in scientific notation."""
     digits, _, power = f"{value:.3e}".partition("e")
     return f"{float(digits):g}e{int(power)}" if value else "0"
 
 
 def find_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers that span low to high; at least two."""
+    """About `count` round numbers, at least two, from at most `low` to at least `high`."""
     if high - low < 1e-9:
         low, high = low - max(0.05 * abs(low), 1e-3), high + max(0.05 * abs(high), 1e-3)
     span = high - low
@@ -138,7 +135,7 @@ def find_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 class Plane:
-    """Axes of a chart: from values to places in the picture, and the marks drawn so far."""
+    """The axes of a chart, which map values to places in the picture, and the shapes drawn so far."""
 
     def __init__(
         self,
@@ -146,11 +143,11 @@ class Plane:
         y_ticks: Sequence[float],
         x_label: str,
         y_label: str,
-        y_text=plain,
-        x_text=plain,
+        y_text=plain_tick,
+        x_text=plain_tick,
     ):
         self.x_ends, self.y_ends = (x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1])
-        self.marks = []
+        self.marks: list[Markup] = []
         for tick in y_ticks:
             y = self.y(tick)
             self.mark('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>', LEFT, WIDTH - RIGHT, y, y)
@@ -169,7 +166,7 @@ class Plane:
         return round(HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
 
     def mark(self, template: str, *values) -> None:
-        """Add a shape; the values are escaped."""
+        """Add a shape; its values are escaped."""
         self.marks.append(Markup(template).format(*values))
 
     def draw(self) -> Markup:
@@ -178,26 +175,26 @@ class Plane:
 
 
 def draw_lines(series: Sequence[Series], x_label: str, y_label: str, shares: bool = False) -> Markup:
-    """A chart of lines; a series with dots shows each of its points and tells its value under the pointer."""
+    """A chart of lines; a series with dots also marks its points and shows their values on hover."""
     xs, ys = [x for s in series for x in s.x], [y for s in series for y in s.y]
-    y_text, note_text = (percent_tick, percent) if shares else (plain, plain)
+    y_text, note_text = (percent_tick, percent) if shares else (plain_tick, plain_tick)
     y_ticks = find_ticks(min(ys), max(ys))
     if not shares and max(len(y_text(tick)) for tick in y_ticks) > LONGEST_TICK:
-        y_text = short
+        y_text = short_tick
     plane = Plane(find_ticks(min(0, *xs), max(xs)), y_ticks, x_label, y_label, y_text=y_text)
     for s in series:
         points = list(zip(map(plane.x, s.x), map(plane.y, s.y), s.x, s.y, strict=True))
         path = "M" + "L".join(f"{x} {y}" for x, y, _, _ in points)
         plane.mark('<path class="line line-{}" d="{}"><title>{}</title></path>', s.colour, path, s.name)
         for x, y, at, value in points if s.dots else []:
-            note = f"{s.name}: {note_text(value)} at {plain(round(at, 2))} {x_label}"
+            note = f"{s.name}: {note_text(value)} at {plain_tick(round(at, 2))} {x_label}"
             dot = '<circle class="dot dot-{}" cx="{}" cy="{}" r="3.2"><title>{}</title></circle>'
             plane.mark(dot, s.colour, x, y, note)
     return plane.draw()
 
 
 def draw_reliability(reliability: Reliability) -> Markup:
-    """Accuracy against confidence; the area of a dot is its share of the images."""
+    """A chart of accuracy against confidence; the area of a dot is its share of the images."""
     ticks = [0, 0.2, 0.4, 0.6, 0.8, 1]
     plane = Plane(ticks, ticks, "confidence", "accuracy", percent_tick, percent_tick)
     ideal = '<line class="ideal" x1="{}" y1="{}" x2="{}" y2="{}"/>'
@@ -214,7 +211,7 @@ def draw_reliability(reliability: Reliability) -> Markup:
 
 
 def draw_histogram(counts: Sequence[int], names: Sequence[str], equal: float) -> Markup:
-    """How often each class was predicted, in label order, with a line at equal classes."""
+    """A chart of how often each class was predicted, in label order, with a dashed line at `equal`."""
     classes = len(counts)
     plane = Plane([0, classes], find_ticks(0, max(*counts, equal), 4), f"{classes} labels, in order", "predictions")
     width = max(0.5, (plane.x(1) - plane.x(0)) * 0.8)

@@ -1,4 +1,4 @@
-// Tells the cell of the confusion matrix under the pointer or finger. Names are only ever set as text.
+// Shows the count of the confusion matrix cell under the pointer or finger. Names are only set as text, never as html.
 const matrix = document.getElementById("matrix");
 const { names, images, cells, cell, margin } = JSON.parse(document.getElementById("matrix-data").textContent);
 const counts = new Map(cells.map(([row, column, count]) => [row * names.length + column, count]));
@@ -19,8 +19,8 @@ function read(event) {
   if (column >= 0) place("column", margin + column * cell, 0, cell, margin + length);
   if (row < 0 || column < 0) return void (reading.textContent = names[Math.max(row, column)]);
   const count = counts.get(row * names.length + column) ?? 0;
-  const fate = row === column ? "recognised" : `taken for ${names[column]}`;
-  reading.textContent = `${names[row]}: ${count} of ${images[row]} ${fate}`;
+  const outcome = row === column ? "correct" : `predicted as ${names[column]}`;
+  reading.textContent = `${names[row]}: ${count} of ${images[row]} ${outcome}`;
 }
 
 matrix.addEventListener("pointermove", read);

@@ -1,33 +1,65 @@
-"""Several trainings of one recipe: their mean and spread, and what they are worth together.
-
-Several trainings of one recipe, with several seeds or on several folds, and what they come to together.
-"""
+"""Several trainings of one recipe, with several seeds or on several folds, and what they give together."""
 
 import copy
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import datasets
 import numpy as np
-from transformers import TrainingArguments
+import torch
 
 from transfer.config import FinetuningArguments, RunArguments
-from transfer.data.images import PixelStore
 from transfer.data.layouts import DatasetFiles
-from transfer.evaluation.metrics import measure, measure_calibration, read_metrics
-from transfer.evaluation.predictions import Predictions, average_probabilities
-from transfer.models.build import load_trained
-from transfer.runs.single import RunContext, evaluate_split, predict_and_measure, sample_of_train
-from transfer.training.averaging import Weights, greedy_soup
+from transfer.evaluation.metrics import (
+    LinearProbe,
+    MeanTrainMetrics,
+    RunMetrics,
+    Scores,
+    SoupMetrics,
+    Speed,
+    SplitScores,
+    SubmissionSource,
+    ZeroEpoch,
+    measure,
+)
+from transfer.evaluation.predictions import Predictions, average_probabilities, measure_calibration
+from transfer.files import is_finished, read_json
+from transfer.models.build import Classifier, load_trained
+from transfer.runs import RunContext
+from transfer.runs.record import read_record
+from transfer.runs.single import (
+    evaluate_split,
+    measure_on_train,
+    predict_and_measure,
+    start_record,
+    write_results,
+)
+from transfer.runs.timing import share_of_time
+from transfer.runtime import say
+from transfer.training.checkpoints import RunProvenance, last_checkpoint
 from transfer.training.trainer import FinetuningTrainer
 
-SUMMARISED = {"validation": ("accuracy", "loss"), "train": ("accuracy", "loss")}
+Weights = Mapping[str, torch.Tensor]
+FineTune = Callable[[RunContext, FinetuningArguments, str | None], RunMetrics]
+MakeTrainer = Callable[[RunContext, FinetuningArguments, Classifier], FinetuningTrainer]
+SplitData = Callable[[RunArguments, DatasetFiles], datasets.DatasetDict]
 
 
-def seed_arguments(args: TrainingArguments, seed: int) -> TrainingArguments:
+@dataclass(frozen=True)
+class EnsembleResult:
+    """What the output folder of a repeated run holds."""
+
+    metrics: RunMetrics
+    predictions: Predictions
+    test_scores: np.ndarray  # (M, classes), what the submission is made of
+
+
+# The trainings
+
+
+def seed_arguments(args: FinetuningArguments, seed: int) -> FinetuningArguments:
     """The arguments of one of several trainings: its seed and its folder."""
     args = copy.copy(args)
     args.seed = seed
@@ -35,40 +67,11 @@ def seed_arguments(args: TrainingArguments, seed: int) -> TrainingArguments:
     return args
 
 
-def fold_arguments(args: TrainingArguments, fold: int) -> TrainingArguments:
+def fold_arguments(args: FinetuningArguments, fold: int) -> FinetuningArguments:
     """The arguments of one fold of a cross-validation: its folder."""
     args = copy.copy(args)
     args.output_dir = str(Path(args.output_dir) / f"fold-{fold}")
     return args
-
-
-def summarise(runs: Sequence[Mapping]) -> dict[str, dict]:
-    """Mean and standard deviation (of a sample: n - 1) over the trainings' metrics."""
-    summary = {"mean": {}, "std": {}}
-    for split, names in SUMMARISED.items():
-        values = {name: [run[split][name] for run in runs] for name in names}
-        summary["mean"][split] = {name: float(np.mean(v)) for name, v in values.items()}
-        summary["std"][split] = {name: float(np.std(v, ddof=1)) for name, v in values.items()}
-    return summary
-
-
-def choose_submission(scores: Mapping[str, float]) -> str:
-    """The name with the best validation accuracy; of equals the first, so name the simpler one first."""
-    return max(scores, key=lambda name: scores[name])
-
-
-def plain_accuracy(run: Mapping) -> float:
-    """Validation accuracy of a run's model as a plain pipeline shows it the images."""
-    return run.get("tta", {}).get("accuracy", {}).get("plain", run["validation"]["accuracy"])
-
-
-@dataclass(frozen=True)
-class EnsembleResult:
-    """What goes into the folder of the whole."""
-
-    metrics: dict
-    predictions: Predictions
-    test_scores: np.ndarray  # (M, classes), what the submission is made of
 
 
 def list_seeds(context: RunContext, args: FinetuningArguments) -> list[tuple[RunContext, FinetuningArguments]]:
@@ -76,123 +79,222 @@ def list_seeds(context: RunContext, args: FinetuningArguments) -> list[tuple[Run
     trainings = []
     for seed in context.run.seeds:
         own = seed_arguments(args, seed)
-        arguments = context.arguments | {"seeds": None, "output_dir": own.output_dir}
+        arguments = context.arguments | {"seeds": [], "output_dir": own.output_dir}
         trainings.append((replace(context, arguments=arguments, parent_split=context.dataset), own))
     return trainings
 
 
 def list_folds(
-    context: RunContext,
-    args: FinetuningArguments,
-    split_data: Callable[[RunArguments, DatasetFiles], datasets.DatasetDict],
+    context: RunContext, args: FinetuningArguments, split_data: SplitData
 ) -> list[tuple[RunContext, FinetuningArguments]]:
     """A training for every fold, on its own split and in a folder of its own."""
     trainings = []
-    for fold in range(1, context.run.kfold + 1):
+    for fold in range(1, (context.run.kfold or 0) + 1):
         own, run = fold_arguments(args, fold), replace(context.run, fold=fold)
         arguments = context.arguments | {"fold": fold, "output_dir": own.output_dir}
-        dataset = split_data(run, context.folder)
-        trainings.append(
-            (replace(context, run=run, arguments=arguments, dataset=dataset, parent_split=context.dataset), own)
-        )
+        dataset = split_data(run, context.data)
+        part = replace(context, run=run, arguments=arguments, dataset=dataset, parent_split=context.dataset)
+        trainings.append((part, own))
     return trainings
+
+
+def check_finished(context: RunContext, trainer: FinetuningTrainer, folder: Path) -> None:
+    """Refuse to continue beside a finished training of other data; warn of arguments that differ."""
+    record = start_record(context, trainer)
+    provenance = RunProvenance(record["data_fingerprint"], record["split_fingerprint"], record["arguments"])
+    provenance.compare(folder, read_record(folder / "run.json"))
+
+
+def run_repeats(
+    context: RunContext,
+    args: FinetuningArguments,
+    fine_tune: FineTune,
+    make_trainer: MakeTrainer,
+    split_data: SplitData,
+) -> RunMetrics:
+    """Train with every seed, or on every fold, each in its own folder, and combine them; returns the metrics."""
+    resuming = args.resume_from_checkpoint is not None
+    trainings = list_folds(context, args, split_data) if context.run.kfold else list_seeds(context, args)
+    folders = [Path(own.output_dir) for _, own in trainings]
+    reproduce = context.run.reproduce
+    for number, (folder, (part, own)) in enumerate(zip(folders, trainings, strict=True), 1):
+        if resuming and is_finished(folder):
+            trained = load_trained(str(folder / "model"), context.data.class_ids)
+            check_finished(
+                replace(part, run=replace(part.run, reproduce=None)), make_trainer(part, own, trained), folder
+            )
+            continue
+        sizes = ", ".join(f"{name} {len(split)}" for name, split in part.dataset.items())
+        say(f"{folder.name:<11} training {number} of {len(trainings)}: {sizes}")
+        checkpoint = last_checkpoint(folder) if resuming else None
+        ends_by = share_of_time(context.ends_by, len(trainings) - number + 1)
+        part = replace(part, run=replace(part.run, reproduce=reproduce), ends_by=ends_by)
+        fine_tune(part, own, str(checkpoint) if checkpoint else None)
+        reproduce = None  # the first one says what differs
+    return combine(context, args, folders, make_trainer)
+
+
+# What they give together
+
+
+def combine(
+    context: RunContext, args: FinetuningArguments, folders: Sequence[Path], make_trainer: MakeTrainer
+) -> RunMetrics:
+    """Write the combined results; the model is the soup of the seeds, or the best fold's."""
+    context = replace(context, run=replace(context.run, reproduce=None))  # the first training said what differs
+    best = load_trained(str(best_of(folders) / "model"), context.data.class_ids)
+    trainer = make_trainer(context, args, best)
+    record = start_record(context, trainer) | {"start_fingerprint": start_of(folders)}
+    result = combine_folds(folders) if context.run.kfold else combine_seeds(context, trainer, folders)
+    if trainer.is_world_process_zero():
+        write_results(context, trainer, record, result.metrics, result.predictions, result.test_scores)
+    return result.metrics
 
 
 def start_of(folders: Sequence[Path]) -> str:
     """Hash of the weights that all trainings started from."""
-    starts = [json.loads((folder / "run.json").read_text())["start_fingerprint"] for folder in folders]
+    starts = [read_json(folder / "run.json")["start_fingerprint"] for folder in folders]
     return hashlib.blake2b("\n".join(starts).encode(), digest_size=16).hexdigest()
 
 
+def plain_accuracy(run: RunMetrics) -> float:
+    """Validation accuracy of a run's model without test-time augmentation, as in a `pipeline`."""
+    return run.tta.accuracy["plain"] if run.tta else run.validation.accuracy
+
+
 def best_of(folders: Sequence[Path]) -> Path:
-    """The finished run with the best validation accuracy as a plain pipeline has it."""
-    return folders[int(np.argmax([plain_accuracy(read_metrics(folder)) for folder in folders]))]
+    """The finished run with the best validation accuracy without test-time augmentation."""
+    return folders[int(np.argmax([plain_accuracy(RunMetrics.read(folder)) for folder in folders]))]
 
 
-def _training_speed(runs: Sequence[Mapping]) -> dict:
-    """Seconds of all trainings, and images per second of the mean one."""
+def summarise(runs: Sequence[RunMetrics]) -> dict[str, SplitScores]:
+    """Mean, and standard deviation with n - 1 degrees of freedom, of accuracy and loss over several trainings."""
+
+    def over_runs(statistic: Callable) -> SplitScores:
+        splits = {}
+        for name in ("validation", "train"):
+            found = [getattr(run, name) for run in runs]
+            splits[name] = Scores(statistic([m.accuracy for m in found]), statistic([m.loss for m in found]))
+        return SplitScores(**splits)
+
     return {
-        "seconds": sum(run["train"]["seconds"] for run in runs),
-        "samples_per_second": float(np.mean([run["train"]["samples_per_second"] for run in runs])),
+        "mean": over_runs(lambda values: float(np.mean(values))),
+        "std": over_runs(lambda values: float(np.std(values, ddof=1))),
     }
 
 
-def combine_seeds(
-    folders: Sequence[Path],
-    seeds: Sequence[int],
-    trainer: FinetuningTrainer,
-    dataset: datasets.DatasetDict,
-    store: PixelStore,
-    tta: Sequence[str] = (),
-) -> EnsembleResult:
-    """Soup and ensemble of trainings on one split; the trainer, of the best of them, ends with the soup's weights.
+def total_speed(runs: Sequence[RunMetrics]) -> Speed:
+    """Mean images per second of several trainings, and their seconds in total."""
+    speeds = [run.train for run in runs if run.train is not None]
+    return Speed(
+        samples_per_second=float(np.mean([speed.samples_per_second for speed in speeds])),
+        seconds=sum(speed.seconds for speed in speeds),
+    )
 
-    The submission comes from the best of the single models, the soup and the ensemble, on validation.
+
+def choose_submission(scores: Mapping[str, float]) -> str:
+    """The name with the best validation accuracy, the first of equals: list the simpler ones first."""
+    return max(scores, key=lambda name: scores[name])
+
+
+def mean_weights(members: Sequence[Weights]) -> dict[str, torch.Tensor]:
+    """The mean of several models' weights; counters are the first one's."""
+    return {
+        name: torch.stack([member[name] for member in members]).mean(0) if values.is_floating_point() else values
+        for name, values in members[0].items()
+    }
+
+
+def greedy_soup(
+    candidates: Sequence[Weights], scores: Sequence[float], score: Callable[[Weights], float]
+) -> tuple[dict[str, torch.Tensor], list[int], float]:
+    """Average the best candidate with each of the others in turn, keeping those that do not lower the score.
+
+    Wortsman et al. 2022. Returns the soup, the positions of its members and its score, which is never below the best
+    candidate's.
     """
-    runs, members = [read_metrics(folder) for folder in folders], [Predictions.load(folder) for folder in folders]
-    singles = [plain_accuracy(run) for run in runs]
-    class_ids = trainer.model.config.class_ids
+    order = sorted(range(len(candidates)), key=lambda i: -scores[i])
+    members, best = order[:1], scores[order[0]]
+    for position in order[1:]:
+        trial = score(mean_weights([candidates[i] for i in [*members, position]]))
+        if trial >= best:
+            members, best = [*members, position], trial
+    return mean_weights([candidates[i] for i in members]), members, best
+
+
+def combine_seeds(context: RunContext, trainer: FinetuningTrainer, folders: Sequence[Path]) -> EnsembleResult:
+    """The soup and the ensemble of trainings on one split; the trainer's model becomes the soup.
+
+    The submission comes from the single model, the soup or the ensemble, whichever has the best validation accuracy.
+    """
+    seeds = context.run.seeds
+    runs, members = [RunMetrics.read(folder) for folder in folders], [Predictions.load(folder) for folder in folders]
+    class_ids = context.data.class_ids
     models = [load_trained(str(folder / "model"), class_ids).model.state_dict() for folder in folders]
 
     def validate(weights: Weights) -> float:
         trainer.model.load_state_dict(weights)
-        return evaluate_split(trainer, trainer.eval_dataset)["accuracy"]
+        return evaluate_split(trainer, trainer.eval_dataset, "soup").accuracy
 
-    weights, chosen, _ = greedy_soup(models, singles, validate)
+    weights, chosen, _ = greedy_soup(models, [plain_accuracy(run) for run in runs], validate)
     trainer.model.load_state_dict(weights)
-    predictions, metrics = predict_and_measure(trainer, dataset, store, tta)
-    metrics["train"] = evaluate_split(trainer, sample_of_train(dataset, store)) | _training_speed(runs)
-    zero_epoch = runs[folders.index(best_of(folders))]["zero_epoch"]
-    metrics |= {"zero_epoch": zero_epoch, "seeds": runs} | summarise(runs)
-    if all("linear_probe" in run for run in runs):
-        metrics["linear_probe"] = {"accuracy": float(np.mean([run["linear_probe"]["accuracy"] for run in runs]))}
-    metrics["soup"] = metrics["validation"] | {"members": [seeds[i] for i in chosen]}
-    ensemble = average_probabilities([member.validation_logits for member in members])
-    metrics["ensemble"] = measure(ensemble, predictions.validation_labels)
+    predictions, stages = predict_and_measure(context, trainer)
+    stages["train"] = measure_on_train(context, trainer, total_speed(runs))
+    stages["zero_epoch"] = runs[folders.index(best_of(folders))].zero_epoch
+    probes = [run.linear_probe.accuracy for run in runs if run.linear_probe]
+    if len(probes) == len(runs):
+        stages["linear_probe"] = LinearProbe(float(np.mean(probes)))
+    soup = SoupMetrics(**asdict(stages["validation"]), members=[seeds[i] for i in chosen])
+    labels = predictions.validation_labels
+    ensemble = measure(average_probabilities([member.validation_logits for member in members]), labels)
     tested = average_probabilities([member.test_logits for member in members])
-    first = int(np.argmax([run["validation"]["accuracy"] for run in runs]))  # with its test-time views
+    first = int(np.argmax([run.validation.accuracy for run in runs]))  # with its test-time augmentation
     candidates = {  # name -> validation accuracy, scores of the test images
-        f"seed {seeds[first]}": (runs[first]["validation"]["accuracy"], members[first].test_logits),
-        "soup": (metrics["soup"]["accuracy"], predictions.test_logits),
-        "ensemble": (metrics["ensemble"]["accuracy"], tested),
+        f"seed {seeds[first]}": (runs[first].validation.accuracy, members[first].test_logits),
+        "soup": (soup.accuracy, predictions.test_logits),
+        "ensemble": (ensemble.accuracy, tested),
     }
     source = choose_submission({name: accuracy for name, (accuracy, _) in candidates.items()})
     accuracy, scores = candidates[source]
-    metrics["submission"] = {"from": source, "validation_accuracy": accuracy}
+    metrics = RunMetrics(
+        **(stages | summarise(runs)),
+        seeds=runs,
+        soup=soup,
+        ensemble=ensemble,
+        submission=SubmissionSource(source, accuracy),
+    )
     return EnsembleResult(metrics, predictions, scores)
 
 
 def join_folds(members: Sequence[Predictions]) -> Predictions:
-    """Every image as the fold that had not seen it predicts it; test images as the mean of all folds does."""
-    first = members[0]
-    tested = average_probabilities([member.test_logits for member in members])
+    """Out-of-fold predictions: each image by the fold that left it out, test images by the ensemble of all folds."""
     return Predictions(
         np.concatenate([member.validation_files for member in members]),
         np.concatenate([member.validation_labels for member in members]),
         np.concatenate([member.validation_logits for member in members]),
-        first.test_ids,
-        tested,
+        members[0].test_ids,
+        average_probabilities([member.test_logits for member in members]),
     )
 
 
 def combine_folds(folders: Sequence[Path]) -> EnsembleResult:
-    """The accuracy of a cross-validation on all images, and its ensemble, which makes the submission.
+    """The metrics of a cross-validation, and the ensemble of its folds, which makes the submission.
 
-    The ensemble itself has seen every image: that each fold is as good as the others' models on images which are new
-    to it is what is measured, and the ensemble is usually better.
+    The accuracy is that of the folds on the images that each left out. It cannot be measured for the ensemble, which
+    has seen every image, and which is usually better.
     """
-    runs = [read_metrics(folder) for folder in folders]
+    runs = [RunMetrics.read(folder) for folder in folders]
     predictions = join_folds([Predictions.load(folder) for folder in folders])
-    metrics = {
+    summary = summarise(runs)
+    stages: dict = {
         "validation": measure(predictions.validation_logits, predictions.validation_labels),
         "calibration": measure_calibration(predictions.validation_logits, predictions.validation_labels),
-        "zero_epoch": {"accuracy": float(np.mean([run["zero_epoch"]["accuracy"] for run in runs]))},
-        "train": {name: float(np.mean([run["train"][name] for run in runs])) for name in ("accuracy", "loss")}
-        | _training_speed(runs),
-        "folds": runs,
-        "submission": {"from": f"ensemble of {len(runs)} folds"},
+        "zero_epoch": ZeroEpoch(float(np.mean([run.zero_epoch.accuracy for run in runs if run.zero_epoch]))),
+        "train": MeanTrainMetrics(**asdict(summary["mean"].train), **asdict(total_speed(runs))),
     }
     if len(predictions.test_ids):
-        seconds = sum(run["prediction"]["seconds"] for run in runs)
-        metrics["prediction"] = {"seconds": seconds, "samples_per_second": len(predictions.test_ids) / seconds}
-    return EnsembleResult(metrics | summarise(runs), predictions, predictions.test_logits)
+        seconds = sum(run.prediction.seconds for run in runs if run.prediction)
+        stages["prediction"] = Speed(len(predictions.test_ids) / seconds, seconds)
+    source = SubmissionSource(f"ensemble of {len(runs)} folds")
+    metrics = RunMetrics(**(stages | summary), folds=runs, submission=source)
+    return EnsembleResult(metrics, predictions, predictions.test_logits)

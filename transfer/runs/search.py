@@ -1,6 +1,6 @@
-"""Several trainings of one recipe: their mean and spread, and what they are worth together.
+"""--search: settings that Optuna tries on a slice of the training images; the best become a recipe.
 
---search: settings tried by Optuna through Trainer.hyperparameter_search, on a slice of the training images.
+An optional ingredient: the validation images stay for the final figure.
 """
 
 import copy
@@ -13,29 +13,22 @@ from pathlib import Path
 
 import datasets
 import yaml
-from transformers import TrainerCallback, TrainingArguments
+from accelerate.utils import set_seed
+from transformers import TrainerCallback
 
-from transfer.data.splits import split_validation
+from transfer.config import FinetuningArguments, RunArguments, chosen_arguments, known_names
+from transfer.data.splits import split_fingerprint, split_validation
 from transfer.errors import UserError
 from transfer.files import write_atomically
+from transfer.models.build import prepare_model
+from transfer.runs import RunContext
+from transfer.runtime import say
 from transfer.training.trainer import FinetuningTrainer
-
-
-def trial_arguments(run, args: TrainingArguments, settings: Mapping):
-    """The run's and the Trainer's arguments of one trial of a search, which leaves nothing on the disk."""
-    own = {name: value for name, value in settings.items() if hasattr(run, name)}
-    args = copy.copy(args)
-    quiet = {"save_strategy": "no", "load_best_model_at_end": False, "report_to": [], "resume_from_checkpoint": None}
-    for name, value in (settings | quiet).items():
-        if name not in own:
-            setattr(args, name, value)
-    return replace(run, **own), args
-
 
 STUDY_FILE = "search.db"  # in the output folder, SQLite
 BEST_FILE = "best.yaml"
-# Where a recipe names no ranges: what decides most, over what is usual.
-DEFAULT_SPACE = {
+# Where a recipe names no ranges: the settings that matter most, over their usual values.
+DEFAULT_SPACE: dict[str, list | Mapping] = {
     "learning_rate": {"low": 5e-5, "high": 5e-3, "log": True},
     "layer_decay": [0.65, 0.75, 0.85, 1.0],
     "min_crop_scale": [0.08, 0.35, 0.6],
@@ -87,7 +80,7 @@ def _suggest(trial, name: str, values):
 
 
 def hold_out_of_train(dataset: datasets.DatasetDict, fraction: float, seed: int) -> datasets.DatasetDict:
-    """Training images alone, a share of them to choose by: the validation images stay for the final figure."""
+    """Split the training images alone: the validation images stay for the final figure."""
     train = dataset["train"]
     kept, held_out = split_validation(train["file"][:], train["label"][:], fraction, seed)
     return datasets.DatasetDict(train=train.select(kept), validation=train.select(held_out))
@@ -108,7 +101,7 @@ def open_study(out: Path, identity: Mapping, resuming: bool, seed: int) -> dict:
     optuna = import_optuna()
     place = out / STUDY_FILE
     if place.is_file() and not resuming:
-        raise UserError(f"{place}: holds a search; --resume_from_checkpoint true goes on with it")
+        raise UserError(f"{place}: holds a search; continue it with --resume_from_checkpoint true")
     out.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     storage = f"sqlite:///{place}"
@@ -126,84 +119,117 @@ def open_study(out: Path, identity: Mapping, resuming: bool, seed: int) -> dict:
 
 
 def count_finished(study: Mapping) -> int:
-    """Trials that came to an end, by their accuracy or because others were better; a killed one is tried again."""
+    """Trials that ended, by themselves or because Optuna stopped them; a killed one is run again."""
     optuna = import_optuna()
     trials = optuna.create_study(**study, direction="maximize").get_trials(deepcopy=False)
     return sum(trial.state in (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED) for trial in trials)
 
 
-def best_accuracy(metrics: Mapping[str, float]) -> float:
-    """What a trial is judged by: the better of the model and its moving average."""
-    return max(metrics["eval_accuracy"], metrics.get("eval_ema_accuracy", 0.0))
+def trial_arguments(
+    run: RunArguments, args: FinetuningArguments, settings: Mapping
+) -> tuple[RunArguments, FinetuningArguments]:
+    """The run's and the Trainer's arguments of one trial, which leaves nothing on the disk."""
+    own = {name: value for name, value in settings.items() if hasattr(run, name)}
+    args = copy.copy(args)
+    quiet = {"save_strategy": "no", "load_best_model_at_end": False, "report_to": [], "resume_from_checkpoint": None}
+    for name, value in {**settings, **quiet}.items():
+        if name not in own:
+            setattr(args, name, value)
+    return replace(run, **own), args
 
 
-class TrialLogger(TrainerCallback):
-    """Says how a trial goes."""
+class ReportTrial(TrainerCallback):
+    """Reports every evaluation of a trial to the terminal and to Optuna, which may stop the trial.
 
-    def __init__(self, say: Callable[[str], None]):
-        self.say = say
+    A trial is judged by its last evaluation: by the better of the model and its moving average.
+    """
+
+    def __init__(self, trial, say: Callable[[str], None]):
+        self.trial, self.say = trial, say
+        self.accuracy = 0.0
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        for name, whose in (("eval_accuracy", "accuracy"), ("eval_ema_accuracy", "its moving average's")):
+        if "eval_accuracy" not in metrics:  # the evaluation of the average alone
+            return
+        for name, what in (("eval_accuracy", "accuracy"), ("eval_ema_accuracy", "accuracy of the moving average")):
             if name in metrics:
-                self.say(f"            epoch {state.epoch:g}: {whose} {metrics[name]:.4f} on held-out training images")
+                self.say(f"            epoch {state.epoch:g}: {what} {metrics[name]:.4f} on held-out training images")
+        self.accuracy = max(metrics["eval_accuracy"], metrics.get("eval_ema_accuracy", 0.0))
+        self.trial.report(self.accuracy, state.global_step)
+        if self.trial.should_prune():
+            raise import_optuna().TrialPruned()
 
 
 def describe_progress(trials: Sequence) -> list[str]:
-    """Lines between two trials: that the last one was stopped, and which is the best so far."""
+    """Lines between two trials: whether the last one was stopped, and which is the best so far."""
     states = import_optuna().trial.TrialState
     ended = [trial for trial in trials if trial.state in (states.COMPLETE, states.PRUNED)]
-    whole = [trial for trial in ended if trial.state == states.COMPLETE]
+    complete = [trial for trial in ended if trial.state == states.COMPLETE]
     lines = ["            stopped: it fell behind the others"] if ended and ended[-1].state == states.PRUNED else []
-    if whole:
-        best = max(whole, key=lambda trial: trial.value)
+    if complete:
+        best = max(complete, key=lambda trial: trial.value)
         lines.append(f"            best so far: trial {best.number}, accuracy {best.value:.4f}")
     return lines
 
 
 def search(
-    trainer: FinetuningTrainer,
     build: Callable[[dict], FinetuningTrainer],
     space: SearchSpace,
     trials: int,
     study: Mapping,
     say: Callable[[str], None],
 ) -> tuple[dict, float]:
-    """Settings of the best of so many trials, those of an earlier search counted, and its accuracy.
+    """Settings of the best of `trials` trials, those of an earlier search included, and its accuracy.
 
-    `build` makes the trainer of one trial's settings; the given one takes over its parts and does the training.
+    `build` makes the Trainer of one trial's settings.
     """
 
-    def start(trial):
-        if trial is None:
-            return trainer.model
+    def run_trial(trial) -> float:
         for line in describe_progress(trial.study.get_trials(deepcopy=False)):
             say(line)
         settings = space.suggest(trial)
         say(f"trial {trial.number:<5} {json.dumps(settings)}")
-        trainer.take_over(build(settings))
-        return trainer.model
+        trainer, report = build(settings), ReportTrial(trial, say)
+        trainer.add_callback(report)
+        set_seed(trainer.args.seed)
+        trainer.train()
+        return report.accuracy
 
-    trainer.model_init = start
-    trainer.add_callback(TrialLogger(say))
     left = max(0, trials - count_finished(study))
-    if left:
-        trainer.hyperparameter_search(
-            space.suggest, best_accuracy, left, direction="maximize", backend="optuna", **study
-        )
-    best = import_optuna().load_study(study_name=study["study_name"], storage=study["storage"]).best_trial
-    return best.params, best.value
+    optimised = import_optuna().create_study(**study, direction="maximize")
+    optimised.optimize(run_trial, n_trials=left, gc_after_trial=True)
+    return optimised.best_trial.params, optimised.best_trial.value
 
 
 def write_best(out: Path, recipe: Mapping, accuracy: float) -> str:
-    """best.yaml, a whole recipe, whole or not at all; returns its text."""
+    """Write best.yaml, a complete recipe, atomically; returns its text."""
     path = out / BEST_FILE
     fewer = "# The search's max_train_samples stands below: without it the recipe trains on all images.\n"
     text = (
         f"# accelerate launch --config_file accelerate_config.yaml finetune_vit.py {path}\n#\n"
-        f"# The best of a search: accuracy {accuracy:.4f} on training images held out for it.\n"
+        f"# The best of a search: accuracy {accuracy:.4f} on training images that were held out for it.\n"
         f"{fewer if 'max_train_samples' in recipe else ''}"
         f"{yaml.safe_dump(dict(recipe), sort_keys=False)}"
     )
     write_atomically(path, text.encode())
     return text
+
+
+def search_settings(context: RunContext, args: FinetuningArguments, make_trainer: Callable) -> None:
+    """Try settings on a slice of the training images and write the best ones as a recipe."""
+    run, out = context.run, Path(args.output_dir)
+    space = SearchSpace.read(run.search_space, known_names())
+    dataset = hold_out_of_train(context.dataset, run.validation_fraction, run.split_seed)
+    identity = chosen_arguments(context.arguments) | {"ranges": space.ranges, "split": split_fingerprint(dataset)}
+    study = open_study(out, identity, args.resume_from_checkpoint is not None, args.seed)
+
+    def build(settings: dict) -> FinetuningTrainer:
+        tried, own = trial_arguments(run, args, settings)
+        trial = replace(context, run=tried, dataset=dataset)
+        return make_trainer(trial, own, prepare_model(tried, own, context.data))
+
+    sizes = ", ".join(f"{name} {len(split)}" for name, split in dataset.items())
+    say(f"search      {run.search} trials of training images alone: {sizes}")
+    best, accuracy = search(build, space, run.search or 0, study, say)
+    recipe = {"model_name_or_path": run.model_name_or_path} | chosen_arguments(context.arguments) | best
+    say(write_best(out, recipe, accuracy), f"best settings in {out / BEST_FILE}")

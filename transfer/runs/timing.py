@@ -1,7 +1,4 @@
-"""What a run would take on this machine, from a few real steps of it: `--estimate`.
-
-The time that a run may take: `--max_minutes`, from the start of the process to the csv.
-"""
+"""How long a run takes: --estimate says it beforehand, --max_minutes ends the run in time."""
 
 import bisect
 import functools
@@ -25,19 +22,47 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from transfer.data.images import PixelDataset, PixelStore
+from transfer.config import FinetuningArguments
+from transfer.data.images import PixelDataset
 from transfer.data.splits import take_evenly
 from transfer.errors import UserError
-from transfer.runs.single import RunContext
+from transfer.models.build import prepare_model
+from transfer.runs import RunContext
 from transfer.runtime import say
 from transfer.training.trainer import FinetuningTrainer
 
-WARM_UP_STEPS, TIMED_STEPS = 5, 15
-EVALUATION_BATCHES = 6
+logger = logging.getLogger(__name__)
+
+WARM_UP_STEPS, ESTIMATE_STEPS = 5, 15  # of --estimate; the first steps are slower
+ESTIMATE_BATCHES = 6  # of evaluation
+PACE_STEPS = 20  # of --max_minutes: the mean time of the last ones is taken for that of the next ones
+SAID_AFTER = 5  # steps, before the number of steps that fit is first shown
+FIXED_SECONDS = 10.0  # to load the best epoch, draw the report, write the results and exit
+SLACK = 1.15  # evaluation is not always as fast as when it was timed
+IMAGES_TIMED = 128  # to foresee how long evaluations take
+EVALUATED_SHARE = 2 / 3  # at most, of the time that predicting the test images leaves
+
+
+def time_evaluation(trainer: FinetuningTrainer, split: PixelDataset, images: int) -> float:
+    """Seconds to predict an image of a split, measured on that many of its images."""
+    few = torch.utils.data.Subset(split, range(min(len(split), images)))
+    trainer.predict_logits(few)  # the first call is slower
+    start = time.perf_counter()
+    trainer.predict_logits(few)
+    return (time.perf_counter() - start) / len(few)
+
+
+def evaluation_passes(context: RunContext) -> int:
+    """How often a validation image is predicted around the epochs: before training, as training images, at the end."""
+    probes = context.run.linear_probe or context.run.linear_probe_only
+    return 2 + context.views + probes
+
+
+# --estimate
 
 
 class StepTimer(TrainerCallback):
-    """Seconds from the start of each optimizer step to the start of the next: data, views and everything between."""
+    """Seconds from the start of each optimizer step to the start of the next: data, transforms and all between."""
 
     def __init__(self):
         self.starts: list[float] = []
@@ -71,7 +96,7 @@ class Estimate:
 
 
 def leave_no_traces(args: TrainingArguments) -> None:
-    """Switch off what a Trainer evaluates, writes and prints on its own; before the Trainer is made."""
+    """Turn off what a Trainer evaluates, writes and prints on its own; call it before the Trainer is made."""
     args.eval_strategy = args.save_strategy = args.logging_strategy = "no"
     args.load_best_model_at_end, args.disable_tqdm, args.report_to = False, True, []
     args.output_dir = tempfile.gettempdir()  # a Trainer makes its folder in any case
@@ -92,7 +117,7 @@ def _memory(device: torch.device) -> int:
 
 
 def _time_steps(trainer: FinetuningTrainer, batch_size: int, steps: int) -> list[float]:
-    """Seconds of each of `steps` training steps at a batch size. The model changes: it is of no use afterwards."""
+    """Seconds of each of `steps` training steps at a batch size. The model changes: do not use it afterwards."""
     timer = StepTimer()
     trainer.add_callback(timer)
     trainer.args.max_steps, trainer.args.per_device_train_batch_size = steps, batch_size
@@ -102,20 +127,10 @@ def _time_steps(trainer: FinetuningTrainer, batch_size: int, steps: int) -> list
     return timer.seconds(min(WARM_UP_STEPS, steps // 2))
 
 
-def time_evaluation(trainer: FinetuningTrainer, split: PixelDataset, images: int) -> float:
-    """Seconds an image of the evaluation view, from that many images."""
-    few = torch.utils.data.Subset(split, range(min(len(split), images)))
-    trainer.predict(few)  # the first call is slower
-    start = time.perf_counter()
-    trainer.predict(few)
-    return (time.perf_counter() - start) / len(few)
+def estimate(context: RunContext, trainer: FinetuningTrainer) -> Estimate:
+    """Run a few real steps and evaluation batches; returns what the complete run would take.
 
-
-def estimate(trainer: FinetuningTrainer, epochs: float, test_images: int, views: int = 1) -> Estimate:
-    """Run a few real steps and a few evaluation batches, and say what the whole run would take.
-
-    In the end every validation and test image is seen in so many `views`. The trainer's arguments went through
-    `leave_no_traces`. Raises `UserError` where the batch does not fit.
+    The trainer's arguments went through `leave_no_traces`. Raises `UserError` where the batch does not fit.
     """
     args, device = trainer.args, trainer.args.device
     trainer.adapts_to_memory = False
@@ -126,7 +141,7 @@ def estimate(trainer: FinetuningTrainer, epochs: float, test_images: int, views:
         half = _peak_memory(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        step = statistics.median(_time_steps(trainer, batch, WARM_UP_STEPS + TIMED_STEPS))
+        step = statistics.median(_time_steps(trainer, batch, WARM_UP_STEPS + ESTIMATE_STEPS))
     except torch.OutOfMemoryError:
         quarter, step_images = max(1, batch // 4), batch * accumulation * args.world_size
         raise UserError(
@@ -135,20 +150,20 @@ def estimate(trainer: FinetuningTrainer, epochs: float, test_images: int, views:
             "which trains alike, or a smaller --train_image_size"
         ) from None
     peak = _peak_memory(device)
-    per_image = time_evaluation(trainer, trainer.eval_dataset, EVALUATION_BATCHES * args.eval_batch_size)
+    per_image = time_evaluation(trainer, trainer.eval_dataset, ESTIMATE_BATCHES * args.eval_batch_size)
     growth = (peak - half) / max(1, batch - batch // 2)  # bytes an image
     room = 0.9 * _memory(device) - peak  # a tenth is left for fragmentation and for what else the machine does
-    images, validated = len(trainer.train_dataset), len(trainer.eval_dataset)
+    images, validated, tested = len(trainer.train_dataset), len(trainer.eval_dataset), context.test_images
+    epochs = args.num_train_epochs
     epoch = math.ceil(images / (batch * accumulation * args.world_size)) * step
-    # Before training, after each epoch, at the end, and as many training images.
-    each_epoch = 1 if trainer.average is None else 2
-    evaluated = validated * (1 + each_epoch * math.ceil(epochs) + views) + min(validated, images)
+    each_epoch = 2 if context.run.ema_decay else 1
+    evaluated = validated * (each_epoch * math.ceil(epochs) + evaluation_passes(context) - 1) + min(validated, images)
     return Estimate(
         images_per_second=batch * accumulation * args.world_size / step,
         evaluation_images_per_second=1 / per_image,
         epoch=epoch,
-        run=epochs * epoch + (evaluated + views * test_images) * per_image,
-        prediction=views * test_images * per_image,
+        run=epochs * epoch + (evaluated + context.views * tested) * per_image,
+        prediction=context.views * tested * per_image,
         peak_memory=peak,
         memory=_memory(device),
         largest_batch=max(1, batch + int(room / growth)) if growth > 2**16 else None,
@@ -161,7 +176,6 @@ def _clock(seconds: float) -> str:
 
 def describe_estimate(e: Estimate, batch: int, images: int, test_images: int) -> list[str]:
     """The estimate in words, a line each, with advice where memory is short."""
-    share = e.peak_memory / e.memory
     lines = [
         f"training    {e.images_per_second:.0f} images/s: {_clock(e.epoch)} an epoch of {images} images",
         f"prediction  {e.evaluation_images_per_second:.0f} images/s: {_clock(e.prediction)} for {test_images} images",
@@ -169,7 +183,7 @@ def describe_estimate(e: Estimate, batch: int, images: int, test_images: int) ->
         f"memory      {e.peak_memory / 2**30:.1f} of {e.memory / 2**30:.1f} GiB at batch {batch}"
         + (f"; up to about {e.largest_batch} images a batch would fit" if e.largest_batch else ""),
     ]
-    if share > 0.9:
+    if e.peak_memory > 0.9 * e.memory:
         lines.append(
             "advice      this is close to the limit: halve --per_device_train_batch_size and double "
             "--gradient_accumulation_steps, which trains alike"
@@ -177,14 +191,15 @@ def describe_estimate(e: Estimate, batch: int, images: int, test_images: int) ->
     return lines
 
 
-logger = logging.getLogger(__name__)
+def estimate_run(context: RunContext, args: FinetuningArguments, make_trainer: Callable) -> None:
+    """Print what the run would take; nothing is written."""
+    leave_no_traces(args)
+    found = estimate(context, make_trainer(context, args, prepare_model(context.run, args, context.data)))
+    images, tested = len(context.dataset["train"]), context.test_images
+    say(*describe_estimate(found, args.per_device_train_batch_size, images, tested))
 
-TIMED_STEPS = 20  # the steps whose mean time is taken for that of the next ones
-SAID_AFTER = 5  # timed steps, before the first estimate is shown
-FIXED_SECONDS = 10.0  # for loading the best epoch, drawing the report, writing the results and leaving
-SLACK = 1.15  # evaluation is not always as fast as when it was timed
-IMAGES_TIMED = 128  # to foresee how long evaluations take
-EVALUATED_SHARE = 2 / 3  # at most, of the time that predicting the test images leaves
+
+# --max_minutes
 
 
 def process_start() -> float:
@@ -197,7 +212,7 @@ def process_start() -> float:
 
 
 def share_of_time(ends_by: float | None, trainings: int) -> float | None:
-    """When the first of so many trainings must end, if all get the same time and their combination half of that."""
+    """When the first of so many trainings must end: all get the same time, and combining them half of that."""
     return None if ends_by is None else time.time() + (ends_by - time.time()) / (trainings + 0.5)
 
 
@@ -215,7 +230,7 @@ class Deadline:
 
 
 def images_that_fit(seconds: float, seconds_an_image: float, passes: int) -> int:
-    """How many held-out images may be evaluated, so many times, where predicting the test images leaves `seconds`."""
+    """How many held-out images may be evaluated `passes` times, if predicting the test images leaves `seconds`."""
     return max(0, int(EVALUATED_SHARE * seconds / (SLACK * seconds_an_image * passes)))
 
 
@@ -233,7 +248,7 @@ def steps_that_fit(seconds: float, remaining: int, step: float, pause: float, un
 
 
 class TimeBudget(TrainerCallback):
-    """Ends training in time, with the learning rate brought to its end by then.
+    """Ends training in time, with the learning rate at the end of its schedule by then.
 
     After every step the schedule moves on by as much as spreads what is left of it over the steps that still fit
     (Li et al. 2020, Budgeted Training); where all of them fit it is the recipe's, bit for bit. `seconds_left()` is
@@ -242,7 +257,7 @@ class TimeBudget(TrainerCallback):
 
     def __init__(self, seconds_left: Callable[[], float], pause: float):
         self.seconds_left, self.pause = seconds_left, pause
-        self.steps: deque[float] = deque(maxlen=TIMED_STEPS)
+        self.steps: deque[float] = deque(maxlen=PACE_STEPS)
         self.mark: float | None = None  # when the last step ended
         self.said = False
 
@@ -283,11 +298,11 @@ class TimeBudget(TrainerCallback):
         return steps_that_fit(self.seconds_left(), remaining, step, self.pause, until_pause, interval)
 
     def _move_schedule(self, schedule: LambdaLR, fit: int, state) -> None:
-        """Let the step that the Trainer has just taken in the schedule be as long as the time wants it."""
+        """Make the step that the Trainer has just taken in the schedule as long as the time left asks for."""
         before = schedule.last_epoch - 1
         stride = (state.max_steps - before) / (fit + 1)
         if not math.isclose(stride, 1):
-            schedule.last_epoch = before + stride - 1
+            schedule.load_state_dict(schedule.state_dict() | {"last_epoch": before + stride - 1})
             schedule.step()
 
     def _say(self, fit: int, state) -> None:
@@ -303,31 +318,36 @@ class TimeBudget(TrainerCallback):
 
 def limit_training(context: RunContext, trainer: FinetuningTrainer, seconds: float) -> None:
     """Let training end in time for the csv; evaluating the validation images once takes so many seconds."""
+    if context.ends_by is None:
+        return
     held_out = len(context.dataset["validation"])
     afterwards = held_out + context.views * (held_out + context.test_images)  # as many training images, once
     deadline = Deadline(context.ends_by, afterwards)
     left = functools.partial(deadline.seconds_to_train, seconds / held_out)
-    trainer.add_callback(TimeBudget(left, pause=seconds if trainer.average is None else 2 * seconds))
+    trainer.add_callback(TimeBudget(left, pause=2 * seconds if context.run.ema_decay else seconds))
 
 
-def limit_evaluation(context: RunContext, trainer: FinetuningTrainer, store: PixelStore) -> RunContext:
-    """Where `--max_minutes` is too short to evaluate all held-out images, hold out some, evenly over the classes."""
-    run, held_out, views = context.run, context.dataset["validation"], context.views
+def limit_evaluation(context: RunContext, trainer: FinetuningTrainer) -> RunContext:
+    """Where `--max_minutes` is too short to evaluate all held-out images, hold out some, evenly over the classes.
+
+    The trainings of a repeated run are measured on the same images, so theirs stay.
+    """
+    if context.ends_by is None or context.parent_split is not None:
+        return context
+    held_out, views = context.dataset["validation"], context.views
     seconds = time_evaluation(trainer, trainer.eval_dataset, IMAGES_TIMED)
-    passes = (
-        3 + views + (run.ema_decay > 0) + (run.linear_probe or run.linear_probe_only)
-    )  # before, after an epoch, in the end
+    passes = 1 + evaluation_passes(context) + (context.run.ema_decay > 0)  # and after an epoch
     left = Deadline(context.ends_by, views * context.test_images).seconds_to_train(seconds)
     if left < 0:
         late = f"about {-left:.0f} s late: predicting takes longer than --max_minutes"
-        say(trainer.args, f"time        the csv comes {late}")
-    count = max(trainer.model.num_labels, images_that_fit(left, seconds, passes))
+        say(f"time        the csv comes {late}")
+    count = max(len(context.data.class_ids), images_that_fit(left, seconds, passes))
     if trainer.args.world_size > 1:
         [count] = broadcast_object_list([count])
     if count >= len(held_out):
         return context
     taken = take_evenly(range(len(held_out)), held_out["file"][:], held_out["label"][:], count)
     dataset = datasets.DatasetDict(context.dataset | {"validation": held_out.select(taken)})
-    trainer.eval_dataset = PixelDataset(store, dataset["validation"])
-    say(trainer.args, f"validation  on {count} of {len(held_out)} images: --max_minutes leaves no time for more")
+    trainer.eval_dataset = PixelDataset(trainer.eval_dataset.store, dataset["validation"])
+    say(f"validation  on {count} of {len(held_out)} images: --max_minutes leaves no time for more")
     return replace(context, dataset=dataset)

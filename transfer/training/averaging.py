@@ -1,29 +1,38 @@
-"""Averages of weights: an exponential moving average along one training, a greedy soup of several trainings."""
+"""An exponential moving average (EMA) of the weights, kept where it is better than the weights themselves.
+
+An optional ingredient: one callback, which `--ema_decay` adds to the Trainer.
+"""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import PreTrainedModel, TrainerCallback
 
-Weights = Mapping[str, torch.Tensor]
+from transfer.training.checkpoints import read_state
+from transfer.training.trainer import FinetuningTrainer
+
+AVERAGE_FOLDER = "average"  # in a checkpoint
 
 
 def _warming_average(decay: float) -> Callable:
-    """avg_fn of `AveragedModel`: after n updates at most n / (n + 9) of the average is kept.
+    """multi_avg_fn of `AveragedModel`: after n updates at most n / (n + 9) of the average is kept.
 
     The average so forgets where it started however short the training is (as in TensorFlow's and timm's).
     """
 
     @torch.no_grad()
     def average(averages: list[torch.Tensor], current: list[torch.Tensor], updates: torch.Tensor) -> None:
-        updates = int(updates)
-        kept = min(decay, (1 + updates) / (10 + updates))
+        count = int(updates)
+        kept = min(decay, (1 + count) / (10 + count))
         if averages[0].is_floating_point():
-            torch._foreach_lerp_(averages, current, 1 - kept)
+            get_ema_multi_avg_fn(kept)(averages, current, updates)
         else:  # how many batches a batch norm has seen
-            torch._foreach_copy_(averages, current)
+            for counter, seen in zip(averages, current, strict=True):
+                counter.copy_(seen)
 
     return average
 
@@ -44,26 +53,37 @@ def weights_of(source: nn.Module, model: nn.Module) -> Iterator[None]:
         model.load_state_dict(own)
 
 
-def mean_weights(members: Sequence[Weights]) -> dict[str, torch.Tensor]:
-    """The mean of several models' weights; counters are the first one's."""
-    return {
-        name: torch.stack([member[name] for member in members]).mean(0) if values.is_floating_point() else values
-        for name, values in members[0].items()
-    }
+class WeightAveraging(TrainerCallback):
+    """Updates the average every step, evaluates it beside the weights and saves it with every checkpoint.
 
-
-def greedy_soup(
-    candidates: Sequence[Weights], scores: Sequence[float], score: Callable[[Weights], float]
-) -> tuple[dict[str, torch.Tensor], list[int], float]:
-    """Average the best candidate with each of the others in turn, keeping those that do not lower the score.
-
-    Wortsman et al. 2022. Returns the soup, the positions of its members and its score, which is never below the best
-    candidate's.
+    An evaluation counts by the better of the two, and training ends with the better of the two.
     """
-    order = sorted(range(len(candidates)), key=lambda i: -scores[i])
-    members, best = order[:1], scores[order[0]]
-    for position in order[1:]:
-        trial = score(mean_weights([candidates[i] for i in [*members, position]]))
-        if trial >= best:
-            members, best = [*members, position], trial
-    return mean_weights([candidates[i] for i in members]), members, best
+
+    def __init__(self, trainer: FinetuningTrainer, decay: float):
+        self.trainer, self.average = trainer, average_weights(trainer.model, decay)
+        self.metric = trainer.args.metric_for_best_model
+        trainer.args.metric_for_best_model = f"best_{self.metric}"
+        self.averaged = cast(PreTrainedModel, self.average.module)
+        trainer.saved_beside[AVERAGE_FOLDER] = self.averaged.save_pretrained
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if checkpoint := self.trainer.resumed_from:
+            self.trainer.load_weights(checkpoint / AVERAGE_FOLDER, self.averaged)
+            self.average.n_averaged.fill_(read_state(checkpoint)["global_step"])
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.average.update_parameters(model)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        own, averaged, best = f"eval_{self.metric}", f"eval_ema_{self.metric}", f"eval_best_{self.metric}"
+        if own not in metrics:  # the evaluation of the average below
+            return
+        with weights_of(self.averaged, self.trainer.model):
+            metrics |= self.trainer.evaluate(metric_key_prefix="eval_ema")
+        metrics[best] = (max if args.greater_is_better else min)(metrics[own], metrics[averaged])
+
+    def on_train_end(self, args, state, control, **kwargs):
+        logged = [entry for entry in state.log_history if entry["step"] == state.best_global_step]
+        better = any(entry.get(f"eval_ema_{self.metric}") == state.best_metric for entry in logged)
+        if better and self.trainer.chosen_weights:
+            self.trainer.choose_weights(self.trainer.chosen_weights / AVERAGE_FOLDER)

@@ -1,16 +1,25 @@
-"""Checkpoints: which of them are whole, from which one a run goes on, and what they were made from."""
+"""Checkpoints: which of them are complete, from which one a run resumes, and what they were made from."""
 
 import json
 import logging
+import pickle
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import TrainerCallback
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import rotate_checkpoints
 
 from transfer.errors import UserError
+
+if TYPE_CHECKING:
+    from transfer.training.trainer import FinetuningTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +70,7 @@ def read_state(checkpoint: Path) -> dict:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end and is not half deleted."""
+    """Whether a checkpoint was written to its end and is not partly deleted."""
     return "global_step" in read_state(checkpoint) and all(any(checkpoint.glob(part)) for part in PARTS)
 
 
@@ -72,7 +81,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole; one that a kill cut short is passed over."""
+    """The newest complete checkpoint; one that a kill cut short is passed over."""
     return max(filter(is_complete, output_dir.glob("checkpoint-*")), key=step_of, default=None)
 
 
@@ -83,7 +92,7 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> str | None:
     if resume.lower() != "true":
         if not is_complete(Path(resume)):
             raise UserError(
-                f"--resume_from_checkpoint {resume}: is no whole checkpoint; give `true` or a checkpoint-N folder"
+                f"--resume_from_checkpoint {resume}: is not a complete checkpoint; give `true` or a checkpoint folder"
             )
         return resume
     last = last_checkpoint(output_dir)
@@ -93,17 +102,17 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> str | None:
 
 
 def discard_checkpoint(checkpoint: Path) -> None:
-    """Delete a checkpoint so that it never looks whole in between."""
+    """Delete a checkpoint so that it never looks complete in between."""
     (checkpoint / STATE).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def describe_resume(output_dir: Path) -> str:
-    """What to do after a run broke off."""
+    """What to do after a run was interrupted."""
     last = last_checkpoint(output_dir)
     if last is None:
-        return "no epoch of this training was finished: the same command starts again, or says how to go on"
-    return f"go on with --resume_from_checkpoint true, from {last.name}"
+        return "rerun the command: no epoch was finished, so it starts again, or tells you how to resume"
+    return f"resume with --resume_from_checkpoint true, from {last.name}"
 
 
 def make_room(output_dir: Path, needed: int, best: str | None) -> None:
@@ -118,6 +127,44 @@ def make_room(output_dir: Path, needed: int, best: str | None) -> None:
         raise UserError(
             f"{output_dir}: the next checkpoint needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; "
             f"free some, then {describe_resume(output_dir)}"
+        )
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """How large a checkpoint gets: the weights, and the optimizer's two moments of what is trained."""
+    parameters = list(model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    return sum(p.numel() * p.element_size() for p in parameters) + 2 * trained
+
+
+def _load_state(path: Path) -> dict:
+    """One of a checkpoint's torch files, of tensors and numbers alone. Raises `UserError`."""
+    try:
+        with safe_globals():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as fault:
+        reason = " ".join(str(fault).split())[:200]
+        raise UserError(f"{path.parent}: cannot be loaded ({reason}); resume from another checkpoint") from None
+
+
+def check_training_state(checkpoint: Path, args: TrainingArguments) -> None:
+    """Refuse a checkpoint whose optimizer, schedule or random state is damaged, or holds code. Raises `UserError`."""
+    random_state = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
+    for name in ("optimizer.pt", "scheduler.pt", random_state):
+        if (checkpoint / name).is_file():
+            _load_state(checkpoint / name)
+
+
+def check_optimizer_fits(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Refuse a checkpoint whose optimizer trained other parameters. Raises `UserError`."""
+    if not (checkpoint / "optimizer.pt").is_file():  # FSDP's lie in another form
+        return
+    then = [len(group["params"]) for group in _load_state(checkpoint / "optimizer.pt")["param_groups"]]
+    now = [len(group["params"]) for group in optimizer.param_groups]
+    if then != now:
+        raise UserError(
+            f"{checkpoint}: cannot be resumed: its optimizer trained {sum(then)} tensors in {len(then)} groups, this "
+            f"run's trains {sum(now)} in {len(now)}; use the same --freeze_layers, --layer_decay and --lora_r"
         )
 
 
@@ -151,4 +198,44 @@ class RunProvenance(TrainerCallback, ExportableState):
             if name in then["arguments"] and then["arguments"][name] != value
         ]
         if changes:
-            logger.warning("going on with other arguments than %s was made with: %s", place, ", ".join(changes))
+            logger.warning("resuming with other arguments than %s was made with: %s", place, ", ".join(changes))
+
+
+class StampSeconds(TrainerCallback):
+    """Adds to every entry of the log how many seconds of training led to it; a resumed run counts on."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        spent = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
+        self.start = time.perf_counter() - spent
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.log_history and hasattr(self, "start"):
+            state.log_history[-1].setdefault("seconds", round(time.perf_counter() - self.start, 2))
+
+
+class KeepBestEpoch(TrainerCallback):
+    """Loads the best epoch's weights when training ends, where --load_best_model_at_end asks for it.
+
+    The Trainer's own way reads a file's raw names with strict=False, which leaves the encoder of ViT, DeiT, BEiT, Swin
+    and DINOv2 at the last epoch and only logs a warning.
+    """
+
+    def __init__(self, trainer: "FinetuningTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if state.best_model_checkpoint is None and best.is_dir():  # the Trainer forgets it if the folder was moved
+            state.best_model_checkpoint = str(best)
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):  # a checkpoint from before the callback lacks its name
+                state.stateful_callbacks.setdefault(type(callback).__name__, {})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if not self.trainer.keeps_best or state.best_model_checkpoint is None:
+            return
+        best = Path(state.best_model_checkpoint)
+        if not best.is_dir():  # the output folder was moved since
+            best = Path(args.output_dir) / best.name
+            state.best_model_checkpoint = str(best)
+        self.trainer.choose_weights(best)

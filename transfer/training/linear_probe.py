@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast, gather_object
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from transfer.data.images import PixelDataset, PixelStore
 from transfer.models.layers import find_heads
 from transfer.models.load import fingerprint_of_weights
+from transfer.training.trainer import FinetuningTrainer
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the squared distance from the head that the fit starts from
 HELD_OUT = 10  # every tenth image chooses the penalty
@@ -46,7 +47,9 @@ def _features_key(model: PreTrainedModel, store: PixelStore, rule: str, files: S
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
 
-def extract_features(trainer: Trainer, store: PixelStore, split: datasets.Dataset, rule: str) -> torch.Tensor:
+def extract_features(
+    trainer: FinetuningTrainer, store: PixelStore, split: datasets.Dataset, rule: str
+) -> torch.Tensor:
     """(N, D) float32 features of the evaluation view, computed once and kept in the datasets cache.
 
     `rule` names the view. In the run's mixed precision, as in training. Each machine keeps its own.
@@ -56,9 +59,8 @@ def extract_features(trainer: Trainer, store: PixelStore, split: datasets.Datase
     place = Path(datasets.config.HF_DATASETS_CACHE) / "finetune-vit" / "features" / f"{key}.npy"
     if all(gather_object([place.is_file()])):  # computing them takes every process
         return torch.from_numpy(np.load(place))
-    with _without_heads(model):
-        unlabelled = PixelDataset(store, split.remove_columns("label"))
-        features = Trainer.predict(trainer, unlabelled).predictions.astype(np.float32)
+    with _without_heads(model), trainer.accelerator.autocast():
+        features = trainer.predict_logits(PixelDataset(store, split), what="features")
     if trainer.args.local_process_index == 0:
         place.parent.mkdir(parents=True, exist_ok=True)
         unfinished = place.with_name(f"{key}.{os.getpid()}.npy")
@@ -99,7 +101,7 @@ def choose_penalty(features: torch.Tensor, labels: torch.Tensor, weight: torch.T
     return PENALTIES[int(np.argmin(losses))]
 
 
-def fit_probe(trainer: Trainer, store: PixelStore, split: datasets.Dataset, rule: str) -> float:
+def fit_probe(trainer: FinetuningTrainer, store: PixelStore, split: datasets.Dataset, rule: str) -> float:
     """Put a logistic head, fitted on frozen features of a labelled split, into the model; returns its penalty."""
     model, device = trainer.accelerator.unwrap_model(trainer.model), trainer.args.device
     features = extract_features(trainer, store, split, rule).to(device)
@@ -115,7 +117,7 @@ def fit_probe(trainer: Trainer, store: PixelStore, split: datasets.Dataset, rule
         head = fit_head(features, labels, weight, bias, penalty)
     weight, bias = broadcast(list(head))  # rounding differs by process on a GPU, and the model must not
     with torch.no_grad():
-        for head in heads:
-            head.weight.copy_(weight)
-            head.bias.copy_(bias)
+        for layer in heads:
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
     return penalty

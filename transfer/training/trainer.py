@@ -1,56 +1,81 @@
-"""What a run tells about itself on its way: wall time in its log, and trackers such as TensorBoard.
+"""The Trainer: uint8 images in, transforms on the device, the best epoch's weights for certain.
 
-The Trainer subclass: uint8 batches, views made on the device, weights that are loaded for certain.
+It overrides the Trainer's public methods, and one private one; transfer/compatibility.py lists them all.
 """
 
-import contextlib
+import copy
 import math
-import time
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import set_seed
-from safetensors.torch import load_file
-from torch.optim.swa_utils import AveragedModel
-from transformers import TrainerCallback
-from transformers.trainer_utils import EvalPrediction
+from accelerate.utils import broadcast, set_seed
+from accelerate.utils.memory import clear_device_cache
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
+from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalPrediction, TrainOutput
 
+from transfer.config import FinetuningArguments
 from transfer.data.images import PixelDataset, identity_collate
 from transfer.errors import UserError
+from transfer.evaluation.metrics import find_hits
 from transfer.models.build import Classifier
-from transfer.models.layers import parameter_groups
+from transfer.models.layers import find_blocks, parameter_groups
 from transfer.models.load import load_complete
 from transfer.models.lora import check_same_adapters, holds_adapters, is_adapted, load_adapters, merge_adapters
 from transfer.runtime import shards_model
-from transfer.training.averaging import average_weights, weights_of
-from transfer.training.checkpoints import describe_resume
-from transfer.training.fault_tolerance import ParallelTrainer
-from transfer.transforms.evaluation import TTA_TRANSFORMS, EvaluationTransform
-from transfer.transforms.mixing import Mixing
-from transfer.transforms.training import TrainTransform, seeded_generator
+from transfer.training.checkpoints import (
+    KeepBestEpoch,
+    StampSeconds,
+    check_optimizer_fits,
+    check_training_state,
+    checkpoint_bytes,
+    describe_resume,
+    discard_checkpoint,
+    is_complete,
+    make_room,
+)
+from transfer.training.memory import BatchLimit, get_random_state, join_outcomes, set_random_state, split_batch
+from transfer.transforms.evaluation import EvaluationTransform
+from transfer.transforms.training import seeded_generator
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Batch = dict[str, torch.Tensor]
 
 
-class StampSeconds(TrainerCallback):
-    """Adds to every entry of the log how many seconds of training led to it; a resumed run counts on."""
+def logits_to_metrics(outcome: EvalPrediction) -> dict[str, float]:
+    """Accuracy and loss, one of which chooses the epoch.
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        spent = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
-        self.start = time.perf_counter() - spent
+    With several processes the parent's own loss counts the images twice that fill up the last batch.
+    """
+    logits, labels = torch.from_numpy(outcome.predictions), torch.from_numpy(outcome.label_ids)
+    return {
+        "accuracy": float(find_hits(logits.numpy(), labels.numpy()).mean()),
+        "loss": float(F.cross_entropy(logits.float(), labels)),
+    }
 
-    def on_log(self, args, state, control, **kwargs):
-        if state.log_history and hasattr(self, "start"):
-            state.log_history[-1].setdefault("seconds", round(time.perf_counter() - self.start, 2))
+
+def identity(images: torch.Tensor) -> torch.Tensor:
+    """The images as they are: a prediction without test-time augmentation."""
+    return images
 
 
-AVERAGE_FOLDER = "average"  # in a checkpoint: the moving average of the weights
+def channels_last(pixel_values: torch.Tensor) -> torch.Tensor:
+    return pixel_values.contiguous(memory_format=torch.channels_last)
 
 
 class StopAtNonFiniteLoss(TrainerCallback):
-    """Ends the run with the step's number once a loss that is logged is no number: of training, its mean, or of an
-    evaluation, so that no checkpoint of such weights is ever chosen."""
+    """Ends the run when a logged loss is not finite, so that no checkpoint of such weights is ever chosen."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in ("loss", "train_loss", "eval_loss", "eval_ema_loss"):
@@ -62,177 +87,76 @@ class StopAtNonFiniteLoss(TrainerCallback):
                 )
 
 
-def _as_it_is(images: torch.Tensor) -> torch.Tensor:
-    return images
+class FinetuningTrainer(Trainer):
+    """Trainer over `PixelDataset`s, whose batches hold uint8 `images` (B, 3, H, W) and `labels` (B,).
 
-
-class AverageEveryStep(TrainerCallback):
-    """Lets the moving average follow the model."""
-
-    def __init__(self, average: AveragedModel):
-        self.average = average
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.average.update_parameters(model)
-
-
-class FinetuningTrainer(ParallelTrainer):
-    """Trainer over `PixelDataset`s: batches travel as uint8 and become views on the device.
-
-    Differs from its parent in five places: the views, the loss (label smoothing in training only), the learning rate
-    of each level of the backbone, how weights are loaded back, and the moving average of the weights: it is evaluated
-    beside the model, saved with every checkpoint, and kept in the end where it is the better of the two.
+    Its own parts: transforms on the device, cross-entropy with label smoothing in training only, layer-wise learning
+    rates, weights loaded through from_pretrained, checkpoints that are complete or not there, and batches that are
+    split where memory runs out. `saved_beside` maps a name to a function that writes a folder of that name into every
+    checkpoint.
     """
+
+    # Narrower than the parent's types.
+    args: FinetuningArguments
+    model: PreTrainedModel
+    processing_class: BaseImageProcessor
+    train_dataset: PixelDataset
+    eval_dataset: PixelDataset
+    adapts_to_memory = True  # False: running out of memory is an error
 
     def __init__(
         self,
         classifier: Classifier,
-        args,
+        args: FinetuningArguments,
         eval_transform: EvaluationTransform,
-        train_transform: TrainTransform,
+        train_transform: nn.Module,
+        train_dataset: PixelDataset,
+        eval_dataset: PixelDataset,
         layer_decay: float = 1.0,
-        mixing: Mixing | None = None,
-        ema_decay: float = 0.0,
-        train_dataset: PixelDataset | None = None,
-        eval_dataset: PixelDataset | None = None,
-        compute_metrics=None,
     ):
+        args = copy.copy(args)
+        args.push_to_hub = False  # it would upload the whole output folder
+        self.keeps_best, args.load_best_model_at_end = args.load_best_model_at_end, False  # see KeepBestEpoch
+        if shards_model():  # the blocks that some models name themselves overlap, which accelerate cannot shard
+            blocks = {type(classifier.model.get_submodule(name)).__name__ for name in find_blocks(classifier.model)}
+            os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(sorted(blocks))
         layout = torch.contiguous_format if shards_model() else torch.channels_last  # FSDP wants plain weights
+        self.plain_class = type(classifier.model)  # FSDP makes another class of it
+        model: nn.Module = classifier.model
         super().__init__(
-            model=classifier.model.to(memory_format=layout),
+            model=model.to(memory_format=layout),  # type: ignore[call-overload]  # torch documents it, its stub lacks it
             args=args,
-            data_collator=identity_collate,
+            data_collator=identity_collate,  # type: ignore[arg-type]  # batches come gathered, not as lists
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            compute_metrics=compute_metrics,
+            compute_metrics=logits_to_metrics,
             processing_class=classifier.processor,
             compute_loss_func=self.classification_loss,
-            callbacks=[StopAtNonFiniteLoss(), StampSeconds()],
+            callbacks=[StopAtNonFiniteLoss(), StampSeconds(), KeepBestEpoch(self)],
         )
-        self.average = average_weights(self.model, ema_decay) if ema_decay else None
-        if self.average is not None:
-            self.add_callback(AverageEveryStep(self.average))
-        self.eval_transform = eval_transform.to(args.device)
-        self.train_transform = train_transform.to(args.device)
-        self.layer_decay, self.mixing = layer_decay, mixing
+        self.eval_transform, self.train_transform = eval_transform.to(args.device), train_transform.to(args.device)
+        self.layer_decay = layer_decay
+        self.saved_beside: dict[str, Callable[[Path], object]] = {}
+        self.resumed_from: Path | None = None
         self.chosen_weights: Path | None = None  # the folder whose weights the training ended with
-        self.shown: Callable = _as_it_is  # what prediction shows of each image
+        self.train_limit = BatchLimit("--per_device_train_batch_size", "a training step", args)
+        self.eval_limit = BatchLimit("--per_device_eval_batch_size", "evaluation", args)
+        self.micro_step = 0  # forward passes since the optimizer's last step
+        self._step = -1
+        self._batches: list[Batch] = []
+        self._random_state: list[torch.Tensor] = []
 
-    def take_over(self, other: "FinetuningTrainer") -> None:
-        """Become another trainer, model and recipe, for the next trial of a search; data and callbacks stay."""
-        self.callback_handler.pop_callback(AverageEveryStep)
-        for name in ("args", "model", "model_wrapped", "average", "train_transform", "layer_decay", "mixing"):
-            setattr(self, name, getattr(other, name))
-        if self.average is not None:
-            self.add_callback(AverageEveryStep(self.average))
-
-    def _prepare_inputs(self, inputs):
-        """Move a batch to the device and show the model its view: a random one in training."""
-        inputs = super()._prepare_inputs(inputs)
-        images = inputs.pop("pixel_values")
-        if self.model.training:
-            views, inputs["labels"] = self._training_views(images, inputs["labels"])
-        else:
-            views = self.eval_transform(self.shown(images))
-        return {**inputs, "pixel_values": views.contiguous(memory_format=torch.channels_last)}
-
-    def _training_views(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Random views with their labels: (B,) classes, or (B, classes) shares where views are mixed."""
-        generator, progress = self._view_randomness(), self.progress()
-        views = self.train_transform(images, generator, progress)
-        if self.mixing is None or progress >= self.train_transform.augment_until:
-            return views, labels
-        return self.mixing(views, labels, generator)
-
-    def _view_randomness(self) -> torch.Generator:
-        """Views depend on the seed, the step and the process: not on data workers, nor on where a run resumed."""
-        return seeded_generator(self.args.seed, self.state.global_step, self.micro_step, self.args.process_index)
+    def progress(self) -> float:
+        """Share of the learning-rate schedule that is done: --max_minutes moves it on faster than by steps."""
+        schedule = self.lr_scheduler
+        done = schedule.last_epoch if isinstance(schedule, LambdaLR) else self.state.global_step
+        return done / self.state.max_steps
 
     def classification_loss(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         """Cross-entropy over the whole accumulated batch; smoothed in training only."""
         smoothing = self.args.label_smoothing_factor if self.model.training else 0.0
         total = F.cross_entropy(outputs["logits"].float(), labels, label_smoothing=smoothing, reduction="sum")
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-
-    def train(self, *args, **kwargs):
-        """The parent's, after forgetting that an evaluation has prepared the model already.
-
-        accelerate would leave it as it is: without the mixed precision, which final figures do without, and without
-        what makes several processes train one model.
-        """
-        if self.model_wrapped is self.model and self.model is not None:
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            self.accelerator.free_memory()
-            self.model._is_accelerate_prepared = False
-        return super().train(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def full_precision(self):
-        """Without the mixed precision that accelerate wraps around the model's forward."""
-        accelerator, forward = self.accelerator, self.model.__dict__.pop("forward", None)
-        mixed, accelerator.native_amp = accelerator.native_amp, False
-        try:
-            yield
-        finally:
-            accelerator.native_amp = mixed
-            if forward is not None:
-                self.model.forward = forward
-
-    def predict(self, test_dataset, *args, **kwargs):
-        """Final figures and predictions are computed in fp32, as a plain pipeline computes them.
-
-        In bf16 2% of the top labels differed from the pipeline's; evaluations between epochs stay in mixed precision.
-        """
-        with self.full_precision():
-            return super().predict(test_dataset, *args, **kwargs)
-
-    def predict_view(self, split: PixelDataset, name: str) -> np.ndarray:
-        """Logits (N, classes) of a split seen "plain", or the mean over the images of a test-time view, in fp32."""
-        logits = []
-        try:
-            for self.shown in TTA_TRANSFORMS.get(name, [_as_it_is]):
-                logits.append(self.predict(split).predictions)
-        finally:
-            self.shown = _as_it_is
-        return np.mean(logits, axis=0)
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Metrics of the model and, under `<prefix>_ema_`, of the average of its weights."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.average is not None:
-            with weights_of(self.average.module, self.model):
-                metrics |= super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_ema")
-        return metrics
-
-    def _determine_best_metric(self, metrics, trial):
-        """An evaluation counts by the better of the model and its average."""
-        name = f"eval_{self.args.metric_for_best_model}"
-        both = [metrics[name], metrics.get(name.replace("eval_", "eval_ema_"), metrics[name])]
-        return super()._determine_best_metric(
-            metrics | {name: max(both) if self.args.greater_is_better else min(both)}, trial
-        )
-
-    def _average_was_better(self) -> bool:
-        """Whether the best evaluation was the average's."""
-        name = f"eval_ema_{self.args.metric_for_best_model}"
-        logged = [entry for entry in self.state.log_history if entry["step"] == self.state.best_global_step]
-        return any(entry.get(name) == self.state.best_metric for entry in logged)
-
-    def _save_optimizer_and_scheduler(self, output_dir):
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.average is not None and self.args.should_save:
-            self.average.module.save_pretrained(Path(output_dir) / AVERAGE_FOLDER)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.average is not None and checkpoint is not None:
-            self._load_from_checkpoint(str(Path(checkpoint) / AVERAGE_FOLDER), self.average.module)
-            self.average.n_averaged.fill_(self.state.global_step)
-
-    def prediction_step(self, *args, **kwargs):
-        """The parent's (loss, logits, labels); of several outputs, such as DeiT's, the logits come first."""
-        loss, logits, labels = super().prediction_step(*args, **kwargs)
-        return loss, logits[0] if isinstance(logits, tuple) else logits, labels
 
     def create_optimizer(self, model=None):
         """AdamW, or what `--optim` names, over the model's learning-rate groups."""
@@ -241,53 +165,190 @@ class FinetuningTrainer(ParallelTrainer):
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             groups = parameter_groups(model, self.args.learning_rate, self.args.weight_decay, self.layer_decay)
             self.optimizer = optimizer_class(groups, **options)
+            if self.resumed_from:
+                check_optimizer_fits(self.optimizer, self.resumed_from)
         return self.optimizer
 
+    # Training
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None) -> TrainOutput:
+        """Train, from a checkpoint's folder if one is given. Raises `UserError` where a checkpoint cannot be used."""
+        self._step = -1
+        self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self.resumed_from:
+            check_training_state(self.resumed_from, self.args)
+            if not self.is_fsdp_enabled:
+                self.load_weights(self.resumed_from, self.model)  # what the parent then loads by raw names is the same
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        except (OSError, RuntimeError, SafetensorError) as fault:
+            self._explain_failed_checkpoint(fault)
+            raise
+
+    def training_step(self, model, inputs: Batch, num_items_in_batch=None) -> torch.Tensor:
+        """Loss of one batch. Where memory runs out, the optimizer step is repeated with batches of half the size.
+
+        From then on every batch is split, as with half of --per_device_train_batch_size and twice the
+        --gradient_accumulation_steps.
+        """
+        if self._step != self.state.global_step:
+            self._step, self._batches, self.micro_step = self.state.global_step, [], 0
+            self._random_state = get_random_state(self.args.device)
+        self._batches.append(inputs)
+        try:
+            return self._train_in_parts(model, inputs, num_items_in_batch)
+        except RuntimeError as fault:
+            self.train_limit.halve(fault, self.adapts_to_memory, self.state.global_step)
+        return self._repeat_step(model, num_items_in_batch)
+
+    def _train_in_parts(self, model, inputs: Batch, num_items_in_batch) -> torch.Tensor:
+        loss = torch.zeros((), device=self.args.device)
+        for part in split_batch(inputs, self.train_limit.images):
+            images, labels = (part[name].to(self.args.device, non_blocking=True) for name in ("images", "labels"))
+            # Depends on the seed, the step and the process: not on data workers, nor on where a run was resumed.
+            step, process = self.state.global_step, self.args.process_index
+            generator = seeded_generator(self.args.seed, step, self.micro_step, process)
+            pixel_values, labels = self.train_transform(images, labels, generator, self.progress())
+            transformed = {"pixel_values": channels_last(pixel_values), "labels": labels}
+            loss = loss + super().training_step(model, transformed, num_items_in_batch)
+            self.micro_step += 1
+        return loss
+
+    def _repeat_step(self, model, num_items_in_batch) -> torch.Tensor:
+        """Repeat the optimizer step's batches, the last one included: their gradients are in an unknown state."""
+        clear_device_cache(garbage_collection=True)
+        batches, self._step = self._batches, -1
+        model.zero_grad()
+        set_random_state(self.args.device, self._random_state)
+        for batch in batches:
+            loss = self.training_step(model, batch, num_items_in_batch)
+        return loss
+
     def _get_grad_norm(self, model, grad_norm=None):
-        """The norm that clipping gave; the parent walks over all gradients to log one even without clipping."""
+        """The norm that clipping gave; without clipping the parent walks over all gradients just to log one."""
         return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)
 
     def floating_point_ops(self, inputs) -> int:
-        """The parent's count is one of text tokens; taking it walks over all parameters at every step."""
+        """0: the parent counts those of text tokens, and walks over all parameters at every step for it."""
         return 0
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Load weights through from_pretrained.
+    # Evaluation and prediction
 
-        The parent loads the file's raw names with strict=False: for ViT, DeiT, Swin and others, whose checkpoints are
-        saved under older names, it leaves the encoder as it is and only logs a warning.
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Accuracy and loss in the run's mixed precision, as they choose the epoch."""
+        self._share_buffers()
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def prediction_step(self, model, inputs: Batch, prediction_loss_only, ignore_keys=None) -> tuple:
+        """The parent's (loss, logits, labels), over as many images at once as fit."""
+
+        def step(part: Batch) -> tuple:
+            transformed = {name: values for name, values in part.items() if name != "images"}
+            transformed["pixel_values"] = channels_last(self.eval_transform(part["images"].to(self.args.device)))
+            loss, logits, labels = super(FinetuningTrainer, self).prediction_step(
+                model, transformed, prediction_loss_only, ignore_keys
+            )
+            # Of several outputs, such as DeiT's, the logits come first.
+            return loss, logits[0] if isinstance(logits, tuple) else logits, labels
+
+        return join_outcomes(*self._run_in_parts(inputs, step))
+
+    def _run_in_parts(self, inputs: Batch, step: Callable) -> tuple[list[int], list]:
+        """(images, outcome) of each part of a batch; the parts shrink until they fit into memory."""
+        while True:
+            try:
+                parts = list(split_batch(inputs, self.eval_limit.images))
+                return [len(part["images"]) for part in parts], [step(part) for part in parts]
+            except RuntimeError as fault:
+                self.eval_limit.halve(fault, self.adapts_to_memory, self.state.global_step)
+            clear_device_cache(garbage_collection=True)
+
+    @torch.no_grad()
+    def predict_logits(
+        self, split: torch.utils.data.Dataset, view: Callable[[torch.Tensor], torch.Tensor] = identity, what: str = ""
+    ) -> np.ndarray:
+        """Logits (N, classes) of a split in fp32, as a plain pipeline computes them; `view` is one of TTA's.
+
+        In bf16 2% of the top labels differ from the pipeline's. accelerate wraps the mixed precision around the
+        instance's forward, so the class's own is called.
         """
-        if self.is_sharded():
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        model = self.accelerator.unwrap_model(self.model if model is None else model)
+        model = self.accelerator.unwrap_model(self.model).to(self.args.device).eval()
+        self._share_buffers()
+
+        def step(part: Batch) -> torch.Tensor:
+            pixel_values = channels_last(self.eval_transform(view(part["images"].to(self.args.device))))
+            return type(model).forward(model, pixel_values=pixel_values)["logits"].float()
+
+        loader = self.get_test_dataloader(split)
+        found = []
+        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+        for batch in tqdm(loader, desc=what or "predicting", leave=False, disable=hidden):
+            _, logits = self._run_in_parts(batch, step)
+            found.append(self.accelerator.gather_for_metrics(torch.cat(logits)).cpu())
+        return torch.cat(found).numpy()
+
+    def _share_buffers(self) -> None:
+        """Batch norms that follow the images have seen others in each process: the first one's count."""
+        if self.args.world_size > 1:
+            broadcast(list(self.model.buffers()))
+
+    # Checkpoints
+
+    def save_model(self, output_dir=None, _internal_call=False) -> None:
+        """Write the weights, and what `saved_beside` names, into a checkpoint, after making room for it."""
+        if output_dir and self.args.should_save:
+            discard_checkpoint(Path(output_dir))  # a part of one, from a run that was killed
+            make_room(Path(self.args.output_dir), checkpoint_bytes(self.model), self.state.best_model_checkpoint)
+        super().save_model(output_dir, _internal_call)
+        if output_dir and self.args.should_save:
+            for name, write in self.saved_beside.items():
+                write(Path(output_dir) / name)
+
+    def _explain_failed_checkpoint(self, fault: Exception) -> None:
+        """Where a checkpoint could not be written: remove the part that was, and raise `UserError`."""
+        out = Path(self.args.output_dir)
+        checkpoint = out / f"checkpoint-{self.state.global_step}"
+        if checkpoint.is_dir() and not is_complete(checkpoint):
+            discard_checkpoint(checkpoint)
+            reason = " ".join(str(fault).split())[:200]
+            raise UserError(
+                f"{checkpoint}: cannot be written ({reason}); fix this, then {describe_resume(out)}"
+            ) from None
+
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the weights at the moment (FSDP, while training lasts)."""
+        return isinstance(self.model, FSDPModule)
+
+    def load_weights(self, folder: Path, model: nn.Module) -> None:
+        """Bring a model to a folder's weights. Raises `UserError` unless every tensor is there and fits."""
+        model = self.accelerator.unwrap_model(model)
         if is_adapted(model):
-            return load_adapters(model, Path(resume_from_checkpoint))
-        if holds_adapters(Path(resume_from_checkpoint)):
-            raise UserError(f"{resume_from_checkpoint}: holds adapters; go on with the --lora_r that made them")
-        model.load_state_dict(load_complete(type(model), Path(resume_from_checkpoint)).state_dict())
-
-    def settle_adapters(self) -> None:
-        """Merge adapters, where there are any, into the plain model that is measured and saved."""
-        model = self.accelerator.unwrap_model(self.model)
-        if not is_adapted(model):
-            return
-        if self.chosen_weights:
-            check_same_adapters(model, self.chosen_weights)
-        self.model = self.model_wrapped = merge_adapters(model)
-
-    def _load_best_model(self):
-        best = Path(self.state.best_model_checkpoint)
-        if not best.is_dir():  # the output folder was moved since
-            best = Path(self.args.output_dir) / best.name
-        self.chosen_weights = best / AVERAGE_FOLDER if self._average_was_better() else best
-        if self.is_sharded():
-            self.load_gathered_model(self.chosen_weights)
+            load_adapters(cast("PeftModel", model), folder)
+        elif holds_adapters(folder):
+            raise UserError(f"{folder}: holds LoRA adapters; set the --lora_r that they were trained with")
         else:
-            self._load_from_checkpoint(str(self.chosen_weights))
-        self.state.best_model_checkpoint = str(best)
+            model.load_state_dict(load_complete(cast(type[PreTrainedModel], type(model)), folder).state_dict())
+
+    def choose_weights(self, folder: Path) -> None:
+        """Let the model end with a folder's weights; a sharded model is gathered from it in every process."""
+        self.chosen_weights = folder
+        if not self.is_sharded():
+            return self.load_weights(folder, self.model)
+        model = load_complete(self.plain_class, folder)
+        self.accelerator.free_memory()
+        nn.Module.to(model, self.args.device)
+        self.model = self.model_wrapped = model
+
+    def merge_lora(self) -> None:
+        """Merge LoRA adapters, where there are any, into the plain model that is measured and saved."""
+        model = self.accelerator.unwrap_model(self.model)
+        if is_adapted(model):
+            if self.chosen_weights:
+                check_same_adapters(model, self.chosen_weights)
+            self.model = self.model_wrapped = merge_adapters(model)
 
 
-def start_training(trainer: FinetuningTrainer, checkpoint: str | None) -> dict[str, float]:
+def run_training(trainer: FinetuningTrainer, checkpoint: str | None) -> dict[str, float]:
     """Train, from a checkpoint if one is given; returns seconds, and images per second, evaluations included."""
     set_seed(trainer.args.seed)
     try:
@@ -296,26 +357,8 @@ def start_training(trainer: FinetuningTrainer, checkpoint: str | None) -> dict[s
         advice = describe_resume(Path(trainer.args.output_dir))
         raise UserError(f"interrupted in epoch {trainer.state.epoch or 0:.2f}; {advice}") from None
     trainer.save_state()
-    trainer.settle_adapters()
+    trainer.merge_lora()
     return {
         "seconds": outcome.metrics["train_runtime"],
         "samples_per_second": outcome.metrics["train_samples_per_second"],
-    }
-
-
-def check_same_weights(folder: Path, checkpoint: Path) -> None:
-    """Refuse a saved model that is not the checkpoint that was chosen, bit for bit, as both lie on the disk."""
-    saved, chosen = (load_file(place / "model.safetensors") for place in (folder, checkpoint))
-    differing = [name for name in chosen if name not in saved or not torch.equal(saved[name], chosen[name])]
-    if differing or saved.keys() != chosen.keys():
-        raise RuntimeError(f"{folder}: differs from {checkpoint}, which was chosen, in {differing or 'its names'}")
-
-
-def logits_to_metrics(outcome: EvalPrediction) -> dict[str, float]:
-    """What chooses the epoch. The parent's own loss would count images twice that fill up the last batch of several
-    processes."""
-    logits, labels = torch.from_numpy(outcome.predictions), torch.from_numpy(outcome.label_ids)
-    return {
-        "accuracy": float((logits.argmax(-1) == labels).double().mean()),
-        "loss": float(F.cross_entropy(logits.float(), labels)),
     }

@@ -1,4 +1,4 @@
-"""What the model sees of a uint8 batch: the evaluation view and random training views, made on the batch's device."""
+"""The evaluation transform, which is the checkpoint's own preprocessing, and test-time augmentation (TTA)."""
 
 from collections.abc import Callable
 
@@ -26,10 +26,13 @@ def resize_as_pil(images: torch.Tensor, size: tuple[int, int], interpolation: st
 
 
 class EvaluationTransform(nn.Module):
-    """(B, 3, H, W) uint8 -> (B, 3, S, S) float32, as the checkpoint's processor would make it.
+    """(B, 3, H, W) uint8 images -> (B, 3, S, S) float32 pixel values, as the checkpoint's processor makes them.
 
     `cropped` says that the images were resized and cropped when they were stored, and need only be normalised.
     """
+
+    scale: torch.Tensor
+    offset: torch.Tensor
 
     def __init__(self, geometry: ImageGeometry, cropped: bool = False):
         super().__init__()
@@ -44,41 +47,42 @@ class EvaluationTransform(nn.Module):
         return images.flip(1) if self.geometry.bgr else images
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if self.cropped and tuple(images.shape[-2:]) == self.geometry.crop:
+        height, width = images.shape[-2:]
+        if self.cropped and (height, width) == self.geometry.crop:
             return self.normalise(images.float())
-        size = self.geometry.crop if self.cropped else self.geometry.resized(*images.shape[-2:])
-        if tuple(images.shape[-2:]) != size:
+        size = self.geometry.crop if self.cropped else self.geometry.resized(height, width)
+        if (height, width) != size:
             images = resize_as_pil(images, size, self.geometry.interpolation)
         top, left = self.geometry.corner(*size)
         images = images[..., top : top + self.geometry.crop[0], left : left + self.geometry.crop[1]]
         return self.normalise(images.float())
 
 
-MARGIN = 1 / 8  # of the side, that zoomed test-time views leave out
+MARGIN = 1 / 8  # of the side, that zoomed TTA leaves out
 
 
-def _window(images: torch.Tensor, top: int, left: int) -> torch.Tensor:
+def _window(images: torch.Tensor, top: float, left: float) -> torch.Tensor:
     """The window of (B, 3, H, W) that leaves out MARGIN of each side, `top` and `left` eighths from the corner."""
     height, width = images.shape[-2:]
     y, x = round(top * height * MARGIN), round(left * width * MARGIN)
     return images[..., y : y + height - round(height * MARGIN), x : x + width - round(width * MARGIN)]
 
 
-# Name -> the further images that are shown to the model in prediction, each (B, 3, H, W) uint8 as the first is.
+# Name of --tta -> the further images whose predictions are averaged, each (B, 3, H, W) uint8 as the first is.
 TTA_TRANSFORMS: dict[str, list[Callable[[torch.Tensor], torch.Tensor]]] = {
     "flip": [lambda images: images.flip(-1)],
     "zoom": [lambda images: _window(images, 0.5, 0.5)],
     "zoom_flip": [lambda images: _window(images, 0.5, 0.5).flip(-1)],
-    "corners": [lambda images, y=y, x=x: _window(images, y, x) for y in (0, 1) for x in (0, 1)],
+    "corners": [lambda images, y=y, x=x: _window(images, y, x) for y in (0, 1) for x in (0, 1)],  # type: ignore[misc]
 }
 
 
-def check_transform(processor: BaseImageProcessor, view: EvaluationTransform) -> None:
-    """Refuse a checkpoint whose processor does more than the view: scores would not be the pipeline's."""
+def check_transform(processor: BaseImageProcessor, transform: EvaluationTransform) -> None:
+    """Refuse a checkpoint whose processor does more than the transform: scores would not be the pipeline's."""
     ramp = np.linspace(0, 255, 72 * 72 * 3).reshape(72, 72, 3).astype(np.uint8)
     ramp[20:50, 10:40, 0] = 255 - ramp[20:50, 10:40, 0]
     expected = processor(Image.fromarray(ramp), return_tensors="pt")["pixel_values"]
-    ours = view(torch.from_numpy(ramp).permute(2, 0, 1)[None])
+    ours = transform(torch.from_numpy(ramp).permute(2, 0, 1)[None])
     # One grey level is about 0.02 after normalisation.
     if expected.shape != ours.shape or (expected - ours).abs().max() > 0.05:
         raise UserError(

@@ -1,0 +1,193 @@
+"""Recipes and flags: types, bounds, names and the help."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from transfer.cli import ALIASES, USAGE, parse_command_line
+from transfer.config import (
+    TOPICS,
+    TTA_NAMES,
+    FinetuningArguments,
+    RunArguments,
+    card_names,
+    check_bounds,
+    known_names,
+    listed_fields,
+    option_of,
+)
+from transfer.errors import UserError
+from transfer.transforms.evaluation import TTA_TRANSFORMS
+
+FIELDS = {f.name: f for group in (RunArguments, FinetuningArguments) for f in dataclasses.fields(group)}
+
+
+@pytest.fixture
+def parse(tmp_path):
+    """parse(recipe's text, *flags): the arguments of the run and of the Trainer."""
+
+    def read(text: str, *flags: str):
+        recipe = tmp_path / "mine.yaml"
+        recipe.write_text(text)
+        return parse_command_line([str(recipe), *flags])[:2]
+
+    return read
+
+
+def test_values_of_a_recipe_get_the_types_that_flags_have(parse):
+    run, args = parse(
+        "data_dir: sample\n"
+        "seeds: [0, 1]\n"
+        "learning_rate: 1e-3\n"  # yaml reads it as text
+        "num_train_epochs: 2\n"
+        "layer_decay: 1\n"
+        "linear_probe: true\n"
+        "model_revision: 17\n"
+        "tta: flip\n"
+        "lr_scheduler_kwargs: {num_cycles: 2}\n"
+        "search_space: {learning_rate: [1.0e-3, 1.0e-4]}\n"
+    )
+    assert run.seeds == [0, 1] and run.tta == ["flip"] and run.model_revision == "17"
+    numbers = [args.learning_rate, args.num_train_epochs, run.layer_decay]
+    assert numbers == [1e-3, 2.0, 1.0] and all(isinstance(number, float) for number in numbers)
+    assert run.linear_probe is True and args.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert json.loads(run.search_space) == {"learning_rate": [1e-3, 1e-4]}
+
+
+def test_null_in_a_recipe_means_the_default(parse):
+    run, args = parse("data_dir: sample\nlayer_decay: null\nseeds:\noutput_dir: null\n")
+    assert (run.layer_decay, run.seeds, args.output_dir) == (0.85, None, "outputs/mine")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: many", "seed: invalid int value: 'many'"),
+        ("seed: 1.5", "seed: invalid int value: '1.5'"),
+        ("seeds: [0, one]", "seeds: invalid int value: 'one'"),
+        ("learning_rate: fast", "learning_rate: invalid float value: 'fast'"),
+        ("linear_probe: maybe", "linear_probe: Truthy value expected: got maybe"),
+        ("data_dir: [a, b]", "data_dir takes one value, not a list"),
+        ("hub_strategy: never", "hub_strategy: 'never' is not one of end, every_save"),
+        ("lr: 1", "unknown argument 'lr'; did you mean learning_rate?"),
+    ],
+)
+def test_a_recipes_value_of_the_wrong_type_is_refused_by_file_and_name(parse, text, message):
+    with pytest.raises(UserError, match=r"mine\.yaml: ") as refused:
+        parse(f"{text}\n")
+    assert message in str(refused.value)
+
+
+def test_flags_override_a_recipe_whatever_its_values_are(parse):
+    recipe = "data_dir: sample\nseeds: [1, 2]\nlinear_probe: true\nmin_crop_scale: 0.5\n"
+    run, args = parse(
+        recipe, "--seeds", "3", "4", "5", "--linear_probe", "false", "--min_crop_scale=0.6", "--seed", "9"
+    )
+    assert (run.seeds, run.linear_probe, run.min_crop_scale, args.seed) == ([3, 4, 5], False, 0.6, 9)
+
+
+@pytest.mark.parametrize("flag", [["--do_train", "false"], ["--do_train=False"], ["--do-train", "0"]])
+def test_without_training_a_recipes_arguments_of_training_alone_are_ignored(parse, flag):
+    text = "data_dir: sample\nkfold: 3\nfold: 1\nmax_minutes: 5\nresume_from_checkpoint: true\n"
+    run, args = parse(text, *flag)
+    assert (run.kfold, run.fold, run.max_minutes, args.resume_from_checkpoint) == (None, None, None, None)
+    assert parse(text)[0].kfold == 3
+    with pytest.raises(UserError, match="--kfold repeats the training"):
+        parse(text, *flag, "--kfold", "3")
+
+
+def test_dashes_in_flags_are_accepted(parse):
+    run, args = parse("data_dir: nowhere\n", "--learning-rate", "1e-2", "--data-dir=sample")
+    assert (args.learning_rate, run.data_dir) == (1e-2, "sample")
+    with pytest.raises(UserError, match="tokens do not belong on a command line"):
+        parse("data_dir: sample\n", "--hub-token", "x")
+
+
+@pytest.mark.parametrize(
+    ("flag", "names"),
+    [
+        ("--lr", "learning_rate"),
+        ("--epochs", "num_train_epochs"),
+        ("--batch_size", "per_device_train_batch_size"),
+        ("--batch-size", "per_device_train_batch_size"),
+        ("--wd", "weight_decay"),
+        ("--model", "model_name_or_path"),
+        ("--data", "data_dir"),
+        ("--dataset", "data_dir or dataset_name"),
+        ("--size=224", "image_size"),
+        ("--lerning_rate", "learning_rate"),
+    ],
+)
+def test_other_names_of_an_argument_point_to_it(parse, flag, names):
+    with pytest.raises(UserError, match=rf"command line: unknown argument '\w+'; did you mean {names}( or |\?)"):
+        parse("data_dir: sample\n", flag, "1")
+
+
+def test_every_alias_belongs_to_an_argument_and_is_none_itself():
+    assert set(ALIASES) <= set(known_names())
+    assert not {alias for others in ALIASES.values() for alias in others.split()} & set(known_names())
+
+
+def bounds():
+    """(name, a value just outside, the bound in words) for every bound of every argument."""
+    for name, field in FIELDS.items():
+        for kind, step in {"at_least": -1, "above": 0, "at_most": 1, "below": 0}.items():
+            if (bound := getattr(option_of(field), kind)) is not None:
+                yield name, bound + step, f"{kind.replace('_', ' ')} {bound}"
+
+
+@pytest.mark.parametrize(("name", "value", "words"), list(bounds()), ids=lambda value: str(value).replace(" ", "-"))
+def test_a_number_outside_its_bounds_is_refused_with_its_flag(name, value, words):
+    group = RunArguments() if name in RunArguments.__annotations__ else FinetuningArguments(output_dir="outputs")
+    setattr(group, name, [value] if isinstance(getattr(group, name), list) else value)
+    with pytest.raises(UserError, match=rf"^--{name} {value}: must be .*{words}"):
+        check_bounds(group)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_is_refused(value):
+    with pytest.raises(UserError, match=f"--mixup_alpha {value}: must be at least 0"):
+        check_bounds(RunArguments(mixup_alpha=value))
+
+
+def test_defaults_are_within_their_bounds():
+    check_bounds(RunArguments(), FinetuningArguments(output_dir="outputs"))
+
+
+def test_help_lists_every_own_argument_once_under_its_topic(capsys):
+    with pytest.raises(SystemExit):
+        parse_command_line(["--help"])
+    text = capsys.readouterr().out
+    listed = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
+    assert len(listed) == len(set(listed)) == len(listed_fields())
+    assert {f"--{field.name}" for field in dataclasses.fields(RunArguments)} <= set(listed)
+    headings = [line[:-1] for line in text.splitlines() if line.endswith(":") and line[:-1] in TOPICS]
+    assert headings == list(TOPICS)
+    assert all(max(map(len, paragraph.splitlines())) <= 104 for paragraph in text.replace(USAGE, "").split("\n\n"))
+
+
+def test_every_listed_argument_has_a_help_text_that_is_a_sentence():
+    for field in listed_fields():
+        text = field.metadata["help"]
+        assert text[0].isupper() or text.startswith("`"), field.name
+        assert text.endswith((".", "].")) and "\n" not in text, field.name
+
+
+def test_the_names_of_the_test_time_augmentations_are_those_of_their_transforms():
+    assert list(TTA_TRANSFORMS) == list(TTA_NAMES)
+
+
+def test_the_card_lists_settings_from_the_image_to_the_split_and_then_ingredients():
+    settings, ingredients = card_names("setting"), card_names("ingredient")
+    assert settings[:4] == ["image_size", "train_image_size", "min_crop_scale", "head_warm_start"]
+    assert settings[-4:] == ["seeds", "kfold", "split_seed", "validation_fraction"]
+    assert ingredients[0] == "freeze_layers" and ingredients[-1] == "tta"
+    assert not set(settings) & set(ingredients)
+
+
+def test_arguments_are_defined_in_the_order_of_their_topics():
+    for group in (RunArguments, FinetuningArguments):
+        topics = [option_of(FIELDS[name]).topic for name in group.__annotations__ if option_of(FIELDS[name]).topic]
+        assert [TOPICS.index(topic) for topic in topics] == sorted(TOPICS.index(topic) for topic in topics)
