@@ -1,6 +1,6 @@
-"""Load a data set, from its folder or zip to a checked DatasetDict; as a command, check it and print what was found.
+"""Load a dataset, from its folder or zip to a checked DatasetDict; as a command, check it and print what was found.
 
-    python data_loading.py PATH [--classes_file FILE]   # exit code 2 if the data set cannot be used
+    python data_loading.py PATH [--classes_file FILE]   # exit code 2 if the dataset cannot be used
     python data_loading.py make-100 SRC DEST            # build tiny-imagenet-100 from Tiny ImageNet-200
 
 `load_dataset("imagefolder")` would lose the labels: it takes the name of an image's own folder, which is always
@@ -39,7 +39,7 @@ from transfer.data.splits import split_fold, split_validation, take_evenly
 from transfer.data.tiny_imagenet import make_100, sample_data
 from transfer.errors import UserError, exits_cleanly
 
-# From a path to the files of a data set
+# From a path to the files of a dataset
 
 
 def open_test(root: Path, template_path: Path | None, ignored: Counter[str]) -> tuple[list[str], list[str]]:
@@ -49,13 +49,13 @@ def open_test(root: Path, template_path: Path | None, ignored: Counter[str]) -> 
         return files, name_test_images(root, files)
     template = read_template(template_path)
     ids = name_test_images(root, files, set(template.iloc[:, 0]))
-    # A later year's template lacked rows that its grader wanted; the competition's, beside wnids.txt, is complete.
+    # The template of a later year lacked rows that its grader wanted; the competition's is complete.
     check_template(template, ids, template_path, may_be_short=not (root / WNIDS_NAME).is_file())
     return files, ids
 
 
 def open_folder(path: Path, classes_file: Path | None = None) -> DatasetFiles:
-    """Recognise and check a data set's folder. Only names are read: images are checked when they are decoded.
+    """Recognise and check a dataset's folder. Only names are read: images are checked when they are decoded.
 
     Raises `UserError`.
     """
@@ -92,7 +92,7 @@ def open_folder(path: Path, classes_file: Path | None = None) -> DatasetFiles:
 
 
 def open_data(data_dir: str, classes_file: str | None = None) -> DatasetFiles:
-    """Recognise and check the data set of `--data_dir`: a folder, a zip as downloaded, or `sample`.
+    """Recognise and check the dataset of `--data_dir`: a folder, a zip as downloaded, or `sample`.
 
     `classes_file` lists the classes to use, one per line, in label order. Raises `UserError`.
     """
@@ -101,6 +101,13 @@ def open_data(data_dir: str, classes_file: str | None = None) -> DatasetFiles:
         return open_folder(sample_data(), chosen)
     path = Path(data_dir).expanduser()
     return open_folder(extract_zip(path) if path.is_file() else path, chosen)
+
+
+def find_data(run: RunArguments) -> DatasetFiles:
+    """Recognise and check the dataset of `--data_dir` or `--dataset_name`. Raises `UserError`."""
+    if run.dataset_name:
+        return open_hub_data(run.dataset_name, run.dataset_config_name, run.label_column_name)
+    return open_data(run.data_dir or "", run.classes_file)
 
 
 # From the files to a DatasetDict
@@ -117,7 +124,7 @@ def draw_splits(
     files, labels = data.train_files, data.train_labels
     held_out: list[int] = []
     if fold and data.validation_files:
-        raise UserError("--kfold: this data set has its own validation images, on which every run is measured")
+        raise UserError("--kfold: this dataset has its own validation images, on which every run is measured")
     if fold:
         train, held_out = split_fold(files, labels, *fold, split_seed)
     elif data.validation_files:
@@ -164,25 +171,13 @@ def load_dataset(
     return splits
 
 
-def find_data(run: RunArguments) -> DatasetFiles:
-    """The data set that `--data_dir` or `--dataset_name` names, its layout understood. Raises `UserError`."""
-    if run.dataset_name:
-        return open_hub_data(run.dataset_name, run.dataset_config_name, run.label_column_name)
-    return open_data(run.data_dir or "", run.classes_file)
-
-
 def split_data(run: RunArguments, data: DatasetFiles) -> datasets.DatasetDict:
-    """Train, validation and test images of a run, or of one fold of it."""
+    """Load the files as a DatasetDict, split as the arguments say: for one fold, or for the whole run."""
     fold = (run.fold, run.kfold) if run.fold and run.kfold else None
     return load_dataset(data, run.validation_fraction, run.split_seed, run.max_train_samples, fold)
 
 
-def describe_splits(dataset: datasets.DatasetDict) -> str:
-    """How many images each split has."""
-    return ", ".join(f"{name} {len(split)}" for name, split in dataset.items())
-
-
-# What is printed about a data set
+# What is printed about a dataset
 
 
 def folder_patterns(data: DatasetFiles) -> list[str]:
@@ -231,7 +226,7 @@ def _describe_template(data: DatasetFiles) -> str:
 
 
 def describe_layout(data: DatasetFiles) -> list[str]:
-    """What file names tell about a data set, as lines to print."""
+    """What file names tell about a dataset, as lines to print."""
     kind = f"{data.kind}: " if data.kind else ""
     named = zip(data.class_ids, data.class_names, strict=True)
     labels = [
@@ -239,7 +234,7 @@ def describe_layout(data: DatasetFiles) -> list[str]:
     ]
     ignored = ", ".join(f"{count} {name}" for name, count in sorted(data.ignored.items())) or "nothing"
     return [
-        f"data set    {data.root}",
+        f"dataset     {data.root}",
         f"layout      {kind}{', '.join(folder_patterns(data))}, labels from {data.label_order}",
         f"classes     {_describe_classes(data)}",
         f"labels      {', '.join(labels[:3])} ...",
@@ -247,6 +242,11 @@ def describe_layout(data: DatasetFiles) -> list[str]:
         f"ignored     {ignored}",
         f"template    {_describe_template(data)}",
     ]
+
+
+def describe_splits(dataset: datasets.DatasetDict) -> str:
+    """The number of images of each split."""
+    return ", ".join(f"{name} {len(split)}" for name, split in dataset.items())
 
 
 def describe_duplicates(digests: dict[str, str], data: DatasetFiles) -> str:
@@ -285,18 +285,18 @@ def check_data(data_dir: str, classes_file: str | None = None) -> None:
     data = open_data(data_dir, classes_file)
     for line in describe_layout(data) + describe_images(data):
         print(line)
-    print("ok          this data set can be used")
+    print("ok          this dataset can be used")
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check a data set and print what was found, or build tiny-imagenet-100."""
+    """Check a dataset and print what was found, or build tiny-imagenet-100."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["make-100"] and len(argv) == 3:
         print(f"written     {make_100(open_data(argv[1]), Path(argv[2]).expanduser())}")
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", metavar="PATH", help="the data set's folder or zip, or `sample`")
+    parser.add_argument("path", metavar="PATH", help="the dataset's folder or zip, or `sample`")
     parser.add_argument("--classes_file", metavar="FILE", help="use only these classes, one per line in label order")
     options = parser.parse_args(argv)
     check_data(options.path, options.classes_file)

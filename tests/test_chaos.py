@@ -1,4 +1,4 @@
-"""A short run of benchmarks/chaos.py: data sets that are damaged at random."""
+"""A short run of benchmarks/chaos.py: datasets that are damaged at random."""
 
 import importlib.util
 import random

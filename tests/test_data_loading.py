@@ -160,7 +160,7 @@ def test_a_faulty_data_set_is_refused_with_its_fault(spoil, message, data, capsy
 def test_a_folder_that_is_something_else_is_refused_with_what_was_expected(tmp_path):
     (tmp_path / "holiday").mkdir()
     with pytest.raises(
-        UserError, match=r"holiday: is not a data set of a known layout; expected wnids.txt, train/<wnid>/images"
+        UserError, match=r"holiday: is not a dataset of a known layout; expected wnids.txt, train/<wnid>/images"
     ):
         open_data(str(tmp_path / "holiday"))
 
@@ -169,7 +169,7 @@ def test_two_data_sets_in_one_folder_must_be_told_apart(tmp_path):
     for name in ("a", "b"):
         write_data_set(tmp_path / name, per_class=2, test_images=1).rename(tmp_path / name / "set")
         (tmp_path / name / "set").rename(tmp_path / f"{name}-set")
-    with pytest.raises(UserError, match="holds several data sets"):
+    with pytest.raises(UserError, match="holds several datasets"):
         open_data(str(tmp_path))
 
 

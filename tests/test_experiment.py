@@ -294,5 +294,5 @@ def test_data_with_validation_images_of_their_own_are_not_folded(pristine_data):
 
     folder = open_data(str(pristine_data))
     published = dataclasses.replace(folder, validation_files=folder.train_files[:4], validation_labels=[0, 1, 2, 3])
-    with pytest.raises(UserError, match="--kfold: this data set has its own validation images"):
+    with pytest.raises(UserError, match="--kfold: this dataset has its own validation images"):
         load_dataset(published, fold=(1, 3))

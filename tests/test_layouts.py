@@ -77,7 +77,7 @@ def write_class_folders(root: Path) -> Path:
 
 
 def make_hub_splits(names=("red", "green", "blue")) -> datasets.DatasetDict:
-    """A Hub data set whose ClassLabel is not sorted, with another ClassLabel beside it."""
+    """A Hub dataset whose ClassLabel is not sorted, with another ClassLabel beside it."""
     features = datasets.Features(
         img=datasets.Image(),
         fine=datasets.ClassLabel(names=list(names)),
@@ -162,7 +162,7 @@ def test_make_100_builds_the_competitions_data_set(tmp_path, monkeypatch, capsys
 def test_make_100_refuses_what_it_cannot_use_and_leaves_nothing(tmp_path, pristine_data, monkeypatch, capsys):
     for source, message in (
         (pristine_data, "is not Tiny ImageNet-200 as published"),
-        (tmp_path, "is not a data set of a known layout"),
+        (tmp_path, "is not a dataset of a known layout"),
     ):
         with pytest.raises(SystemExit):
             main(["make-100", str(source), str(tmp_path / "made")])
@@ -275,7 +275,7 @@ def test_validation_images_that_are_also_in_train_are_reported(tmp_path, capsys)
     assert "1 validation images also in train" in capsys.readouterr().out
 
 
-# a Hub data set
+# a Hub dataset
 
 
 @pytest.fixture
@@ -414,7 +414,10 @@ def test_a_missing_hub_data_set_is_one_line(monkeypatch):
     [
         (["--data_dir", "a", "--dataset_name", "b"], "--dataset_name and --data_dir do not go together"),
         (["--dataset_name", "b", "--classes_file", "c"], "--dataset_name and --classes_file do not go together"),
-        (["--data_dir", "a", "--label_column_name", "b"], "--label_column_name needs --dataset_name, which is missing"),
+        (
+            ["--data_dir", "a", "--label_column_name", "b"],
+            "--label_column_name needs --dataset_name, which is missing",
+        ),
     ],
 )
 def test_arguments_of_two_sources_do_not_mix(words, message, tmp_path, capsys):

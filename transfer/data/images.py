@@ -82,7 +82,7 @@ class ImageRecord:
 def decode(content: bytes) -> Image.Image:
     """Decode the bytes of an image file completely, in its own mode. Raises whatever the decoder raises."""
     with warnings.catch_warnings():
-        # PIL only warns about images of one to two times its limit; in a data set that size is a mistake.
+        # PIL only warns about images of one to two times its limit; in a dataset that size is a mistake.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(io.BytesIO(content))
         ImageOps.exif_transpose(image, in_place=True)  # upright, as people see it; a copy would take a third longer
@@ -288,7 +288,7 @@ def open_pixel_store(
 
 
 class PixelDataset(torch.utils.data.Dataset):
-    """One split of the data set over a pixel store; a whole batch is gathered at once.
+    """One split of the dataset over a pixel store; a whole batch is gathered at once.
 
     `__getitems__` gives {"images": (B, 3, H, W) uint8} and, where the split has labels, "labels": (B,) int64.
     """

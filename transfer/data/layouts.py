@@ -1,4 +1,4 @@
-"""The layout of a data set on disk: find its root, recognise its folders and list its image files.
+"""The layout of a dataset on disk: find its root, recognise its folders and list its image files.
 
 docs/data.md describes the layouts. Every listing is sorted, so that two machines see the same files in the same order.
 """
@@ -24,7 +24,7 @@ NATURAL_ORDER = "folder names, numbers as numbers"  # a label order; the others 
 
 @dataclass(frozen=True)
 class DatasetFiles:
-    """A data set whose layout was recognised; image files are relative to `root`, with forward slashes."""
+    """A dataset whose layout was recognised; image files are relative to `root`, with forward slashes."""
 
     kind: str  # name of the layout; empty for the competition's own
     root: Path
@@ -87,24 +87,22 @@ def list_folder(folder: Path) -> tuple[list[str], list[str]]:
     return sorted(n for n, is_dir in kinds if not is_dir), sorted(n for n, is_dir in kinds if is_dir)
 
 
-# The data set's root
+# The dataset's root
 
 
 def find_root(path: Path) -> Path:
-    """The root of the data set at `path`: the folder itself, or the one folder in it that looks like a data set."""
+    """The root of the dataset at `path`: the folder itself, or the one folder in it that looks like a dataset."""
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder or zip; --data_dir takes the data set's folder, its zip, or `sample`")
+        raise UserError(f"{path}: no such folder or zip; --data_dir takes the dataset's folder, its zip, or `sample`")
     _, folders = list_folder(path)
     candidates = [path, *(path / name for name in folders if not name.startswith((".", "__")))]
     for marks in ((WNIDS_NAME, "train"), (WNIDS_NAME,), ("train", "test"), ("train",)):
         found = [folder for folder in candidates if all((folder / mark).exists() for mark in marks)]
         if len(found) > 1 and path not in found:
-            raise UserError(
-                f"{path}: holds several data sets ({', '.join(f.name for f in found)}); choose one of them"
-            )
+            raise UserError(f"{path}: holds several datasets ({', '.join(f.name for f in found)}); choose one of them")
         if found:
             return path if path in found else found[0]
-    raise UserError(f"{path}: is not a data set of a known layout; expected {EXPECTED}, {ALSO_EXPECTED}")
+    raise UserError(f"{path}: is not a dataset of a known layout; expected {EXPECTED}, {ALSO_EXPECTED}")
 
 
 def find_template(root: Path) -> Path | None:
@@ -120,7 +118,7 @@ def find_template(root: Path) -> Path | None:
 
 
 def name_layout(root: Path, class_ids: Sequence[str]) -> str:
-    """The name of a data set's layout; empty for the competition's own."""
+    """The name of a dataset's layout; empty for the competition's own."""
     if (root / WNIDS_NAME).is_file():
         return "Tiny ImageNet as published" if (root / "val" / ANNOTATIONS_NAME).is_file() else ""
     return "numbered class folders" if all(class_id.isdecimal() for class_id in class_ids) else "class folders"

@@ -1,4 +1,4 @@
-"""Sources of a data set besides a folder: a zip as downloaded, or a Hub data set, made into a folder of image files.
+"""Sources of a dataset besides a folder: a zip as downloaded, or a Hub dataset, made into a folder of image files.
 
 Both folders lie in the datasets cache, which HF_DATASETS_CACHE moves. They are built once per content, atomically.
 """
@@ -131,16 +131,16 @@ def extract_zip(zip_path: Path, cache_dir: Path | None = None) -> Path:
     return build_folder_once(cache_dir / f"{zip_path.stem}-{_content_key(members)}", build, "HF_DATASETS_CACHE")
 
 
-# A Hub data set
+# A Hub dataset
 
-# The names that Hub data sets give to their splits, the usual one first.
+# The names that Hub datasets give to their splits, the usual one first.
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 LOADING_FAULTS = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
 
 
 def load_splits(name: str, config_name: str | None) -> datasets.DatasetDict:
-    """All splits of a Hub data set, of a folder that `load_dataset` understands, or of one made by `save_to_disk`.
+    """All splits of a Hub dataset, of a folder that `load_dataset` understands, or of one made by `save_to_disk`.
 
     Every split is memory-mapped from Arrow files, never held in memory. Raises `UserError`.
     """
@@ -239,11 +239,11 @@ def _write_splits(folder: Path, name: str, splits: dict[str, datasets.Dataset], 
 def _splits_key(splits: dict[str, datasets.Dataset], column: str) -> str:
     """Hash of the image column's name and of the name, size and modification time of every split's Arrow files.
 
-    `datasets` names the files of a changed data set differently, and `save_to_disk` writes its files anew.
+    `datasets` names the files of a changed dataset differently, and `save_to_disk` writes its files anew.
     """
     lines = [column]
     for split, rows in splits.items():
-        assert rows.cache_files or not len(rows)  # else two data sets could share a key: see load_splits
+        assert rows.cache_files or not len(rows)  # else two datasets could share a key: see load_splits
         lines.append(f"{split} {len(rows)}")
         for file in rows.cache_files:
             status = Path(file["filename"]).stat()
@@ -262,7 +262,7 @@ def copy_images(name: str, splits: dict[str, datasets.Dataset], column: str) -> 
 
 
 def open_hub_data(name: str, config_name: str | None = None, label_column: str | None = None) -> DatasetFiles:
-    """Understand the data set of `--dataset_name`; its images are copied to files, byte for byte.
+    """Understand the dataset of `--dataset_name`; its images are copied to files, byte for byte.
 
     The columns are found by their feature types, Image and ClassLabel, and the labels are those of the ClassLabel.
     Test images are named by their row number; test labels are not read. Raises `UserError`.
@@ -277,7 +277,7 @@ def open_hub_data(name: str, config_name: str | None = None, label_column: str |
     files = {split: sorted(list_images(root, split, ignored), key=natural_key) for split in splits}
     class_ids, test_files = features[label].names, files.get("test", [])
     return DatasetFiles(
-        kind=f"Hub data set {name}, column {image}",
+        kind=f"Hub dataset {name}, column {image}",
         root=root,
         class_ids=class_ids,
         synonyms=list(class_ids),

@@ -82,7 +82,7 @@ def take_evenly(positions: Sequence[int], files: Sequence[str], labels: Sequence
 
 
 def split_fingerprint(dataset: datasets.DatasetDict) -> str:
-    """Hash of which files are in which split, whatever folder they lie in."""
+    """Hash of the file names in each split; the same wherever the dataset lies."""
     digest = hashlib.sha256()
     for name in ("train", "validation", "test"):
         if name in dataset:

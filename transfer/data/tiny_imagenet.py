@@ -198,7 +198,7 @@ def draw_image(shape: str, pattern: str, rng: np.random.Generator) -> tuple[Imag
     return image.convert("L") if rng.random() < GREYSCALE_SHARE else image, box
 
 
-# The sample data set
+# The sample dataset
 
 TRAIN, TEST, LAYOUT = range(3)  # the random streams of one seed
 
