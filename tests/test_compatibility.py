@@ -12,9 +12,15 @@ from transfer import compatibility
 from transfer.compatibility import CALLED, OVERRIDDEN, TESTED, check_libraries
 from transfer.errors import UserError
 from transfer.evaluation import metrics
+from transfer.runs import search, timing  # noqa: F401  their callbacks are looked at below
+from transfer.training import averaging  # noqa: F401
 from transfer.training.trainer import FinetuningTrainer
 
-PARENTS = {"transformers:Trainer": transformers.Trainer, "evaluate:Metric": evaluate.Metric}
+PARENTS = {
+    "transformers:Trainer": transformers.Trainer,
+    "evaluate:Metric": evaluate.Metric,
+    "transformers:TrainerCallback": transformers.TrainerCallback,
+}
 
 
 def test_the_installed_libraries_fit():
@@ -67,6 +73,13 @@ def test_every_method_of_ours_that_hides_a_parents_is_listed(ours, name):
     parent = PARENTS[name]
     hides = {method for method in vars(ours) if callable(getattr(ours, method)) and hasattr(parent, method)}
     assert {method for method in hides if not method.startswith("__")} == set(OVERRIDDEN[name])
+
+
+def test_every_hook_of_our_callbacks_is_listed_and_exists():
+    ours = [kind for kind in transformers.TrainerCallback.__subclasses__() if kind.__module__.startswith("transfer.")]
+    assert len(ours) >= 7  # of checkpoints, averaging, timing, search and the Trainer
+    hooks = {name for kind in ours for name in vars(kind) if name.startswith("on_")}
+    assert hooks == set(OVERRIDDEN["transformers:TrainerCallback"])
 
 
 def test_no_other_private_name_of_a_library_is_used():

@@ -71,7 +71,7 @@ def test_other_convolutions_are_not_changed():
         nn.Conv2d(6, 6, 4, groups=6, padding="same"),
     ]
     assert use_fast_depthwise(nn.Sequential(*others)) == 0
-    assert all(type(module) is nn.Conv2d for module in others)
+    assert not any("forward" in vars(module) for module in others)
 
 
 def test_frozen_kernels_get_no_gradient():
@@ -95,7 +95,5 @@ def test_a_model_with_fast_convolutions_is_saved_and_copied_unchanged(tmp_path):
     reloaded = ConvNextForImageClassification.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert all(torch.equal(m(images).logits, before) for m in (model, copy.deepcopy(model), reloaded))
-    copied = copy.deepcopy(model)
-    for original, own in zip(model.modules(), copied.modules(), strict=True):  # a copy uses its own weights
-        if "forward" in vars(original):
-            assert own.forward.__self__ is own
+    replaced = [module for module in copy.deepcopy(model).modules() if "forward" in vars(module)]
+    assert len(replaced) == 2 and all(module.forward.__self__ is module for module in replaced)  # its own weights

@@ -130,6 +130,7 @@ def test_stored_pixels_equal_pils_decoding_byte_for_byte(pristine_data, tmp_path
     store = open_store(folder, tmp_path)
     split = load_dataset(folder)["validation"]
     dataset = PixelDataset(store, split)
+    assert isinstance(dataset.pixels, np.memmap)  # so that memory does not grow with the number of images
     batch = dataset.__getitems__(range(len(split)))
     assert batch["images"].dtype == torch.uint8 and batch["labels"].tolist() == split["label"]
     for file, values in zip(split["file"], batch["images"], strict=True):

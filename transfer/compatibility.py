@@ -27,6 +27,20 @@ OVERRIDDEN: dict[str, dict[str, tuple[str, ...]]] = {
         "_get_grad_norm": ("model", "grad_norm"),
     },
     "evaluate:Metric": {"_info": (), "_compute": ()},  # both are meant to be overridden
+    # The hooks of the callbacks: without on_train_end, a run would end with the last epoch instead of the best.
+    "transformers:TrainerCallback": dict.fromkeys(
+        (
+            "on_train_begin",
+            "on_train_end",
+            "on_epoch_end",
+            "on_step_begin",
+            "on_step_end",
+            "on_evaluate",
+            "on_save",
+            "on_log",
+        ),
+        ("args", "state", "control"),
+    ),
 }
 
 # Private function that we call -> its parameters. Where torch emulates bf16 on a CPU, fp32 is faster.
