@@ -28,5 +28,5 @@ class RunContext:
 
     @property
     def views(self) -> int:
-        """How often the final prediction shows each image to the model, at most."""
+        """At most how often the final prediction passes each image through the model."""
         return 1 + sum(len(TTA_TRANSFORMS[name]) for name in self.run.tta)

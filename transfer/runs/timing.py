@@ -298,7 +298,7 @@ class TimeBudget(TrainerCallback):
         return steps_that_fit(self.seconds_left(), remaining, step, self.pause, until_pause, interval)
 
     def _move_schedule(self, schedule: LambdaLR, fit: int, state) -> None:
-        """Make the step that the Trainer has just taken in the schedule as long as the time left asks for."""
+        """Replace the schedule step that the Trainer has just taken by one that fits the time left."""
         before = schedule.last_epoch - 1
         stride = (state.max_steps - before) / (fit + 1)
         if not math.isclose(stride, 1):

@@ -21,7 +21,7 @@ AVERAGE_FOLDER = "average"  # in a checkpoint
 def _warming_average(decay: float) -> Callable:
     """multi_avg_fn of `AveragedModel`: after n updates at most n / (n + 9) of the average is kept.
 
-    The average so forgets where it started however short the training is (as in TensorFlow's and timm's).
+    So the average forgets the initial weights even in a short training, as in TensorFlow and timm.
     """
 
     @torch.no_grad()
@@ -56,7 +56,7 @@ def weights_of(source: nn.Module, model: nn.Module) -> Iterator[None]:
 class WeightAveraging(TrainerCallback):
     """Updates the average every step, evaluates it beside the weights and saves it with every checkpoint.
 
-    An evaluation counts by the better of the two, and training ends with the better of the two.
+    An epoch is judged by the better of the two, and training ends with the better of the two.
     """
 
     def __init__(self, trainer: FinetuningTrainer, decay: float):

@@ -50,9 +50,9 @@ def _features_key(model: PreTrainedModel, store: PixelStore, rule: str, files: S
 def extract_features(
     trainer: FinetuningTrainer, store: PixelStore, split: datasets.Dataset, rule: str
 ) -> torch.Tensor:
-    """(N, D) float32 features of the evaluation view, computed once and kept in the datasets cache.
+    """(N, D) float32 features under the evaluation transform, computed once and kept in the datasets cache.
 
-    `rule` names the view. In the run's mixed precision, as in training. Each machine keeps its own.
+    `rule` is the transform in words. Computed in the run's mixed precision, as in training; each machine has its own.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     key = _features_key(model, store, f"{rule} {trainer.accelerator.mixed_precision}", split["file"][:])

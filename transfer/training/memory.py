@@ -26,7 +26,7 @@ def split_batch(batch: Batch, limit: int | None) -> Iterator[Batch]:
 
 
 def join_outcomes(counts: Sequence[int], outcomes: Sequence[tuple]) -> tuple:
-    """One (loss, logits, labels) of several, each of so many images."""
+    """Join the (loss, logits, labels) of the parts of a batch; `counts` are their numbers of images."""
     if len(outcomes) == 1:
         return outcomes[0]
     losses, logits, labels = zip(*outcomes, strict=True)

@@ -43,14 +43,12 @@ from transfer.training.checkpoints import (
     is_complete,
     make_room,
 )
-from transfer.training.memory import BatchLimit, get_random_state, join_outcomes, set_random_state, split_batch
+from transfer.training.memory import Batch, BatchLimit, get_random_state, join_outcomes, set_random_state, split_batch
 from transfer.transforms.evaluation import EvaluationTransform
 from transfer.transforms.training import seeded_generator
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-Batch = dict[str, torch.Tensor]
 
 
 def logits_to_metrics(outcome: EvalPrediction) -> dict[str, float]:
@@ -288,7 +286,7 @@ class FinetuningTrainer(Trainer):
         return torch.cat(found).numpy()
 
     def _share_buffers(self) -> None:
-        """Batch norms that follow the images have seen others in each process: the first one's count."""
+        """Copy the first process's buffers to the others: running batch norm statistics differ between processes."""
         if self.args.world_size > 1:
             broadcast(list(self.model.buffers()))
 
