@@ -244,11 +244,6 @@ def describe_layout(data: DatasetFiles) -> list[str]:
     ]
 
 
-def describe_splits(dataset: datasets.DatasetDict) -> str:
-    """The number of images of each split."""
-    return ", ".join(f"{name} {len(split)}" for name, split in dataset.items())
-
-
 def describe_duplicates(digests: dict[str, str], data: DatasetFiles) -> str:
     """How many images repeat another one byte for byte, within train and between train and the other splits."""
     train = {digests[file] for file in data.train_files}

@@ -17,6 +17,7 @@ import data_loading
 from transfer.cli import parse_command_line
 from transfer.config import FinetuningArguments, describe_arguments
 from transfer.data.images import PixelDataset
+from transfer.data.splits import describe_splits
 from transfer.errors import exits_cleanly
 from transfer.evaluation.metrics import RunMetrics, describe_metrics
 from transfer.models.build import Classifier, prepare_model
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
     say(*data_loading.describe_layout(data))
     dataset = data_loading.split_data(run, data)
     if not run.kfold or run.fold:  # else each fold has its own
-        say(f"splits      {data_loading.describe_splits(dataset)}")
+        say(f"splits      {describe_splits(dataset)}")
     ends_by = started + 60 * run.max_minutes if run.max_minutes else None
     context = RunContext(run, arguments, precision, data, dataset, ends_by)
 

@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import WNIDS, draw_picture
+from PIL import Image, ImageEnhance
 from test_views import PROCESSORS, batch_of
 
 from transfer.models.load import read_geometry
@@ -72,6 +74,30 @@ def test_each_operation_keeps_shape_and_range_and_changes_images(number, monkeyp
         assert (changed - images).abs().mean() > 1
     else:
         assert torch.equal(changed, images)
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "enhancer"),
+    [
+        (1, "brightness_factor", ImageEnhance.Brightness),
+        (2, "contrast_factor", ImageEnhance.Contrast),
+        (3, "saturation_factor", ImageEnhance.Color),
+    ],
+)
+@pytest.mark.parametrize("factor", [0.3, 1.7])
+def test_brightness_contrast_and_saturation_are_pils(number, name, enhancer, factor):
+    operation, images = TrivialAugment().operations[number], photographs(1) / 255
+    drawn = operation.forward_parameters(images.shape)
+    assert 0.01 <= drawn[name].item() <= 1.99
+    changed = operation(images, params=drawn | {name: torch.tensor([factor])})
+    picture = Image.fromarray((images[0].permute(1, 2, 0) * 255).byte().numpy())
+    expected = torch.from_numpy(np.array(enhancer(picture).enhance(factor))).permute(2, 0, 1) / 255
+    assert (changed[0] - expected).abs().mean() < 0.01
+
+
+def test_random_draws_do_not_follow_the_model_to_another_device():
+    transform = TrainTransform(EvaluationTransform(read_geometry(PROCESSORS["vit"]())), [24], 0.5, True, 0.5)
+    assert not [module for module in transform.modules() if type(module).__module__.startswith("kornia")]
 
 
 def test_trivial_augment_gives_every_image_its_own_change_and_repeats_with_the_seed():

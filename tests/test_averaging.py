@@ -10,7 +10,7 @@ from torch import nn
 
 from transfer.runs.repeats import greedy_soup
 from transfer.training import trainer
-from transfer.training.averaging import average_weights, weights_of
+from transfer.training.averaging import AVERAGE_FOLDER, average_weights, weights_of
 
 
 def constant(value: float) -> nn.Module:
@@ -81,7 +81,7 @@ def test_the_average_is_what_is_saved_where_it_is_better(pristine_data, checkpoi
     out = finetune(pristine_data, checkpoints("vit"), ema_decay=0.9, **arguments)
     (checkpoint,) = out.glob("checkpoint-*")
     live, average, kept = (
-        load_file(place / "model.safetensors") for place in (checkpoint, checkpoint / "average", out / "model")
+        load_file(place / "model.safetensors") for place in (checkpoint, checkpoint / AVERAGE_FOLDER, out / "model")
     )
     assert all(torch.equal(kept[name], average[name]) for name in average)
     assert not all(torch.equal(kept[name], live[name]) for name in live)
@@ -112,6 +112,17 @@ def test_a_run_with_an_average_resumes_to_the_same_weights(kind, pristine_data, 
         resume_from_checkpoint=whole / f"checkpoint-{steps[0]}",
         **arguments,
     )
-    for place in (f"checkpoint-{steps[-1]}", f"checkpoint-{steps[-1]}/average", "model"):
+    for place in (f"checkpoint-{steps[-1]}", f"checkpoint-{steps[-1]}/{AVERAGE_FOLDER}", "model"):
         first, second = ((out / place / "model.safetensors").read_bytes() for out in (whole, resumed))
         assert first == second, place
+
+
+def test_adapters_with_an_average_resume_to_the_same_weights(pristine_data, checkpoints, finetune):
+    arguments = {"lora_r": 2, "ema_decay": 0.9, "learning_rate": "1e-2", "num_train_epochs": 3, "save_total_limit": 5}
+    whole = finetune(pristine_data, checkpoints("vit"), output_dir="whole", **arguments)
+    first = min(whole.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    resumed = finetune(
+        pristine_data, checkpoints("vit"), output_dir="resumed", resume_from_checkpoint=first, **arguments
+    )
+    one, other = ((out / "model" / "model.safetensors").read_bytes() for out in (whole, resumed))
+    assert one == other

@@ -86,7 +86,10 @@ def test_a_run_that_does_not_fit_ends_in_time_with_the_rate_at_its_end(pace, mon
 def test_it_is_said_once_how_many_steps_fit(monkeypatch, tmp_path, caplog):
     Machine(monkeypatch, tmp_path, seconds=40).train(lambda now: 1.0)
     [line] = [record.getMessage() for record in caplog.records]
-    assert line.startswith("--max_minutes: about 3") and "of 100 steps fit; the learning rate is brought" in line
+    assert (
+        line.startswith("--max_minutes: about 3")
+        and "of 100 steps fit; the learning-rate schedule is shortened" in line
+    )
 
 
 def test_a_schedule_that_cannot_be_moved_is_left_alone_and_training_still_ends(monkeypatch, tmp_path):

@@ -132,7 +132,7 @@ def test_a_finished_training_of_other_data_is_noticed_before_the_next_one(seeds_
     with pytest.raises(SystemExit) as stop:
         main([*command, *words])
     assert stop.value.code == 2
-    assert "seed-3: was made from other images: the data or the split have changed" in capsys.readouterr().err
+    assert "seed-3: was made with other images; restore the data and the split" in capsys.readouterr().err
     assert not (tmp_path / "out" / "seed-5").exists()
 
 

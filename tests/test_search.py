@@ -91,6 +91,12 @@ def test_a_search_that_was_killed_goes_on_with_the_trials_that_are_left(searchin
     assert "is a search with other settings or data" in capsys.readouterr().err
 
 
+def test_a_search_whose_trials_are_not_evaluated_on_the_way_evaluates_them_at_their_end(searching):
+    never = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": "false"}
+    out = searching(search=1, search_space=space(learning_rate=[1e-2]), **never)
+    assert trials_of(out)[0].value > 0
+
+
 def test_what_is_searched_is_what_the_trials_train_with(searching, monkeypatch):
     seen, original = [], FinetuningTrainer.train
 

@@ -186,7 +186,7 @@ def test_data_that_changed_since_a_checkpoint_are_noticed(data, checkpoints, fin
     with pytest.raises(SystemExit) as stop:
         finetune(data, checkpoints("convnext"), resume_from_checkpoint="true")
     assert stop.value.code == 2
-    assert "was made from other images: the data or the split have changed since" in capsys.readouterr().err
+    assert "was made with other images; restore the data and the split" in capsys.readouterr().err
 
 
 def test_arguments_that_changed_since_a_checkpoint_are_said(pristine_data, checkpoints, finetune, caplog):
@@ -216,6 +216,24 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
     assert "checkpoint-10: cannot be written" in message and "No space left on device" in message
     assert "resume with --resume_from_checkpoint true, from checkpoint-5" in message
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-5"]
+
+
+def test_a_checkpoint_folder_that_cannot_be_made_stops_the_run_with_advice(
+    pristine_data, checkpoints, finetune, monkeypatch, capsys
+):
+    make = os.makedirs
+
+    def refuse(path, *args, **kwargs):
+        if "checkpoint-10" in str(path):
+            raise OSError(errno.EIO, "Input/output error")
+        make(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "makedirs", refuse)
+    with pytest.raises(SystemExit) as stop:
+        finetune(pristine_data, checkpoints("convnext"))
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "checkpoint-10: cannot be written" in message
+    assert "resume with --resume_from_checkpoint true, from checkpoint-5" in message
 
 
 def test_old_checkpoints_make_room_and_the_best_and_the_last_stay(tmp_path, monkeypatch):

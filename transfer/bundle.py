@@ -18,6 +18,9 @@ from transfer.files import PROJECT, anonymise, hide_home, read_json, refuse_secr
 SOURCES = (
     "*.py",
     "*.md",
+    "LICENSE",
+    "docs/**/*.*",
+    "outputs/README.md",
     "*.yaml",
     "*.toml",
     "requirements*.txt",
@@ -27,6 +30,7 @@ SOURCES = (
     "transfer/models/*.txt",
     "transfer/reporting/page.*",
     "recipes/**/*.yaml",
+    "recipes/**/*.sh",
     "benchmarks/*.py",
     "tests/*.py",
 )

@@ -286,7 +286,9 @@ def check_sharding(run: RunArguments, args: FinetuningArguments) -> None:
         if getattr(run, name):
             raise UserError(f"--{name} does not go with FSDP; leave it out, or use recipes/accelerate/multi_gpu.yaml")
     if args.do_train and not args.load_best_model_at_end:
-        raise UserError("--load_best_model_at_end false does not go with FSDP: the model is put together from disk")
+        raise UserError(
+            "--load_best_model_at_end false does not go with FSDP: the model is read back from a checkpoint"
+        )
 
 
 def check_trackers(names: list[str]) -> None:

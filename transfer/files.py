@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import datasets
 from filelock import FileLock
 from huggingface_hub import constants, get_token
 
@@ -32,6 +33,11 @@ ABSOLUTE_PATH = re.compile(r"(https?://\S+)|(?<![\w:/.~<-])/(?:[^\s\"',:;/]+/)+(
 def cache_folder() -> Path:
     """The folder for what is built once and kept: beside the Hub's own cache, so that HF_HOME moves both."""
     return Path(constants.HF_HOME) / "finetune-vit"
+
+
+def datasets_cache(name: str) -> Path:
+    """This project's folder of that name in the datasets cache, which HF_DATASETS_CACHE moves."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "finetune-vit" / name
 
 
 def run_git(*words: str) -> bytes | None:

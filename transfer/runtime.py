@@ -46,7 +46,7 @@ def resolve_mixed_precision() -> str:
     shown = "fp32" if chosen == "no" else chosen
     if chosen == asked:
         return f"precision: {shown} (mixed_precision in the accelerate config)"
-    return f"precision: {shown}, not the accelerate config's {asked}, which this device has no fast units for"
+    return f"precision: {shown}, not the accelerate config's {asked}, which is slow on this device"
 
 
 def use_all_cores() -> None:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from transfer.errors import UserError
-from transfer.files import build_folder_once, check_free_space, read_json
+from transfer.files import build_folder_once, check_free_space, datasets_cache, read_json
 
 # The geometry
 
@@ -280,7 +280,7 @@ def open_pixel_store(
     Images that all have the same, small size are stored as they are; others are resized and cropped by the geometry.
     Raises `UserError` for the first image that cannot be read. Processes that ask at the same time build it once.
     """
-    cache_dir = cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "finetune-vit" / "pixels"
+    cache_dir = cache_dir or datasets_cache("pixels")
     return PixelStore(_find_or_build(cache_dir, root, files, geometry), files)
 
 

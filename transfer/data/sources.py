@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transfer.data.labels import name_classes
 from transfer.data.layouts import DatasetFiles, image_id_of, list_images, natural_key
 from transfer.errors import UserError
-from transfer.files import build_folder_once, check_free_space
+from transfer.files import build_folder_once, check_free_space, datasets_cache
 
 # A zip
 
@@ -121,7 +121,7 @@ def extract_zip(zip_path: Path, cache_dir: Path | None = None) -> Path:
     """
     members = _list_members(zip_path)
     _check_members(zip_path, members)
-    cache_dir = cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "finetune-vit" / "unpacked"
+    cache_dir = cache_dir or datasets_cache("unpacked")
 
     def build(folder: Path) -> None:
         needed = sum(-(-m.file_size // DISK_BLOCK) * DISK_BLOCK for m in members)
@@ -253,7 +253,7 @@ def _splits_key(splits: dict[str, datasets.Dataset], column: str) -> str:
 
 def copy_images(name: str, splits: dict[str, datasets.Dataset], column: str) -> Path:
     """Copy the images of every split to `<split>/<row>.<format>` in the datasets cache, once; return the folder."""
-    cache_dir = Path(datasets.config.HF_DATASETS_CACHE) / "finetune-vit" / "hub"
+    cache_dir = datasets_cache("hub")
     return build_folder_once(
         cache_dir / f"{Path(name).name}-{_splits_key(splits, column)}",
         lambda folder: _write_splits(folder, name, splits, column),

@@ -88,3 +88,8 @@ def split_fingerprint(dataset: datasets.DatasetDict) -> str:
         if name in dataset:
             digest.update("\n".join([name, *dataset[name]["file"][:], ""]).encode())
     return digest.hexdigest()
+
+
+def describe_splits(dataset: datasets.DatasetDict) -> str:
+    """The number of images of each split."""
+    return ", ".join(f"{name} {len(split)}" for name, split in dataset.items())

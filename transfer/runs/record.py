@@ -180,6 +180,8 @@ def describe_differences(then: Mapping, now: Mapping, part: bool = False) -> lis
     lines = [f"{name} {then.get(name)} -> {now.get(name)}" for name in ENVIRONMENT if then.get(name) != now.get(name)]
     if arguments := _changed_arguments(then["arguments"], now["arguments"], REPEAT_ARGUMENTS if part else ()):
         lines.append(f"arguments: {', '.join(arguments)}")
+    if unknown := sorted(then["arguments"].keys() - now["arguments"].keys()):
+        lines.append(f"arguments that this version does not have: {', '.join(unknown)}")
     code = then.get("code") or {}
     if code.get("fingerprint") != now["code"]["fingerprint"]:
         lines.append(f"code: commit {_commit(code)} -> {_commit(now['code'])}")

@@ -12,6 +12,7 @@ import torch
 
 from transfer.config import FinetuningArguments, RunArguments
 from transfer.data.layouts import DatasetFiles
+from transfer.data.splits import describe_splits
 from transfer.evaluation.metrics import (
     LinearProbe,
     MeanTrainMetrics,
@@ -99,7 +100,7 @@ def list_folds(
 
 
 def check_finished(context: RunContext, trainer: FinetuningTrainer, folder: Path) -> None:
-    """Refuse to continue beside a finished training of other data; warn of arguments that differ."""
+    """Check that a finished training used the same data; warn of arguments that differ. Raises `UserError`."""
     record = start_record(context, trainer)
     provenance = RunProvenance(record["data_fingerprint"], record["split_fingerprint"], record["arguments"])
     provenance.compare(folder, read_record(folder / "run.json"))
@@ -124,8 +125,7 @@ def run_repeats(
                 replace(part, run=replace(part.run, reproduce=None)), make_trainer(part, own, trained), folder
             )
             continue
-        sizes = ", ".join(f"{name} {len(split)}" for name, split in part.dataset.items())
-        say(f"{folder.name:<11} training {number} of {len(trainings)}: {sizes}")
+        say(f"{folder.name:<11} training {number} of {len(trainings)}: {describe_splits(part.dataset)}")
         checkpoint = last_checkpoint(folder) if resuming else None
         ends_by = share_of_time(context.ends_by, len(trainings) - number + 1)
         part = replace(part, run=replace(part.run, reproduce=reproduce), ends_by=ends_by)

@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from transformers import TrainerCallback
 
 from transfer.config import FinetuningArguments, RunArguments, chosen_arguments, known_names
-from transfer.data.splits import split_fingerprint, split_validation
+from transfer.data.splits import describe_splits, split_fingerprint, split_validation
 from transfer.errors import UserError
 from transfer.files import write_atomically
 from transfer.models.build import prepare_model
@@ -146,7 +146,7 @@ class ReportTrial(TrainerCallback):
 
     def __init__(self, trial, say: Callable[[str], None]):
         self.trial, self.say = trial, say
-        self.accuracy = 0.0
+        self.accuracy: float | None = None
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if "eval_accuracy" not in metrics:  # the evaluation of the average alone
@@ -193,6 +193,9 @@ def search(
         trainer.add_callback(report)
         set_seed(trainer.args.seed)
         trainer.train()
+        if report.accuracy is None:  # no evaluation on the way
+            trainer.evaluate()
+        assert report.accuracy is not None  # every evaluation is reported
         return report.accuracy
 
     left = max(0, trials - count_finished(study))
@@ -228,8 +231,7 @@ def search_settings(context: RunContext, args: FinetuningArguments, make_trainer
         trial = replace(context, run=tried, dataset=dataset)
         return make_trainer(trial, own, prepare_model(tried, own, context.data))
 
-    sizes = ", ".join(f"{name} {len(split)}" for name, split in dataset.items())
-    say(f"search      {run.search} trials of training images alone: {sizes}")
+    say(f"search      {run.search} trials of training images alone: {describe_splits(dataset)}")
     best, accuracy = search(build, space, run.search or 0, study, say)
     recipe = {"model_name_or_path": run.model_name_or_path} | chosen_arguments(context.arguments) | best
     say(write_best(out, recipe, accuracy), f"best settings in {out / BEST_FILE}")

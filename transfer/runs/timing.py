@@ -27,6 +27,7 @@ from transfer.data.images import PixelDataset
 from transfer.data.splits import take_evenly
 from transfer.errors import UserError
 from transfer.models.build import prepare_model
+from transfer.reporting.page import format_seconds
 from transfer.runs import RunContext
 from transfer.runtime import say
 from transfer.training.trainer import FinetuningTrainer
@@ -116,11 +117,11 @@ def _memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _time_steps(trainer: FinetuningTrainer, batch_size: int, steps: int) -> list[float]:
-    """Seconds of each of `steps` training steps at a batch size. The model changes: do not use it afterwards."""
+def _time_steps(trainer: FinetuningTrainer, steps: int) -> list[float]:
+    """Seconds of each of `steps` training steps. The model changes: do not use it afterwards."""
     timer = StepTimer()
     trainer.add_callback(timer)
-    trainer.args.max_steps, trainer.args.per_device_train_batch_size = steps, batch_size
+    trainer.args.max_steps = steps
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.train()
     trainer.pop_callback(timer)
@@ -137,17 +138,18 @@ def estimate(context: RunContext, trainer: FinetuningTrainer) -> Estimate:
     trainer.remove_callback(PrinterCallback)  # of steps that train nothing
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     try:
-        _time_steps(trainer, max(1, batch // 2), 3)
-        half = _peak_memory(device)
+        trainer.train_limit.images = max(1, batch // 2)
+        _time_steps(trainer, 3)
+        half, trainer.train_limit.images = _peak_memory(device), None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        step = statistics.median(_time_steps(trainer, batch, WARM_UP_STEPS + ESTIMATE_STEPS))
+        step = statistics.median(_time_steps(trainer, WARM_UP_STEPS + ESTIMATE_STEPS))
     except torch.OutOfMemoryError:
         quarter, step_images = max(1, batch // 4), batch * accumulation * args.world_size
         raise UserError(
             f"a batch of {batch} does not fit into {_memory(device) / 2**30:.1f} GiB: try "
             f"--per_device_train_batch_size {quarter} --gradient_accumulation_steps {step_images // quarter}, "
-            "which trains alike, or a smaller --train_image_size"
+            "which keeps the optimizer step as it is, or a smaller --train_image_size"
         ) from None
     peak = _peak_memory(device)
     per_image = time_evaluation(trainer, trainer.eval_dataset, ESTIMATE_BATCHES * args.eval_batch_size)
@@ -170,23 +172,20 @@ def estimate(context: RunContext, trainer: FinetuningTrainer) -> Estimate:
     )
 
 
-def _clock(seconds: float) -> str:
-    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
-
-
 def describe_estimate(e: Estimate, batch: int, images: int, test_images: int) -> list[str]:
     """The estimate in words, a line each, with advice where memory is short."""
     lines = [
-        f"training    {e.images_per_second:.0f} images/s: {_clock(e.epoch)} an epoch of {images} images",
-        f"prediction  {e.evaluation_images_per_second:.0f} images/s: {_clock(e.prediction)} for {test_images} images",
-        f"whole run   {_clock(e.run)}, with every evaluation",
+        f"training    {e.images_per_second:.0f} images/s: {format_seconds(e.epoch)} an epoch of {images} images",
+        f"prediction  {e.evaluation_images_per_second:.0f} images/s: {format_seconds(e.prediction)} for {test_images} "
+        "images",
+        f"whole run   {format_seconds(e.run)}, with every evaluation",
         f"memory      {e.peak_memory / 2**30:.1f} of {e.memory / 2**30:.1f} GiB at batch {batch}"
         + (f"; up to about {e.largest_batch} images a batch would fit" if e.largest_batch else ""),
     ]
     if e.peak_memory > 0.9 * e.memory:
         lines.append(
             "advice      this is close to the limit: halve --per_device_train_batch_size and double "
-            "--gradient_accumulation_steps, which trains alike"
+            "--gradient_accumulation_steps, which keeps the optimizer step as it is"
         )
     return lines
 
@@ -310,7 +309,7 @@ class TimeBudget(TrainerCallback):
         if not self.said and len(self.steps) >= SAID_AFTER and total < state.max_steps:
             self.said = True
             logger.warning(
-                "--max_minutes: about %d of %d steps fit; the learning rate is brought to its end by then",
+                "--max_minutes: about %d of %d steps fit; the learning-rate schedule is shortened to them",
                 total,
                 state.max_steps,
             )
@@ -339,8 +338,7 @@ def limit_evaluation(context: RunContext, trainer: FinetuningTrainer) -> RunCont
     passes = 1 + evaluation_passes(context) + (context.run.ema_decay > 0)  # and after an epoch
     left = Deadline(context.ends_by, views * context.test_images).seconds_to_train(seconds)
     if left < 0:
-        late = f"about {-left:.0f} s late: predicting takes longer than --max_minutes"
-        say(f"time        the csv comes {late}")
+        say(f"time        the csv will be about {-left:.0f} s late: predicting takes longer than --max_minutes")
     count = max(len(context.data.class_ids), images_that_fit(left, seconds, passes))
     if trainer.args.world_size > 1:
         [count] = broadcast_object_list([count])

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from transfer.training.checkpoints import read_state
 from transfer.training.trainer import FinetuningTrainer
 
-AVERAGE_FOLDER = "average"  # in a checkpoint
+# In a checkpoint. Two levels deep: the Trainer takes a folder of LoRA weights beside its own for another adapter.
+AVERAGE_FOLDER = "average/weights"
 
 
 def _warming_average(decay: float) -> Callable:

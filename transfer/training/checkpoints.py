@@ -185,12 +185,12 @@ class RunProvenance(TrainerCallback, ExportableState):
             self.compare(checkpoint, then)
 
     def compare(self, place: Path, then: Mapping) -> None:
-        """The same for what lies at a place, from `then`: its fingerprints and arguments."""
+        """Check a checkpoint or a finished run against `then`, what was recorded for it. Raises `UserError`."""
         for name, what in (("data_fingerprint", "images"), ("split_fingerprint", "validation images")):
             if then[name] != getattr(self, name):
                 raise UserError(
-                    f"{place}: was made from other {what}: the data or the split have changed since; "
-                    "restore them, or start again in another --output_dir"
+                    f"{place}: was made with other {what}; restore the data and the split, or start again in another "
+                    "--output_dir"
                 )
         changes = [
             f"{name} {then['arguments'][name]} -> {value}"
@@ -198,7 +198,7 @@ class RunProvenance(TrainerCallback, ExportableState):
             if name in then["arguments"] and then["arguments"][name] != value
         ]
         if changes:
-            logger.warning("resuming with other arguments than %s was made with: %s", place, ", ".join(changes))
+            logger.warning("arguments have changed since %s: %s", place, ", ".join(changes))
 
 
 class StampSeconds(TrainerCallback):
@@ -230,6 +230,9 @@ class KeepBestEpoch(TrainerCallback):
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, ExportableState):  # a checkpoint from before the callback lacks its name
                 state.stateful_callbacks.setdefault(type(callback).__name__, {})
+
+    def on_save(self, args, state, control, **kwargs):
+        self.trainer.writing = None
 
     def on_train_end(self, args, state, control, **kwargs):
         if not self.trainer.keeps_best or state.best_model_checkpoint is None:

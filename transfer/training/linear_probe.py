@@ -5,9 +5,8 @@ Fine-tuning from the probe's head instead of a random one distorts the backbone 
 
 import contextlib
 import hashlib
-import os
+import io
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -18,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from transfer.data.images import PixelDataset, PixelStore
+from transfer.files import datasets_cache, write_atomically
 from transfer.models.layers import find_heads
 from transfer.models.load import fingerprint_of_weights
 from transfer.training.trainer import FinetuningTrainer
@@ -56,16 +56,16 @@ def extract_features(
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     key = _features_key(model, store, f"{rule} {trainer.accelerator.mixed_precision}", split["file"][:])
-    place = Path(datasets.config.HF_DATASETS_CACHE) / "finetune-vit" / "features" / f"{key}.npy"
+    place = datasets_cache("features") / f"{key}.npy"
     if all(gather_object([place.is_file()])):  # computing them takes every process
         return torch.from_numpy(np.load(place))
     with _without_heads(model), trainer.accelerator.autocast():
         features = trainer.predict_logits(PixelDataset(store, split), what="features")
     if trainer.args.local_process_index == 0:
         place.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = place.with_name(f"{key}.{os.getpid()}.npy")
-        np.save(unfinished, features)
-        unfinished.replace(place)
+        content = io.BytesIO()
+        np.save(content, features)
+        write_atomically(place, content.getvalue())
     return torch.from_numpy(features)
 
 
@@ -106,7 +106,7 @@ def fit_probe(trainer: FinetuningTrainer, store: PixelStore, split: datasets.Dat
     model, device = trainer.accelerator.unwrap_model(trainer.model), trainer.args.device
     features = extract_features(trainer, store, split, rule).to(device)
     labels = torch.tensor(split["label"][:], device=device)
-    # The order of a split follows the classes: every tenth of it would hold out the same place of each.
+    # A split lists class after class: shuffled, every tenth image is a fair sample.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(device)
     features, labels = features[order], labels[order]
     heads = find_heads(model).values()

@@ -40,7 +40,6 @@ from transfer.training.checkpoints import (
     checkpoint_bytes,
     describe_resume,
     discard_checkpoint,
-    is_complete,
     make_room,
 )
 from transfer.training.memory import Batch, BatchLimit, get_random_state, join_outcomes, set_random_state, split_batch
@@ -136,6 +135,7 @@ class FinetuningTrainer(Trainer):
         self.layer_decay = layer_decay
         self.saved_beside: dict[str, Callable[[Path], object]] = {}
         self.resumed_from: Path | None = None
+        self.writing: Path | None = None  # the checkpoint that is being written
         self.chosen_weights: Path | None = None  # the folder whose weights the training ended with
         self.train_limit = BatchLimit("--per_device_train_batch_size", "a training step", args)
         self.eval_limit = BatchLimit("--per_device_eval_batch_size", "evaluation", args)
@@ -176,7 +176,8 @@ class FinetuningTrainer(Trainer):
         if self.resumed_from:
             check_training_state(self.resumed_from, self.args)
             if not self.is_fsdp_enabled:
-                self.load_weights(self.resumed_from, self.model)  # what the parent then loads by raw names is the same
+                # The parent then loads the file by raw names: the same weights, or, where the names differ, none.
+                self.load_weights(self.resumed_from, self.model)
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except (OSError, RuntimeError, SafetensorError) as fault:
@@ -295,7 +296,8 @@ class FinetuningTrainer(Trainer):
     def save_model(self, output_dir=None, _internal_call=False) -> None:
         """Write the weights, and what `saved_beside` names, into a checkpoint, after making room for it."""
         if output_dir and self.args.should_save:
-            discard_checkpoint(Path(output_dir))  # a part of one, from a run that was killed
+            self.writing = Path(output_dir)
+            discard_checkpoint(self.writing)  # a part of one, from a run that was killed
             make_room(Path(self.args.output_dir), checkpoint_bytes(self.model), self.state.best_model_checkpoint)
         super().save_model(output_dir, _internal_call)
         if output_dir and self.args.should_save:
@@ -304,14 +306,10 @@ class FinetuningTrainer(Trainer):
 
     def _explain_failed_checkpoint(self, fault: Exception) -> None:
         """Where a checkpoint could not be written: remove the part that was, and raise `UserError`."""
-        out = Path(self.args.output_dir)
-        checkpoint = out / f"checkpoint-{self.state.global_step}"
-        if checkpoint.is_dir() and not is_complete(checkpoint):
-            discard_checkpoint(checkpoint)
-            reason = " ".join(str(fault).split())[:200]
-            raise UserError(
-                f"{checkpoint}: cannot be written ({reason}); fix this, then {describe_resume(out)}"
-            ) from None
+        if self.writing:
+            discard_checkpoint(self.writing)
+            reason, advice = " ".join(str(fault).split())[:200], describe_resume(Path(self.args.output_dir))
+            raise UserError(f"{self.writing}: cannot be written ({reason}); fix this, then {advice}") from None
 
     def is_sharded(self) -> bool:
         """Whether each process holds a part of the weights at the moment (FSDP, while training lasts)."""

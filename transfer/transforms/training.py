@@ -43,24 +43,23 @@ class TrivialAugment(nn.Module):
         import kornia.augmentation as K  # takes a second to import, and few runs need it
 
         blend = (0.01, 1.99)  # 1 leaves the image as it is
-        self.operations = nn.ModuleList(
-            [
-                nn.Identity(),
-                K.RandomBrightness(blend, p=1.0),
-                K.RandomContrast(blend, p=1.0),
-                K.RandomSaturation(blend, p=1.0),
-                K.RandomSharpness(blend, p=1.0),
-                K.RandomPosterize((2.0, 8.0), p=1.0),
-                K.RandomSolarize((0.0, 1.0), additions=0.0, p=1.0),
-                K.RandomAutoContrast(p=1.0),
-                K.RandomEqualize(p=1.0),
-                K.RandomShear((-44.7, 44.7, 0.0, 0.0), p=1.0),  # degrees: the paper's 0.99
-                K.RandomShear((0.0, 0.0, -44.7, 44.7), p=1.0),
-                K.RandomTranslate(translate_x=(-0.25, 0.25), p=1.0),
-                K.RandomTranslate(translate_y=(-0.25, 0.25), p=1.0),
-                K.RandomRotation(135.0, p=1.0),
-            ]
-        )
+        # A plain list: as submodules they would follow the model to a GPU, and draw from its generator.
+        self.operations = [
+            nn.Identity(),
+            K.ColorJitter(brightness=blend, p=1.0),  # RandomBrightness adds; PIL, and this, multiply
+            K.ColorJitter(contrast=blend, p=1.0),
+            K.ColorJitter(saturation=blend, p=1.0),
+            K.RandomSharpness(blend, p=1.0),
+            K.RandomPosterize((2.0, 8.0), p=1.0),
+            K.RandomSolarize((0.0, 1.0), additions=0.0, p=1.0),
+            K.RandomAutoContrast(p=1.0),
+            K.RandomEqualize(p=1.0),
+            K.RandomShear((-44.7, 44.7, 0.0, 0.0), p=1.0),  # degrees: the paper's 0.99
+            K.RandomShear((0.0, 0.0, -44.7, 44.7), p=1.0),
+            K.RandomTranslate(translate_x=(-0.25, 0.25), p=1.0),
+            K.RandomTranslate(translate_y=(-0.25, 0.25), p=1.0),
+            K.RandomRotation(135.0, p=1.0),
+        ]
 
     def forward(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         chosen = torch.randint(len(self.operations), (len(images),), generator=generator)
@@ -83,11 +82,12 @@ class RandomErasing(nn.Module):
         super().__init__()
         from kornia.augmentation import RandomErasing as KorniaErasing
 
-        self.erase = KorniaErasing(scale=(0.02, 1 / 3), ratio=(0.3, 3.3), value=0.0, p=probability)
+        erasing = KorniaErasing(scale=(0.02, 1 / 3), ratio=(0.3, 3.3), value=0.0, p=probability)
+        self.erasing = [erasing]  # no submodule, as in TrivialAugment
 
     def forward(self, pixel_values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         with _kornia_draws_from(generator):
-            return self.erase(pixel_values)
+            return self.erasing[0](pixel_values)
 
 
 def resampling_weights(start: torch.Tensor, length: torch.Tensor, source: int, target: int) -> torch.Tensor:
