@@ -3,9 +3,9 @@
     python data_loading.py PATH [--classes_file FILE]   # exit code 2 if the dataset cannot be used
     python data_loading.py make-100 SRC DEST            # build tiny-imagenet-100 from Tiny ImageNet-200
 
-`load_dataset("imagefolder")` would lose the labels: it takes the name of an image's own folder, which is always
-`images` here. It would also sort the classes, but the competition numbers them by their line in wnids.txt.
-`read_class_order` decides the order once, for every split and for the saved model.
+`load_dataset("imagefolder")` cannot be used: it labels an image by the name of its own folder, which is always
+`images` in the competition's data. It would also sort the classes, but the competition numbers them by their line in
+wnids.txt. `read_class_order` decides the order once, for every split and for the saved model.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def draw_splits(
     max_train_samples: int | None,
     fold: tuple[int, int] | None,
 ) -> dict[str, tuple[list[str], list[int]]]:
-    """(files, labels) of train and validation, where validation is the published one or is held out of train."""
+    """(files, labels) of train and validation; validation images are the published ones, or are held out of train."""
     files, labels = data.train_files, data.train_labels
     held_out: list[int] = []
     if fold and data.validation_files:
@@ -226,7 +226,7 @@ def _describe_template(data: DatasetFiles) -> str:
 
 
 def describe_layout(data: DatasetFiles) -> list[str]:
-    """What file names tell about a dataset, as lines to print."""
+    """What the file names show about a dataset, as lines to print."""
     kind = f"{data.kind}: " if data.kind else ""
     named = zip(data.class_ids, data.class_names, strict=True)
     labels = [
@@ -237,7 +237,7 @@ def describe_layout(data: DatasetFiles) -> list[str]:
         f"dataset     {data.root}",
         f"layout      {kind}{', '.join(folder_patterns(data))}, labels from {data.label_order}",
         f"classes     {_describe_classes(data)}",
-        f"labels      {', '.join(labels[:3])} ...",
+        f"labels      {', '.join(labels[:3])}{', ...' * (len(labels) > 3)}",
         f"images      {_describe_counts(data)}",
         f"ignored     {ignored}",
         f"template    {_describe_template(data)}",
@@ -266,7 +266,7 @@ def describe_images(data: DatasetFiles) -> list[str]:
     sizes = Counter(f"{r.size[0]}x{r.size[1]}" for r in records).most_common()
     more = f", {len(sizes) - 5} more sizes" if len(sizes) > 5 else ""
     return [
-        f"pixels      every image decodes; modes {modes} (all become RGB); "
+        f"pixels      every image decodes; modes {modes} (all are converted to RGB); "
         f"sizes {', '.join(f'{n} of {size}' for size, n in sizes[:5])}{more}",
         f"duplicates  {describe_duplicates({r.file: r.digest for r in records}, data)} (identical bytes)",
     ]

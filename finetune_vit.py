@@ -3,10 +3,12 @@
     accelerate launch --quiet --config_file accelerate_config.yaml finetune_vit.py recipes/sample.yaml
     accelerate launch --quiet --config_file accelerate_config.yaml finetune_vit.py RECIPE.yaml --data_dir DATA.zip
 
-The first needs no data and no hub and ends in about two minutes on two CPU cores. Every run leaves submission.csv,
-metrics.json, report.html, run.json and model/ in outputs/<recipe name>; `--help` lists what a recipe may say.
+The first needs no data and no Hub access, and takes one to two minutes on two CPU cores. Every run writes
+submission.csv, metrics.json, report.html, run.json and model/ to outputs/<recipe name>; `--help` lists what a recipe
+may contain.
 
-`main` is the run from arguments to sharing; `fine_tune` is one training, from the model to submission.csv.
+`main` is the run from arguments to sharing; `fine_tune` is one training, from the model to submission.csv. Everywhere,
+`run` holds the arguments that this project adds, and `args` those of the Trainer (transfer/config.py).
 """
 
 import sys
@@ -32,7 +34,7 @@ from transfer.transforms.training import make_train_transform
 
 
 def make_trainer(context: RunContext, args: FinetuningArguments, classifier: Classifier) -> FinetuningTrainer:
-    """The Trainer of one model: decoded images in, transforms on the device, weights averaged where asked for."""
+    """Return the Trainer of one model, with its images, its transforms and, if asked for, averaged weights."""
     run, classes = context.run, len(context.data.class_ids)
     images = single.decode_images(args, context.data, classifier)
     eval_transform = EvaluationTransform(classifier.geometry, images.cropped)  # the checkpoint's own preprocessing
@@ -45,23 +47,23 @@ def make_trainer(context: RunContext, args: FinetuningArguments, classifier: Cla
 
 
 def fine_tune(context: RunContext, args: FinetuningArguments, checkpoint: str | None = None) -> RunMetrics:
-    """Train one model, or take a trained one, measure it, predict, and write its results; returns its metrics."""
-    classifier = prepare_model(context.run, args, context.data)  # a new head, another size, frozen or adapted
+    """Train a model, or load a trained one, evaluate it, predict, and write the results; returns the metrics."""
+    classifier = prepare_model(context.run, args, context.data)  # new head, image size, frozen layers, LoRA
     trainer = make_trainer(context, args, classifier)
-    record = single.start_record(context, trainer, checkpoint)  # what run.json says the run starts from
+    record = single.start_record(context, trainer, checkpoint)  # what the run starts from, for run.json
     context = timing.limit_evaluation(context, trainer)  # --max_minutes
     trained = single.train_and_measure(context, trainer, checkpoint) if args.do_train else {}
     predictions, measured = single.predict_and_measure(context, trainer)
     metrics = RunMetrics(**measured, **trained)
     if trainer.is_world_process_zero():
-        single.write_results(context, trainer, record, metrics, predictions)  # submission.csv, last of all
-    trainer.accelerator.wait_for_everyone()  # what follows may read them
+        single.write_results(context, trainer, record, metrics, predictions)  # submission.csv is written last
+    trainer.accelerator.wait_for_everyone()  # the next steps may read the results
     return metrics
 
 
 @exits_cleanly
 def main(argv: list[str] | None = None, started: float | None = None) -> None:
-    """Run one recipe from data to submission; `--max_minutes` counts from `started` [now]."""
+    """Run one recipe from data to submission; `--max_minutes` counts from `started`, by default from now."""
     started = time.time() if started is None else started
     precision = set_up_runtime()
     run, args, _ = parse_command_line(sys.argv[1:] if argv is None else argv)
@@ -75,7 +77,7 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
     data = data_loading.find_data(run)
     say(*data_loading.describe_layout(data))
     dataset = data_loading.split_data(run, data)
-    if not run.kfold or run.fold:  # else each fold has its own
+    if not run.kfold or run.fold:  # otherwise each fold has its own split
         say(f"splits      {describe_splits(dataset)}")
     ends_by = started + 60 * run.max_minutes if run.max_minutes else None
     context = RunContext(run, arguments, precision, data, dataset, ends_by)

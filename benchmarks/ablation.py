@@ -1,11 +1,11 @@
-"""What each ingredient of a recipe is worth: one thing changed at a time, several seeds of each.
+"""How much each option of a recipe contributes: one is changed at a time, over several seeds.
 
     accelerate launch --config_file accelerate_config.yaml benchmarks/ablation.py recipes/offline.yaml \\
         --data_dir DATA.zip --max_train_samples 10000 --num_train_epochs 1 [--json PATH]
 
-Prints validation accuracy as a table, mean and standard deviation over the seeds, and the difference from the recipe
-as it is. Flags after the recipe set the budget. What the recipe does is taken away, what it does not do is added;
-`--variants` chooses those that mean something to a backbone. Trainings with few images tell little of long ones.
+Prints a table of validation accuracy: mean and standard deviation over the seeds, and the difference from the
+unchanged recipe. Flags after the recipe set the budget. Options that the recipe uses are removed, others are added;
+`--variants` selects those that make sense for a backbone. Short trainings on few images say little about long ones.
 """
 
 import argparse

@@ -1,11 +1,12 @@
-"""How hard the project is to break: runs that are killed again and again, and data that are damaged at random.
+"""A test of robustness: runs are killed again and again, and data are damaged at random.
 
     python benchmarks/chaos.py --kills 20     # SIGKILL at random moments, of tiny ViTs and ConvNeXts, also in repeats
     python benchmarks/chaos.py --fuzz 500     # byte flips, cuts and renames in data folder, zip and template
 
-A killed run is started again with the same command, or as its error says; in the end its weights and its csv must be
-those of a run that nobody killed. Damaged data must be refused in one line, or read as what they now are. The exit
-code is 1 if anything was lost, wrong or half-written. Generated data, no network; --seed repeats the damage.
+A killed run is started again with the same command, or as its error message says; in the end, its weights and csv must
+equal those of an undisturbed run. Damaged data must be refused with one line, or read correctly. The exit code is 1 if
+anything was lost, wrong or half-written. The data are generated, and no network is needed; the same --seed repeats the
+damage.
 """
 
 import argparse
@@ -234,7 +235,7 @@ def rename(path: Path, rng: random.Random) -> None:
 
 
 def damage(root: Path, rng: random.Random) -> tuple[Path, str]:
-    """Damage one file of the data set; returns what and how."""
+    """Damage one file of the dataset; returns which and how."""
     texts = [root / name for name in ("wnids.txt", "words.txt", "submission_sample.csv")]
     images = sorted(path for path in root.rglob("*.JPEG"))
     path = rng.choice(texts) if rng.random() < 0.4 else rng.choice(images)
@@ -296,7 +297,7 @@ def left_behind(cache: Path) -> list[Path]:
 
 
 def judge(place: Path, original: dict[str, bytes] | None, cache: Path) -> str:
-    """What became of a damaged data set; `original` is what an accepted zip must hold, byte for byte."""
+    """What became of a damaged dataset; `original` is what an accepted zip must hold, byte for byte."""
     datasets.config.HF_DATASETS_CACHE = cache
     cache.mkdir(parents=True)
     said = io.StringIO()
@@ -315,7 +316,7 @@ def judge(place: Path, original: dict[str, bytes] | None, cache: Path) -> str:
 
 
 def fuzz(cases: int, place: Path, rng: random.Random) -> Counter:
-    """What became of so many damaged data sets: folders, and zips damaged as a whole."""
+    """What became of so many damaged datasets: folders, and zips damaged as a whole."""
     pristine = write_data_set(place / "data" / "set", 6, 6, np.random.default_rng(0))
     packed, outcomes = pack(pristine, place / "pristine"), Counter()
     for case in range(cases):
@@ -340,9 +341,11 @@ def fuzz(cases: int, place: Path, rng: random.Random) -> Counter:
 def main(argv: list[str] | None = None) -> None:
     """Kill and damage as often as asked, and say what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=0, help=f"SIGKILLs of each of the runs: {', '.join(KILLED)}")
-    parser.add_argument("--fuzz", type=int, default=0, help="damaged data sets")
-    parser.add_argument("--seed", type=int, default=0, help="decides every moment and every byte")
+    parser.add_argument(
+        "--kills", type=int, default=0, help=f"number of kills of each of the runs: {', '.join(KILLED)}"
+    )
+    parser.add_argument("--fuzz", type=int, default=0, help="number of damaged datasets")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments and the damage")
     args = parser.parse_args(argv)
     rng, lost = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as name:

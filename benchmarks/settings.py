@@ -1,10 +1,10 @@
-"""What each setting of the training loop is worth in speed on this machine: one switched at a time.
+"""How much each setting of the training loop changes its speed on this machine: one is changed at a time.
 
     accelerate launch --config_file accelerate_config.yaml benchmarks/settings.py [--cases atto lite0] [--json PATH]
 
-Every measurement is the median step of a training in a process of its own. Settings take turns in each repeat, and the
-figures are medians over the repeats of a step's time as a share of the project's own: above 1, the project's choice is
-the faster one.
+Every measurement is the median step time of a training in its own process. Settings take turns in each repeat. The
+numbers are step times relative to those of the project's settings, medians over the repeats: above 1, the project's
+setting is faster.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""The stock recipe: image classification as the Hugging Face docs teach it, with PIL in torchvision's place.
+"""The standard recipe: image classification as in the Hugging Face docs, with PIL in place of torchvision.
 
-Every image is decoded and transformed by itself through `set_transform`; all else is the Trainer's default.
+Every image is decoded and transformed by itself through `set_transform`; everything else is the Trainer's default.
 """
 
 from collections.abc import Callable

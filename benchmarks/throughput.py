@@ -1,14 +1,15 @@
-"""How fast this project trains, predicts and prepares data, beside the stock recipe and the hardware's ceiling.
+"""How fast this project trains, predicts and prepares data, compared with the standard recipe and with a ceiling.
 
     accelerate launch --config_file accelerate_config.yaml benchmarks/throughput.py [--json PATH] [--cases atto]
 
-In each repeat the contenders take turns, another one first each time, so that a machine whose speed drifts slows them
-alike; the figures are medians over repeats, and a ratio is the median of the repeats' own ratios.
+In each repeat the contenders take turns, each time starting with another one, so that a machine whose speed drifts
+slows all of them. The numbers are medians over the repeats, and a ratio is the median of the ratios of the repeats.
 
-- project: FinetuningTrainer over decoded pixels, random views made in batches;
-- stock: the Hugging Face recipe for image classification, PIL transforms of each image through `set_transform` and
-  the default Trainer, in a process of its own, without this project's memory settings but on as many cores;
-- ceiling: a bare loop over one synthetic batch already in the model's format; the same model, precision and batch.
+- project: FinetuningTrainer over decoded pixels, with augmentation of whole batches;
+- stock: the standard Hugging Face recipe for image classification, with PIL transforms of each image through
+  `set_transform` and the default Trainer, in its own process, on as many cores but without this project's memory
+  settings;
+- ceiling: a bare loop over one synthetic batch that is already in memory; the same model, precision and batch size.
 
 timm's train.py is not among them: it needs torchvision, which PyPI does not have for the CPU build of torch.
 """
@@ -86,7 +87,7 @@ def convnextv2_base():
     return ConvNextV2ForImageClassification(config), square(224)
 
 
-# name: (what it is, model and processor, images a batch, steps a repeat)
+# name: (title, model and processor, batch size, steps per repeat)
 CASES = {
     "atto": ("ConvNeXt-atto, 64 px", convnext_atto, 64, 20),
     "lite0": ("EfficientNet-Lite0, 160 px", efficientnet_lite0, 64, 5),
@@ -104,13 +105,13 @@ def synchronize() -> None:
 
 
 def autocast(trainer: Trainer):
-    """The mixed precision in which a Trainer trains: accelerate's, of which its arguments know nothing."""
+    """The mixed precision in which a Trainer trains: it is accelerate's, and not in the Trainer's arguments."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
     return torch.autocast(trainer.args.device.type, dtype, enabled=dtype is not None)
 
 
 class Ceiling:
-    """A bare PyTorch loop: what the hardware gives this model at this batch."""
+    """A bare PyTorch loop: the speed that the hardware allows for this model and batch size."""
 
     def __init__(self, model, size: int, batch: int, trainer: Trainer):
         self.trainer, device = trainer, trainer.args.device
@@ -163,7 +164,7 @@ def time_prediction(trainer: FinetuningTrainer) -> float:
 
 
 def take_turns(contenders: dict[str, Callable[[], float]], repeat: int) -> dict[str, float]:
-    """What each measures, another one first in every repeat."""
+    """The measurement of each contender; every repeat starts with another one."""
     names = list(contenders)
     first = repeat % len(names)
     return {name: contenders[name]() for name in names[first:] + names[:first]}
@@ -193,7 +194,7 @@ def project_trainer(model, processor, store, dataset, arguments: dict) -> Finetu
 
 
 def serve_stock(pipe, name: str, data_dir: str, steps: int) -> None:
-    """The stock recipe's process: times a repeat whenever it is asked to."""
+    """The process of the standard recipe: times one repeat on each request."""
     use_all_cores()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -208,14 +209,14 @@ def serve_stock(pipe, name: str, data_dir: str, steps: int) -> None:
 
 
 class Stock:
-    """The stock recipe, in a process of its own."""
+    """The standard recipe, in its own process."""
 
     def __init__(self, name: str, data_dir: str, steps: int):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve_stock, args=(theirs, name, data_dir, steps), daemon=True)
         self.process.start()
-        theirs.close()  # else its end would wait for ever where the process dies
+        theirs.close()  # otherwise recv would wait forever if the process dies
 
     def train(self) -> float:
         """Median seconds a step."""
@@ -330,7 +331,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(CASES | GPU_CASES), default=list(known))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--data_dir", default="sample", help="images to train on, and for the data case")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--json", type=Path, help="where to write the numbers")
     options = parser.parse_args()
     print(resolve_mixed_precision())
     use_all_cores()

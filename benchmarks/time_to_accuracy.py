@@ -1,13 +1,13 @@
-"""Validation accuracy against training time: the stock recipe at its best learning rate, and a recipe of this project.
+"""Validation accuracy over training time: the standard recipe at its best learning rate, and a recipe of this project.
 
     accelerate launch --config_file accelerate_config.yaml benchmarks/time_to_accuracy.py recipes/offline.yaml \\
         --data_dir DATA.zip [--minutes 10 30] [--json PATH] [--plot PATH]
 
-Same checkpoint, machine, split and precision. For every budget each contender's learning-rate schedule ends with the
-budget: steps are timed for a tenth of it, and their number follows. The clock stands still during evaluations, for
-both: of all validation images in the end, of some of them on the way. The stock recipe's learning rate is the best of
-`--learning_rates` on validation at the shortest budget. On two CPU cores the default budgets take a little over two
-hours; what is known is written after every training.
+Both use the same checkpoint, machine, split and precision. For every budget, the learning-rate schedule ends with the
+budget: steps are timed for a tenth of it to find their number. Evaluations do not count as training time; they use all
+validation images at the end and some of them before. The learning rate of the standard recipe is the best of
+`--learning_rates` on the validation images at the shortest budget. On two CPU cores, the default budgets take a little
+over two hours; results are written after every training.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def train_for(make, minutes: float) -> list[list[float]]:
 
 
 def stock_maker(context: RunContext, args, scratch: str, learning_rate: float):
-    """make(steps) is the stock recipe's trainer for so many steps."""
+    """make(steps) is the Trainer of the standard recipe for so many steps."""
     source = locate_checkpoint(context.run.model_name_or_path)
     size = (context.run.train_image_size or [context.run.image_size])[0]
     batches = {
@@ -124,7 +124,7 @@ def stock_maker(context: RunContext, args, scratch: str, learning_rate: float):
 
 
 def project_maker(context: RunContext, args, scratch: str):
-    """make(steps) is this project's trainer for so many steps."""
+    """make(steps) is the Trainer of this project for so many steps."""
 
     def make(steps: int) -> Trainer:
         own = copy.copy(args)
@@ -150,7 +150,7 @@ def first_time(points: list[list[float]], accuracy: float) -> float | None:
 
 
 def compare(stock: list[list[float]], project: list[list[float]]) -> dict:
-    """The ratios that the two curves of one budget come to."""
+    """The curves of one budget, and their ratios of error and time."""
     seconds, accuracy = stock[-1]
     reached = first_time(project, accuracy)
     return {
@@ -176,7 +176,7 @@ def draw(results: dict, path: Path) -> None:
 
 
 def measure(context: RunContext, args, minutes: list[float], learning_rates: list[float]) -> Iterator[dict]:
-    """Both contenders at every budget: all that is known, after every training."""
+    """Measure both contenders at every budget; yields the results so far after every training."""
     results = {"learning_rates": {}, "budgets": {}}
     with tempfile.TemporaryDirectory() as scratch:
         shortest, curves = min(minutes), {}
@@ -203,9 +203,15 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # --learning_rate is the recipe's, not short for --learning_rates
     )
-    parser.add_argument("recipe", help="this project's contender, and where both find the checkpoint")
+    parser.add_argument("recipe", help="recipe of this project; the standard recipe uses its checkpoint")
     parser.add_argument("--minutes", nargs="+", type=float, default=[10, 30], help="budgets of training time")
-    parser.add_argument("--learning_rates", nargs="+", type=float, default=[2e-4, 5e-4, 2e-3], help="the stock's")
+    parser.add_argument(
+        "--learning_rates",
+        nargs="+",
+        type=float,
+        default=[2e-4, 5e-4, 2e-3],
+        help="learning rates that the standard recipe tries",
+    )
     parser.add_argument("--json", type=Path, help="where to write the curves")
     parser.add_argument("--plot", type=Path, help="where to draw them, such as curves.png; needs matplotlib")
     options, flags = parser.parse_known_args()

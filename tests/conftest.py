@@ -1,4 +1,4 @@
-"""Fixtures: a small data set in the competition's layout, and tiny random checkpoints, all in temporary folders."""
+"""Fixtures: a small dataset in the competition's layout, and tiny random checkpoints, all in temporary folders."""
 
 import os
 
@@ -54,7 +54,7 @@ def draw_picture(wnid: str, seed: int, size: tuple[int, int] = (32, 32)) -> Imag
 
 
 def write_data_set(parent: Path, per_class: int = 12, test_images: int = 10) -> Path:
-    """A data set in the competition's layout with all its quirks; returns its root."""
+    """A dataset in the competition's layout with all its quirks; returns its root."""
     root = parent / "tiny-imagenet-100"
     for wnid in WNIDS:
         images = root / "train" / wnid / "images"
@@ -79,13 +79,13 @@ def write_data_set(parent: Path, per_class: int = 12, test_images: int = 10) -> 
 
 @pytest.fixture(scope="session")
 def pristine_data(tmp_path_factory) -> Path:
-    """A data set that no test changes."""
+    """A dataset that no test changes."""
     return write_data_set(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
 def data(pristine_data, tmp_path) -> Path:
-    """A data set of the test's own."""
+    """A dataset of the test's own."""
     return Path(shutil.copytree(pristine_data, tmp_path / pristine_data.name))
 
 

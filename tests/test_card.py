@@ -156,7 +156,7 @@ def test_names_of_classes_are_text_and_not_markdown(tmp_path):
     [
         ("tiny-imagenet-100.zip", WNIDS, "derive from ImageNet"),
         ("sample", WNIDS, "The images are generated"),
-        ("flowers", ["rose", "tulip", "lily", "daisy"], "No licence is stated here"),
+        ("flowers", ["rose", "tulip", "lily", "daisy"], "No license is given here"),
     ],
 )
 def test_the_terms_are_those_of_the_data(data_dir, wnids, terms, tmp_path):

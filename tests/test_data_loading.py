@@ -202,7 +202,7 @@ def test_the_command_prints_what_it_found(data):
         "labels      0 = n00000030 red thing, 1 = n00000010 green thing",
         "ignored     4 *_boxes.txt, 1 .DS_Store",
         "submission_sample.csv lists exactly the 10 test images",
-        "modes 54 RGB, 4 L (all become RGB); sizes 58 of 32x32",
+        "modes 54 RGB, 4 L (all are converted to RGB); sizes 58 of 32x32",
         "1 repeated within train, 1 test images also in train",
     ):
         assert part in done.stdout

@@ -141,7 +141,7 @@ def test_a_finished_training_of_other_data_is_noticed_before_the_next_one(seeds_
     [
         (["--seeds", "1"], "two or more different seeds"),
         (["--seeds", "1", "1"], "two or more different seeds"),
-        (["--seeds", "1", "2", "--do_train", "false"], "does not go with --do_train false"),
+        (["--seeds", "1", "2", "--do_train", "false"], "cannot be combined with --do_train false"),
         (["--tta", "upside_down"], "--tta upside_down: must be flip, zoom, zoom_flip or corners"),
         (["--ema_decay", "1"], "must be at least 0 and below 1"),
         (["--mixup_alpha", "-1"], "--mixup_alpha -1.0: must be at least 0"),
@@ -269,7 +269,7 @@ def test_folds_that_were_killed_go_on_and_come_to_what_they_would_have(folds_run
     ("flags", "message"),
     [
         (["--kfold", "1"], "--kfold 1: must be at least 2"),
-        (["--kfold", "2", "--seeds", "1", "2"], "--kfold and --seeds do not go together"),
+        (["--kfold", "2", "--seeds", "1", "2"], "--kfold and --seeds cannot be combined"),
         (["--kfold", "2", "--do_train", "false"], "--kfold repeats the training"),
         (["--kfold", "13"], "--kfold 13: the class of .* has only 12 images"),
         (["--fold", "1"], "--fold 1: must be 1 to --kfold, which is missing"),

@@ -210,7 +210,10 @@ def test_numbered_folders_are_their_own_labels_and_10_comes_after_9(tmp_path):
         assert row["file"].split("/")[1] == str(row["label"])
     assert folder.test_ids == [str(i) for i in range(12)]
     said = "\n".join(describe_layout(folder))
-    assert "numbered class folders: train/<class>/*, test/*" in said and "numbers as numbers" in said
+    assert (
+        "numbered class folders: train/<class>/*, test/*" in said
+        and "labels from folder names in natural order" in said
+    )
     assert "sample_submission.csv lists 10 of the 12 test images; the submission will list all" in said
 
 
@@ -254,8 +257,8 @@ def test_class_folders_are_labelled_in_natural_order_and_their_val_is_the_valida
     for split in ("train", "validation"):
         assert all(row["file"].split("/")[1] == folder.class_ids[row["label"]] for row in dataset[split])
     said = "\n".join(describe_layout(folder))
-    assert "class folders: train/<class>/*, val/<class>/*, test/*, labels from folder names, numbers as" in said
-    assert "labels by folder names, numbers as numbers, which is not the sorted order" in said
+    assert "class folders: train/<class>/*, val/<class>/*, test/*, labels from folder names in natural" in said
+    assert "labels by folder names in natural order, which is not the sorted order" in said
     assert "0 = class 2, 1 = class 9, 2 = class 10" in said
 
 
@@ -412,8 +415,8 @@ def test_a_missing_hub_data_set_is_one_line(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--data_dir", "a", "--dataset_name", "b"], "--dataset_name and --data_dir do not go together"),
-        (["--dataset_name", "b", "--classes_file", "c"], "--dataset_name and --classes_file do not go together"),
+        (["--data_dir", "a", "--dataset_name", "b"], "--dataset_name and --data_dir cannot be combined"),
+        (["--dataset_name", "b", "--classes_file", "c"], "--dataset_name and --classes_file cannot be combined"),
         (
             ["--data_dir", "a", "--label_column_name", "b"],
             "--label_column_name needs --dataset_name, which is missing",

@@ -133,4 +133,4 @@ def test_a_backbone_without_linear_layers_gets_advice_instead_of_adapters(checkp
 def test_adapters_cannot_be_combined_with_frozen_levels(pristine_data, checkpoints, finetune, capsys):
     with pytest.raises(SystemExit):
         finetune(pristine_data, checkpoints("vit"), lora_r=4, freeze_layers=1)
-    assert "--freeze_layers does not go with --lora_r" in capsys.readouterr().err
+    assert "--freeze_layers cannot be combined with --lora_r" in capsys.readouterr().err

@@ -180,7 +180,7 @@ def test_a_step_is_shared_and_stays_as_large(images, accumulation, processes, sh
 
 
 def test_a_step_that_cannot_be_shared_equally_names_one_that_can():
-    with pytest.raises(UserError, match="64 images a step cannot be shared equally by 3 processes; take 63"):
+    with pytest.raises(UserError, match="64 images per step cannot be divided equally among 3 processes; use 63"):
         share_batch(64, 1, 3)
 
 

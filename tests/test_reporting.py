@@ -170,7 +170,7 @@ def test_pictures_come_from_the_place_that_is_named_and_from_a_zip(data, tmp_pat
     assert draw(run, "--data_dir", packed).pictures()
     with pytest.raises(SystemExit) as stop:
         command.main([str(run), "--data_dir", str(tmp_path / "run")])
-    assert stop.value.code == 2 and "is not this run's data set" in capsys.readouterr().err
+    assert stop.value.code == 2 and "is not this run's dataset" in capsys.readouterr().err
 
 
 def test_a_file_name_that_leads_out_of_the_data_set_is_not_shown(data, tmp_path):

@@ -150,7 +150,7 @@ def test_other_data_than_those_of_several_trainings_are_refused_before_the_first
     assert code == 2 and "the split into training, validation and test images differs from the recorded run" in error
     draw_picture(WNIDS[0], 99).save(changed / "train" / WNIDS[0] / "images" / f"{WNIDS[0]}_3.JPEG")
     code, said, error = reproduce(out / "run.json", "--output_dir", tmp_path / "two", "--data_dir", changed)
-    assert code == 2 and "the images differ from the recorded run" in error and "zero epoch" not in said
+    assert code == 2 and "the images differ from the recorded run" in error and "untrained" not in said
 
 
 def test_one_of_several_trainings_is_reproduced_alone(repeated_run, reproduce, tmp_path):
@@ -165,7 +165,7 @@ def test_one_of_several_trainings_is_reproduced_alone(repeated_run, reproduce, t
         (["--reproduce"], "which run?"),
         (["--reproduce", "none.json"], "none.json: cannot be read"),
         (["--reproduce", "README.md"], "README.md: is not valid json"),
-        (["recipes/sample.yaml", "--reproduce", "x"], "stands in place of the recipe"),
+        (["recipes/sample.yaml", "--reproduce", "x"], "takes the place of the recipe"),
     ],
 )
 def test_a_run_that_cannot_be_reproduced_is_refused(words, message, capsys):

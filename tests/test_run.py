@@ -261,7 +261,7 @@ def test_a_bad_image_stops_the_run_before_training_and_leaves_nothing(data, chec
         (["RECIPE", "--lerning_rate", "1"], "unknown argument 'lerning_rate'; did you mean learning_rate"),
         (["RECIPE", "--bf16", "true"], "mixed_precision in accelerate_config.yaml"),
         (["RECIPE", "--seed", "many"], "argument --seed: invalid int value: 'many'"),
-        (["RECIPE", "stray"], "'stray' belongs to no argument"),
+        (["RECIPE", "stray"], "'stray' does not belong to an argument"),
         (["RECIPE"], "--data_dir is missing"),
         (["RECIPE", "--data_dir", "nowhere"], "nowhere: no such folder or zip"),
         (["RECIPE", "--data_dir", "DATA", "--validation_fraction", "1"], "must be above 0 and below 1"),
@@ -276,7 +276,10 @@ def test_a_bad_image_stops_the_run_before_training_and_leaves_nothing(data, chec
         (["RECIPE", "--data_dir", "DATA", "--seed", "-1"], "must be at least 0"),
         (["RECIPE", "--data_dir", "DATA", "--learning_rate", "nan"], "must be above 0"),
         (["RECIPE", "--data_dir", "DATA", "--max_minutes", "0"], "--max_minutes 0.0: must be above 0"),
-        (["RECIPE", "--data_dir", "DATA", "--max_minutes", "1", "--do_train", "false"], "does not go with --do_train"),
+        (
+            ["RECIPE", "--data_dir", "DATA", "--max_minutes", "1", "--do_train", "false"],
+            "cannot be combined with --do_train",
+        ),
         (
             ["RECIPE", "--data_dir", "DATA", "--do_train", "false", "--resume_from_checkpoint", "true"],
             "resumes training",
@@ -423,7 +426,7 @@ def test_a_device_without_fast_units_gets_another_precision(monkeypatch):
 def test_an_estimate_says_time_and_memory_and_leaves_nothing(pristine_data, checkpoints, finetune, capsys):
     out = finetune(pristine_data, checkpoints("convnext"), estimate="true")
     said = capsys.readouterr().out
-    assert "an epoch of 36 images" in said and "for 10 images" in said and "GiB at batch 8" in said
+    assert "per epoch of 36 images" in said and "for 10 images" in said and "GiB at batch 8" in said
     assert not out.exists()
 
 

@@ -51,7 +51,7 @@ def test_a_search_finds_the_learning_rate_that_learns_and_writes_a_recipe(
     assert best["model_name_or_path"] == str(checkpoints("convnext"))
     said = capsys.readouterr().out
     assert (out / "best.yaml").read_text() in said
-    assert "search      8 trials of training images alone: train 28, validation 8\n" in said
+    assert "search      8 trials on the training images alone: train 28, validation 8\n" in said
     trials = trials_of(out)
     finished = [trial.value for trial in trials[:-1] if trial.state == optuna.trial.TrialState.COMPLETE]
     assert len(trials) == 8 and f"accuracy {max(finished):.4f}\ntrial 7" in said  # the best before the last one
@@ -130,4 +130,4 @@ def test_a_space_that_cannot_be_searched_is_refused(ranges, message):
 def test_a_search_beside_repeats_is_refused(searching, capsys):
     with pytest.raises(SystemExit):
         searching(kfold=2)
-    assert "--search and --kfold do not go together" in capsys.readouterr().err
+    assert "--search and --kfold cannot be combined" in capsys.readouterr().err

@@ -240,7 +240,7 @@ def test_old_checkpoints_make_room_and_the_best_and_the_last_stay(tmp_path, monk
     made = [make_checkpoint(tmp_path, step) for step in (1, 2, 3)]
     usage = shutil.disk_usage(tmp_path)._replace(free=10)
     monkeypatch.setattr(checkpoint_files.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match=r"next checkpoint needs .* free some, then resume .* from checkpoint-3"):
+    with pytest.raises(UserError, match=r"next checkpoint needs .* free some space, then resume .* from checkpoint-3"):
         checkpoint_files.make_room(tmp_path, needed=100, best=str(made[0]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
 
@@ -256,7 +256,7 @@ def test_lost_permission_while_results_are_written_is_one_line(
         finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and "Traceback" not in message
-    assert "submission.csv: cannot be written (Permission denied); fix this and rerun; the command restarts" in message
+    assert "submission.csv: cannot be written (Permission denied); fix this and run the same command again" in message
 
 
 def test_ctrl_c_outside_of_training_is_one_line(pristine_data, checkpoints, finetune, monkeypatch, capsys):
@@ -268,7 +268,8 @@ def test_ctrl_c_outside_of_training_is_one_line(pristine_data, checkpoints, fine
     with pytest.raises(SystemExit) as stop:
         finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
     assert stop.value.code == 130
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: interrupted; the same command restarts")
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: interrupted; run the same command again")
 
 
 def test_the_blocks_of_the_pixel_store_are_taken_before_it_is_filled(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""A recipe (yaml), or the run.json of a run to reproduce, and the flags after it, read into checked arguments."""
+"""From a recipe (YAML), or the run.json of a run to reproduce, and the flags after it to checked arguments."""
 
 import argparse
 import dataclasses
@@ -34,8 +34,8 @@ USAGE = "accelerate launch --config_file accelerate_config.yaml finetune_vit.py 
 HELP = """usage: {usage}
 
 Fine-tunes a pretrained image classifier and writes a Kaggle submission.
-A recipe is a yaml file of the arguments below; flags override it. A flag with nothing after it,
-or [] in a recipe, empties a list, as in `--tta`.
+A recipe is a YAML file of the arguments below; flags override it. Defaults are in brackets.
+To empty a list, give its flag without a value, such as `--tta`, or set it to [] in the recipe.
 
 {arguments}
 
@@ -46,7 +46,7 @@ First try:  ... finetune_vit.py recipes/sample.yaml
 Small part: ... finetune_vit.py recipes/offline.yaml --data_dir DATA.zip --max_train_samples 2000
 """
 
-# What other programs call an argument, for did-you-mean.
+# What other programs call an argument, to suggest ours.
 ALIASES = {
     "data_dir": "data dataset data_path train_dir",
     "dataset_name": "dataset hub_dataset",
@@ -163,7 +163,7 @@ def read_recipe(path: Path, trains: bool = True) -> dict:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as fault:
         known = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
-        hint = f"; there are {', '.join(known)}" if known else ""
+        hint = f"; choose from {', '.join(known)}" if known else ""
         raise UserError(f"{path}: cannot read this recipe ({fault.strerror}){hint}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as fault:
         raise UserError(f"{path}: not valid yaml: {' '.join(str(fault).split())}") from None
@@ -188,7 +188,7 @@ def split_command_line(argv: list[str]) -> tuple[str | None, list[str]]:
         raise UserError("--reproduce: which run? give outputs/<run>/run.json")
     reproduce = bool(argv) and argv[0].partition("=")[0] == "--reproduce"
     if not reproduce and (not argv or argv[0].startswith("-")):
-        raise UserError(f"the recipe comes first, or --reproduce RUN_JSON: {USAGE}")
+        raise UserError(f"the recipe comes first, or --reproduce RUN_JSON; usage: {USAGE}")
     recipe, flags = (None, argv) if reproduce else (argv[0], argv[1:])
     for word in flags:
         if word.startswith("--"):
@@ -209,7 +209,7 @@ def parse_command_line(argv: list[str]) -> tuple[RunArguments, FinetuningArgumen
     recipe, flags = split_command_line(argv)
     flagged, strays = parser.parse_known_args(flags)
     if strays:
-        raise UserError(f"command line: '{strays[0]}' belongs to no argument; --help lists the arguments")
+        raise UserError(f"command line: '{strays[0]}' does not belong to an argument; --help lists the arguments")
     source = Path(recipe or flagged.reproduce)
     parser.set_defaults(output_dir=str(Path("outputs") / source.stem))
     parser.set_recipe(read_recipe(source, flagged.do_train) if recipe else read_run(source), str(source))
@@ -218,18 +218,18 @@ def parse_command_line(argv: list[str]) -> tuple[RunArguments, FinetuningArgumen
     except (ValueError, TypeError, ImportError, OSError) as fault:
         raise UserError(" ".join(str(fault).split())) from None
     if recipe and run.reproduce:
-        raise UserError("--reproduce RUN_JSON stands in place of the recipe: it comes first, and flags after it")
+        raise UserError("--reproduce RUN_JSON takes the place of the recipe: put it first, and flags after it")
     check_values(run, args)
     return run, args, source
 
 
 def check_data_arguments(run: RunArguments) -> None:
-    """Check that the data set is named in one way."""
+    """Check that the dataset is named in exactly one way."""
     if run.data_dir is None and run.dataset_name is None:
-        raise UserError("--data_dir is missing: give the data set's folder or zip, or `sample`")
+        raise UserError("--data_dir is missing: give the dataset's folder or zip, or `sample`")
     if run.dataset_name and (run.data_dir or run.classes_file):
         other = "data_dir" if run.data_dir else "classes_file"
-        raise UserError(f"--dataset_name and --{other} do not go together; leave one of them out")
+        raise UserError(f"--dataset_name and --{other} cannot be combined; leave one of them out")
     for name in ("dataset_config_name", "label_column_name"):
         if getattr(run, name) and not run.dataset_name:
             raise UserError(f"--{name} needs --dataset_name, which is missing")
@@ -243,13 +243,13 @@ def check_training(run: RunArguments, args: FinetuningArguments) -> None:
             "CUDA_VISIBLE_DEVICES or with gpu_ids in the accelerate config"
         )
     if run.lora_r and run.freeze_layers:
-        raise UserError("--freeze_layers does not go with --lora_r, which freezes the whole backbone")
+        raise UserError("--freeze_layers cannot be combined with --lora_r, which freezes the whole backbone")
     if args.do_train and args.num_train_epochs <= 0 and args.max_steps <= 0:
         raise UserError("--num_train_epochs: must be above 0; --do_train false skips training")
     if not args.do_train and args.resume_from_checkpoint:
-        raise UserError("--resume_from_checkpoint resumes training; it does not go with --do_train false")
+        raise UserError("--resume_from_checkpoint resumes training; it cannot be combined with --do_train false")
     if not args.do_train and run.max_minutes is not None:
-        raise UserError("--max_minutes shortens training; it does not go with --do_train false")
+        raise UserError("--max_minutes shortens training; it cannot be combined with --do_train false")
 
 
 def check_repeats(run: RunArguments, args: FinetuningArguments) -> None:
@@ -259,10 +259,10 @@ def check_repeats(run: RunArguments, args: FinetuningArguments) -> None:
     if run.fold is not None and not 1 <= run.fold <= (run.kfold or 0):
         raise UserError(f"--fold {run.fold}: must be 1 to --kfold, which is {run.kfold or 'missing'}")
     if run.kfold and run.seeds:
-        raise UserError("--kfold and --seeds do not go together: the folds are the repeats; leave one of them out")
+        raise UserError("--kfold and --seeds cannot be combined: the folds are the repeats; leave one of them out")
     if (run.seeds or run.kfold) and not args.do_train:
         flag = "seeds" if run.seeds else "kfold"
-        raise UserError(f"--{flag} repeats the training; it does not go with --do_train false")
+        raise UserError(f"--{flag} repeats the training; it cannot be combined with --do_train false")
 
 
 def check_search(run: RunArguments, args: FinetuningArguments) -> None:
@@ -271,7 +271,7 @@ def check_search(run: RunArguments, args: FinetuningArguments) -> None:
         return
     for name in ("seeds", "kfold", "linear_probe_only", "estimate", "max_minutes", "reproduce"):
         if getattr(run, name):
-            raise UserError(f"--search and --{name} do not go together; search first, then run best.yaml")
+            raise UserError(f"--search and --{name} cannot be combined; search first, then run best.yaml")
     if not args.do_train or args.world_size > 1:
         raise UserError("--search trains in one process: leave out --do_train false, and launch one process")
 
@@ -284,10 +284,12 @@ def check_sharding(run: RunArguments, args: FinetuningArguments) -> None:
         raise UserError("FSDP shards a model over GPUs, and there is none; use recipes/accelerate/cpu_2.yaml")
     for name in ("ema_decay", "lora_r"):
         if getattr(run, name):
-            raise UserError(f"--{name} does not go with FSDP; leave it out, or use recipes/accelerate/multi_gpu.yaml")
+            raise UserError(
+                f"--{name} cannot be combined with FSDP; leave it out, or use recipes/accelerate/multi_gpu.yaml"
+            )
     if args.do_train and not args.load_best_model_at_end:
         raise UserError(
-            "--load_best_model_at_end false does not go with FSDP: the model is read back from a checkpoint"
+            "--load_best_model_at_end false cannot be combined with FSDP: the model is read back from a checkpoint"
         )
 
 

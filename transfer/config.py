@@ -18,7 +18,7 @@ from transfer.runtime import must_use_cpu
 
 TTA_NAMES = ("flip", "zoom", "zoom_flip", "corners")
 
-# Fields of TrainingArguments that would silently break something here, with the reason.
+# Fields of TrainingArguments that must not be set here, with the reason.
 REFUSED = {
     **dict.fromkeys(
         ["bf16", "fp16", "bf16_full_eval", "fp16_full_eval"],
@@ -26,7 +26,7 @@ REFUSED = {
     ),
     **dict.fromkeys(
         ["hub_token", "push_to_hub_token"],
-        "tokens do not belong on a command line; use `hf auth login` or the variable HF_TOKEN",
+        "tokens do not belong on a command line; use `hf auth login` or the environment variable HF_TOKEN",
     ),
     **dict.fromkeys(
         ["dataloader_drop_last", "remove_unused_columns"],
@@ -34,7 +34,7 @@ REFUSED = {
     ),
     "prediction_loss_only": "accuracy needs the predictions",
     "batch_eval_metrics": "metrics are computed over all images at once",
-    "auto_find_batch_size": "it changes the recipe silently; --estimate says which batch size fits",
+    "auto_find_batch_size": "it would change the recipe silently; --estimate true says which batch size fits",
 }
 
 # Headings of --help, in this order; the model card lists its settings in the same order.
@@ -56,7 +56,7 @@ TOPICS = (
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an argument besides its type, default and help."""
+    """What is known about an argument besides its type, default and help."""
 
     topic: str | None = None  # None: accepted, but not listed by --help
     at_least: float | None = None
@@ -99,12 +99,12 @@ def option(default, help: str, topic: str | None = None, **facts) -> Any:
 class RunArguments:
     """What a run adds to transformers.TrainingArguments."""
 
-    data_dir: str | None = option(None, "Data set: a folder, the zip as downloaded, or `sample` for generated images.",
+    data_dir: str | None = option(None, "Dataset: a folder, the zip as downloaded, or `sample` for generated images.",
         DATA)
     dataset_name: str | None = option(
-        None, "Data set on the Hub, or a folder that datasets.load_dataset understands; replaces data_dir.", DATA)
-    dataset_config_name: str | None = option(None, "Configuration of the Hub data set, if it has several.", DATA)
-    label_column_name: str | None = option(None, "Label column of the Hub data set, if it has several.", DATA)
+        None, "Dataset on the Hub, or a folder that datasets.load_dataset understands; replaces data_dir.", DATA)
+    dataset_config_name: str | None = option(None, "Configuration of the Hub dataset, if it has several.", DATA)
+    label_column_name: str | None = option(None, "Label column of the Hub dataset, if it has several.", DATA)
     classes_file: str | None = option(
         None, "Train only on the classes in this file: one class per line, in label order.", DATA)
 
@@ -114,40 +114,42 @@ class RunArguments:
     trust_remote_code: bool = option(
         False, "Let a checkpoint run its own Python code, which can do anything that you can.", MODEL)
 
-    image_size: int | None = option(None, "Side of the square model input in pixels [the checkpoint's].",
+    image_size: int | None = option(None, "Side of the square model input in pixels. [the checkpoint's]",
         IMAGES, at_least=8, on_card="setting")
     train_image_size: list[int] | None = option(
-        None, "Side of the training crops in pixels. Several sizes each take an equal share of training [image_size].",
+        None, "Side of the training crops in pixels. Several sizes are used in turn, each for an equal part of the "
+        "training. [image_size]",
         IMAGES, at_least=8, on_card="setting")
-    min_crop_scale: float = option(0.35, "Smallest fraction of the image in a training crop.",
+    min_crop_scale: float = option(0.35, "Smallest fraction of the image's area in a training crop.",
         IMAGES, above=0, at_most=1, on_card="setting")
 
-    head_warm_start: bool = option(True, "Start the head from the checkpoint's rows for classes of the same name.",
+    head_warm_start: bool = option(True, "Copy the head's weights for classes that the checkpoint knows by name.",
         LAYERS, on_card="setting")
     drop_path_rate: float | None = option(
-        None, "Stochastic depth: drop probability of the last block [the checkpoint's].",
+        None, "Stochastic depth: probability that the last block is skipped. [the checkpoint's]",
         LAYERS, at_least=0, below=1, on_card="setting")
     freeze_batch_norm_stats: bool = option(
         True, "Keep the pretrained batch norm statistics; a short training on crops would make them worse.", LAYERS)
     freeze_layers: int = option(
         0, "Freeze the lowest levels of the backbone: 1 is the stem, each further level is a block.",
         LAYERS, at_least=0, on_card="ingredient")
-    layer_decay: float = option(0.85, "Layer-wise learning-rate decay per block; 1 disables it.",
+    layer_decay: float = option(0.85, "Ratio of a block's learning rate to that of the block above it; 1 disables it.",
         LAYERS, above=0, at_most=1, on_card="setting")
 
     lora_r: int = option(
         0, "Rank of LoRA adapters, trained together with the head and merged when saved; 0 trains all weights.",
         ADAPTERS, at_least=0, on_card="ingredient")
-    linear_probe: bool = option(False, "Fit a linear head on frozen features, and fine-tune from there.",
+    linear_probe: bool = option(False, "Fit a linear head on frozen features first, then fine-tune from it.",
         ADAPTERS, on_card="ingredient")
     linear_probe_only: bool = option(False, "Stop after the linear probe: a baseline with a csv, in minutes.",
         ADAPTERS, on_card="ingredient")
 
     max_train_samples: int | None = option(
-        None, "Train on at most this many images, spread evenly over the classes, e.g. to try a recipe.",
+        None, "Train on at most this many images, evenly over the classes, e.g. to try a recipe.",
         LENGTH, at_least=1, on_card="setting")
 
-    ema_decay: float = option(0.0, "Decay of an additional moving average of the weights, e.g. 0.999; 0 disables it.",
+    ema_decay: float = option(
+        0.0, "Decay of a moving average of the weights, e.g. 0.999, kept if it is better; 0 disables it.",
         OPTIMIZER, at_least=0, below=1, on_card="ingredient")
 
     mixup_alpha: float = option(
@@ -158,7 +160,7 @@ class RunArguments:
         AUGMENTATION, at_least=0, on_card="ingredient")
     trivial_augment: bool = option(False, "TrivialAugment: change each image by one random operation.",
         AUGMENTATION, on_card="ingredient")
-    erasing_probability: float = option(0.0, "Random erasing: probability that a box of a training image is erased.",
+    erasing_probability: float = option(0.0, "Random erasing: probability of erasing a box of a training image.",
         AUGMENTATION, at_least=0, at_most=1, on_card="ingredient")
     augment_until: float = option(
         1.0, "Fraction of training after which mixup, CutMix, TrivialAugment and erasing stop.",
@@ -166,11 +168,12 @@ class RunArguments:
 
     tta: list[str] = option(
         [], "Test-time augmentation: transforms to average predictions over, each kept only if it raises the "
-        f"validation accuracy: {', '.join(TTA_NAMES)}.",
+        f"validation accuracy. Choose from {', '.join(TTA_NAMES)}.",
         EVALUATION, choices=TTA_NAMES, on_card="ingredient")
 
     seeds: list[int] = option(
-        [], "Train once per seed, report mean and standard deviation, and submit the ensemble or the soup.",
+        [], "Train once per seed, report mean and standard deviation, and submit the best of the single models, their "
+        "ensemble and their soup (averaged weights).",
         REPEATS, at_least=0, training_only=True, on_card="setting")
     kfold: int | None = option(None, "Number of cross-validation folds: train once per fold and submit the ensemble.",
         REPEATS, at_least=2, training_only=True, on_card="setting")
@@ -183,34 +186,36 @@ class RunArguments:
         None, "Number of Optuna trials over search_space; the best settings become output_dir/best.yaml.",
         REPEATS, at_least=1, one_run=True)
     search_space: str | None = option(
-        None, "In a recipe: the arguments to search, each with choices or with low, high and log or step.",
+        None, "Set in a recipe: the arguments to search, each with a list of choices, or with low and high, and "
+        "optionally log or step.",
         REPEATS, one_run=True)
     reproduce: str | None = option(
-        None, "Instead of a recipe: the run.json of a run to repeat and compare, number by number.",
+        None, "In place of the recipe: the run.json of a run to repeat and compare, number by number.",
         REPEATS, one_run=True)
 
     max_minutes: float | None = option(
-        None, "Time limit of the whole run, csv included: the training and its schedule get shorter.",
+        None, "Time limit of the whole run, csv included; training and its schedule are shortened to fit.",
         RESOURCES, above=0, training_only=True)
-    estimate: bool = option(False, "Measure memory and time over a few steps, then stop.", RESOURCES, one_run=True)
+    estimate: bool = option(False, "Measure a few steps, print the time and memory of the whole run, and stop.",
+        RESOURCES, one_run=True)
 
     export: str | None = option(
         None, "`onnx` also writes model.onnx and checks it against the model (needs requirements-extras.txt).",
         OUTPUT, choices=("onnx",))
-    hub_space_id: str | None = option(None, "With push_to_hub, also create this Hub Space with a demo of the model.",
-        OUTPUT)
-    hand_in: str | None = option(None, "NAME.zip: pack code, csv, metrics and model link, without data or weights.",
-        OUTPUT)
+    hub_space_id: str | None = option(
+        None, "With push_to_hub, also create this Space on the Hub, with a demo of the model.", OUTPUT)
+    hand_in: str | None = option(
+        None, "Zip to write, with code, csv, metrics and model link, without data or weights.", OUTPUT)
 
 
 @dataclass
 class FinetuningArguments(TrainingArguments):
     """TrainingArguments with defaults for fine-tuning an image classifier; those with a topic are in `--help`."""
 
-    do_train: bool = option(True, "`false` skips training: model_name_or_path is evaluated and predicts.", LENGTH)
+    do_train: bool = option(True, "`false` skips training, to only evaluate and predict.", LENGTH)
     num_train_epochs: float = option(3.0, "Number of passes over the training images.", LENGTH, on_card="setting")
     resume_from_checkpoint: str | None = option(
-        None, "`true` resumes from the last checkpoint in output_dir; or a checkpoint's folder.",
+        None, "`true` to resume from the last checkpoint in output_dir, or the folder of a checkpoint.",
         LENGTH, training_only=True, one_run=True)
 
     learning_rate: float = option(5e-4, "Peak learning rate.", OPTIMIZER, above=0, on_card="setting")
@@ -225,7 +230,7 @@ class FinetuningArguments(TrainingArguments):
     # a diverging run is stopped by the check for non-finite losses instead.
     max_grad_norm: float = option(0.0, "Clip gradients to this norm; 0 disables clipping.",
         OPTIMIZER, at_least=0, on_card="setting")
-    per_device_train_batch_size: int = option(64, "Training batch size; several processes share it.",
+    per_device_train_batch_size: int = option(64, "Training batch size; several processes divide it among them.",
         OPTIMIZER, at_least=1, on_card="setting")
     gradient_accumulation_steps: int = option(1, "Number of batches per optimizer step.",
         OPTIMIZER, at_least=1, on_card="setting")
@@ -241,19 +246,19 @@ class FinetuningArguments(TrainingArguments):
     dataloader_num_workers: int = option(0, "Number of data loading processes; 0 loads in the main process.",
         RESOURCES, at_least=0)
 
-    output_dir: str = option(None, "Folder for everything that the run writes [outputs/<recipe name>].",
+    output_dir: str = option(None, "Folder for everything that the run writes. [outputs/<recipe name>]",
         OUTPUT, one_run=True)
     report_to: list[str] = option(
-        ["auto"], "Experiment trackers: tensorboard, wandb, trackio or none [tensorboard if installed].", OUTPUT)
+        ["auto"], "Experiment trackers: tensorboard, wandb, trackio or none. [tensorboard if installed]", OUTPUT)
     save_strategy: str = option("epoch", "Save a checkpoint after each `epoch`, or every save_steps `steps`.")
     # With 1 the Trainer deletes the last checkpoint at the end, and a kill in the final evaluation would cost epochs.
     save_total_limit: int | None = option(2, "Number of checkpoints to keep, the best and the last included.", OUTPUT)
     push_to_hub: bool = option(False, "Push model/ to the Hub as hub_model_id after the run.", OUTPUT, one_run=True)
     hub_model_id: str | None = option(None, "Hub repository to push to, e.g. me/tiny-imagenet-100.", OUTPUT)
     hub_private_repo: bool | None = option(None, "`true` makes a new Hub repository private.", OUTPUT)
-    disable_tqdm: bool | None = option(None, "Disable progress bars [depends on the log level].", one_run=True)
+    disable_tqdm: bool | None = option(None, "Disable progress bars. [depends on the log level]", one_run=True)
     logging_steps: float = option(0.02, "Steps between log lines, or their fraction of all steps if below 1.")
-    # The filter hides NaN losses behind an average; here they stop the run.
+    # The filter would hide NaN losses in an average; here they stop the run.
     logging_nan_inf_filter: bool = option(False, "Leave non-finite losses out of the logged average.")
 
     # The Trainer would ask the model's forward for its labels, but some models take none; the loss is ours.
@@ -276,7 +281,7 @@ def default_trackers() -> list[str]:
 
 
 def option_of(field: dataclasses.Field) -> Option:
-    """What is known of an argument."""
+    """What is known about an argument."""
     return field.metadata.get("option", Option())
 
 

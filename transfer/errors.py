@@ -7,7 +7,7 @@ import sys
 import time
 from typing import NoReturn
 
-# Faults of the machine, not of the program: a full disk or quota, a file or folder that cannot be written.
+# Errors of the system, not of the program: a full disk or quota, a file or folder that cannot be written.
 SYSTEM_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 OTHERS_WAIT_SECONDS = 10.0  # the launcher ends the other processes once the first has ended
 
@@ -44,18 +44,18 @@ def exits_cleanly(main):
         except UserError as mistake:
             _stop(str(mistake), 2)
         except KeyboardInterrupt:
-            _stop("interrupted; the same command restarts, or tells you how to resume", 130)
+            _stop("interrupted; run the same command again: it starts over, or tells you how to resume", 130)
         except RuntimeError as fault:
             if not _lost_a_process(fault):
                 raise
-            _stop("another process of this run has ended; its own message says why", 2)
+            _stop("another process of this run has ended; its message says why", 2)
         except OSError as fault:
             if fault.errno not in SYSTEM_FAULTS:
                 raise
             where = f"{fault.filename}: " if fault.filename else ""
             _stop(
-                f"{where}cannot be written ({fault.strerror}); fix this and rerun; the command restarts, or tells you "
-                "how to resume",
+                f"{where}cannot be written ({fault.strerror}); fix this and run the same command again: it starts "
+                "over, or tells you how to resume",
                 2,
             )
 

@@ -1,4 +1,4 @@
-"""What the process runs with: mixed precision, CPU threads and memory, and the processes of a launch."""
+"""The process and its environment: mixed precision, CPU threads and memory, and the number of processes."""
 
 import ctypes
 import os
@@ -120,8 +120,8 @@ def share_batch(images: int, accumulation: int, processes: int) -> tuple[int, in
     step = images * accumulation
     if step % processes:
         raise UserError(
-            f"--per_device_train_batch_size {images}: {step} images a step cannot be shared equally by {processes} "
-            f"processes; take {max(1, round(images / processes)) * processes}"
+            f"--per_device_train_batch_size {images}: {step} images per step cannot be divided equally among "
+            f"{processes} processes; use {max(1, round(images / processes)) * processes}"
         )
     share = step // processes
     batch = max(size for size in range(1, min(images, share) + 1) if share % size == 0)

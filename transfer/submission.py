@@ -81,7 +81,7 @@ def balance_warning(labels: Sequence[int], num_classes: int) -> str | None:
     return (
         f"predictions are far from balanced: label {counts.argmax()} occurs {counts.max()} times "
         f"(expected about {counts.sum() / num_classes:.0f}), {(counts == 0).sum()} of {num_classes} labels never; "
-        "were classes mixed up, or is this the unchanged template?"
+        "are classes mixed up, or is this the unchanged template?"
     )
 
 

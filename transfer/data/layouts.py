@@ -19,7 +19,7 @@ ANNOTATIONS_NAME = "val_annotations.txt"  # Tiny ImageNet's; a line is a file na
 VALIDATION_FOLDERS = ("val", "valid", "validation")
 EXPECTED = f"{WNIDS_NAME}, train/<wnid>/images/*.JPEG, test/images/*.JPEG and {TEMPLATE_NAME}"
 ALSO_EXPECTED = "or train/<class>/*, with val/<class>/* and test/* if there are such images"
-NATURAL_ORDER = "folder names, numbers as numbers"  # a label order; the others are named after their file or column
+NATURAL_ORDER = "folder names in natural order"  # a label order; the others are named after their file or column
 
 
 @dataclass(frozen=True)

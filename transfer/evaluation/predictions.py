@@ -51,7 +51,7 @@ def choose_views(tried: Mapping[str, np.ndarray], labels: np.ndarray) -> list[st
 class Predictions:
     """Logits of a run's final model; the test arrays are empty if there are no test images."""
 
-    validation_files: np.ndarray  # (N,) str, relative to the data set's root
+    validation_files: np.ndarray  # (N,) str, relative to the dataset's root
     validation_labels: np.ndarray  # (N,) int64
     validation_logits: np.ndarray  # (N, classes) float32
     test_ids: np.ndarray  # (M,) str

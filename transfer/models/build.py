@@ -186,7 +186,7 @@ def set_labels(model: PreTrainedModel, class_ids: Sequence[str], class_names: Se
     if hasattr(model.config, "label_names"):  # timm's, which would be saved in place of id2label
         model.config.label_names = list(class_names)
     model.config.class_ids = list(class_ids)
-    model.config.problem_type = None  # a checkpoint trained on soft labels has one, which changes the loss
+    model.config.problem_type = None  # some checkpoints set one, which would change the loss
     model.num_labels = len(class_names)  # type: ignore[assignment]  # nn.Module's stub allows only tensors and modules
 
 
@@ -220,7 +220,7 @@ def build_classifier(
     trust_remote_code: bool = False,
     drop_path_rate: float | None = None,
 ) -> Classifier:
-    """Return a classifier of our classes: the backbone is the checkpoint's, the head is new.
+    """Return a classifier of our classes: the checkpoint's backbone with a new head.
 
     `class_ids`, `class_names` (unique, for people) and `synonyms` (to find classes that the checkpoint knows) are in
     label order. With `warm_start`, the head rows of known classes are copied; torch's global generator draws the
@@ -260,7 +260,7 @@ def load_trained(
 
 
 def _choose_trained_weights(model: PreTrainedModel, run: RunArguments) -> PreTrainedModel:
-    """The model with what the arguments freeze and the LoRA adapters that they ask for."""
+    """Freeze layers and add LoRA adapters as the arguments say; returns the model."""
     if run.freeze_batch_norm_stats:
         freeze_batch_norm_stats(model)
     if run.freeze_layers:
@@ -275,7 +275,7 @@ def prepare_model(run: RunArguments, args: FinetuningArguments, data: DatasetFil
     """Return a classifier ready for training; with `--do_train false`, a fine-tuned one ready for prediction."""
     if not args.do_train:
         return load_trained(run.model_name_or_path, data.class_ids, run.model_revision, run.trust_remote_code)
-    set_seed(args.seed)  # before the head is drawn: the Trainer would seed too late
+    set_seed(args.seed)  # before the head is initialized: the Trainer would seed too late
     classifier = build_classifier(
         run.model_name_or_path,
         data.class_ids,
@@ -291,7 +291,7 @@ def prepare_model(run: RunArguments, args: FinetuningArguments, data: DatasetFil
     model = _choose_trained_weights(classifier.model, run)
     say(
         f"model       {kind}, {parameters / 1e6:.1f} M parameters, {trainable_fraction(model):.2%} trainable; "
-        f"the head starts from the checkpoint's for {classifier.copied_head_rows} of {len(data.class_ids)} classes"
+        f"the head is copied from the checkpoint for {classifier.copied_head_rows} of {len(data.class_ids)} classes"
     )
     groups = parameter_groups(model, args.learning_rate, args.weight_decay, run.layer_decay)
     say(f"rates       {describe_learning_rates(groups)}")

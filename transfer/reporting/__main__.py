@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run; two runs are compared"
     )
-    parser.add_argument("--data_dir", help="data set that the pictures are read from [as in run.json]")
+    parser.add_argument("--data_dir", help="dataset to read the pictures from [as in run.json]")
     args = parser.parse_args(argv)
     if len(args.runs) > 2:
         raise UserError(f"{len(args.runs)} runs given; give one to write its report, or two to compare them")

@@ -68,8 +68,8 @@ IMAGENET_TERMS = (
 )
 SAMPLE_TERMS = "The images are generated: the model is only good for trying out the code."
 OTHER_TERMS = (
-    "No licence is stated here: the terms of the training images and of the checkpoint that the training started from "
-    "decide how the model may be used."
+    "No license is given here: the terms of the training images and of the base checkpoint decide how the model may "
+    "be used."
 )
 
 
@@ -192,7 +192,7 @@ def _origin(record: Mapping) -> str:
 def _limits(data_dir: str | None, class_ids: Sequence[str]) -> str:
     from_imagenet = all(re.fullmatch(r"n\d{8}", class_id) for class_id in class_ids)
     terms = SAMPLE_TERMS if data_dir == "sample" else IMAGENET_TERMS if from_imagenet else OTHER_TERMS
-    return f"{terms} `config.class_ids` lists the class ids of the data set in label order."
+    return f"{terms} `config.class_ids` lists the class ids of the dataset in label order."
 
 
 def _metadata(title: str, data: str, validation: ClassificationMetrics, record: Mapping) -> str:

@@ -38,9 +38,9 @@ DEVIATIONS_SHOWN = 8
 
 
 def find_data_root(data_dir: str, known_file: str) -> Path:
-    """The root of a data set, given as a folder, a zip or `sample`: the folder below which `known_file` lies.
+    """The root of a dataset, given as a folder, a zip or `sample`: the folder below which `known_file` lies.
 
-    Raises `UserError` if the data set does not hold that file.
+    Raises `UserError` if the dataset does not hold that file.
     """
     path = Path(data_dir).expanduser()
     if data_dir == "sample":
@@ -48,12 +48,12 @@ def find_data_root(data_dir: str, known_file: str) -> Path:
     elif path.is_file():
         path = extract_zip(path)
     if not path.is_dir():
-        raise UserError(f"{data_dir}: no such folder or zip; give the data set of this run with --data_dir")
+        raise UserError(f"{data_dir}: no such folder or zip; give the dataset of this run with --data_dir")
     inside = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
     for root in (path, *inside):
         if (root / known_file).is_file():
             return root
-    raise UserError(f"{data_dir}: is not this run's data set; it does not hold {known_file}")
+    raise UserError(f"{data_dir}: is not this run's dataset: it does not hold {known_file}")
 
 
 def find_test_files(root: Path, ids: Iterable[str], labelled_files: Iterable[str]) -> dict[str, str]:

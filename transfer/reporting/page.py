@@ -215,7 +215,7 @@ def write_page(run: RunResults, album: Album, without_pictures: str | None = Non
 
 
 def open_album(run: RunResults, root: Path) -> Album:
-    """The pictures of a run's data set, whose root is given."""
+    """The pictures of a run's dataset, whose root is given."""
     predictions = run.predictions
     return Album(root, find_test_files(root, predictions.test_ids.tolist(), predictions.validation_files.tolist()))
 
@@ -238,13 +238,13 @@ def redraw_report(folder: Path, data_dir: str | None = None) -> tuple[Path, str 
     """Write report.html of a finished run, with pictures from `data_dir`, or from the place that run.json names.
 
     Returns its path, and the reason if it has no pictures. Raises `UserError` if the folder holds no finished run, or
-    if `data_dir` is given and is not the run's data set.
+    if `data_dir` is given and is not the run's dataset.
     """
     run = RunResults.read(folder)
     place = data_dir or run.record["arguments"].get("data_dir")
     try:
         if place is None:
-            raise UserError("run.json does not name the data set; give it with --data_dir")
+            raise UserError("run.json does not name the dataset; give it with --data_dir")
         root = find_data_root(str(place), str(run.predictions.validation_files[0]))
     except UserError as absent:
         if data_dir:

@@ -1,6 +1,6 @@
-"""--search: settings that Optuna tries on a slice of the training images; the best become a recipe.
+"""--search: settings that Optuna tries on the training images, part of which is held out; the best become a recipe.
 
-An optional ingredient: the validation images stay for the final figure.
+Optional. The validation images are not used, so they can still measure the final model.
 """
 
 import copy
@@ -80,7 +80,7 @@ def _suggest(trial, name: str, values):
 
 
 def hold_out_of_train(dataset: datasets.DatasetDict, fraction: float, seed: int) -> datasets.DatasetDict:
-    """Split the training images alone: the validation images stay for the final figure."""
+    """Split the training images alone; the validation images are not used."""
     train = dataset["train"]
     kept, held_out = split_validation(train["file"][:], train["label"][:], fraction, seed)
     return datasets.DatasetDict(train=train.select(kept), validation=train.select(held_out))
@@ -207,10 +207,10 @@ def search(
 def write_best(out: Path, recipe: Mapping, accuracy: float) -> str:
     """Write best.yaml, a complete recipe, atomically; returns its text."""
     path = out / BEST_FILE
-    fewer = "# The search's max_train_samples stands below: without it the recipe trains on all images.\n"
+    fewer = "# The max_train_samples of the search is kept below; remove it to train on all images.\n"
     text = (
         f"# accelerate launch --config_file accelerate_config.yaml finetune_vit.py {path}\n#\n"
-        f"# The best of a search: accuracy {accuracy:.4f} on training images that were held out for it.\n"
+        f"# The best trial of a search: accuracy {accuracy:.4f} on held-out training images.\n"
         f"{fewer if 'max_train_samples' in recipe else ''}"
         f"{yaml.safe_dump(dict(recipe), sort_keys=False)}"
     )
@@ -219,7 +219,7 @@ def write_best(out: Path, recipe: Mapping, accuracy: float) -> str:
 
 
 def search_settings(context: RunContext, args: FinetuningArguments, make_trainer: Callable) -> None:
-    """Try settings on a slice of the training images and write the best ones as a recipe."""
+    """Try settings on the training images, part of which is held out, and write the best ones as a recipe."""
     run, out = context.run, Path(args.output_dir)
     space = SearchSpace.read(run.search_space, known_names())
     dataset = hold_out_of_train(context.dataset, run.validation_fraction, run.split_seed)
@@ -231,7 +231,7 @@ def search_settings(context: RunContext, args: FinetuningArguments, make_trainer
         trial = replace(context, run=tried, dataset=dataset)
         return make_trainer(trial, own, prepare_model(tried, own, context.data))
 
-    say(f"search      {run.search} trials of training images alone: {describe_splits(dataset)}")
+    say(f"search      {run.search} trials on the training images alone: {describe_splits(dataset)}")
     best, accuracy = search(build, space, run.search or 0, study, say)
     recipe = {"model_name_or_path": run.model_name_or_path} | chosen_arguments(context.arguments) | best
     say(write_best(out, recipe, accuracy), f"best settings in {out / BEST_FILE}")

@@ -1,4 +1,4 @@
-"""The steps of one run, from the checks before it to the files that it leaves; finetune_vit.py tells their order."""
+"""The steps of one run, from the checks before it to the files that it leaves; finetune_vit.py has their order."""
 
 import dataclasses
 import logging
@@ -66,7 +66,7 @@ READ_BACK_IMAGES = 10
 
 
 def set_up_logging(args: FinetuningArguments) -> None:
-    """Progress bars and warnings come from the main process, and no line for each file that is loaded."""
+    """Show progress bars and warnings of the main process only, and no messages about loaded files."""
     logging.basicConfig(level=logging.WARNING if args.process_index == 0 else logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     datasets.utils.logging.set_verbosity_error()
@@ -75,7 +75,7 @@ def set_up_logging(args: FinetuningArguments) -> None:
 
 
 def prepare_output(run: RunArguments, args: FinetuningArguments) -> None:
-    """Claim the output folder and refuse what could not be done with the results. Raises `UserError`."""
+    """Claim the output folder, and check that the results can be exported, packed or pushed. Raises `UserError`."""
     if args.process_index != 0 or run.estimate:
         return
     if not run.search:
@@ -89,7 +89,7 @@ def prepare_output(run: RunArguments, args: FinetuningArguments) -> None:
 
 
 def decode_images(args: FinetuningArguments, data: DatasetFiles, classifier: Classifier) -> PixelStore:
-    """Every image decoded, once a machine, into memory-mapped uint8 pixels."""
+    """Decode every image, once per machine, into memory-mapped uint8 pixels."""
     geometry = classifier.geometry
     check_transform(classifier.processor, EvaluationTransform(geometry))
     with args.main_process_first(local=True, desc="decoding images"):
@@ -97,9 +97,9 @@ def decode_images(args: FinetuningArguments, data: DatasetFiles, classifier: Cla
 
 
 def start_record(context: RunContext, trainer: FinetuningTrainer, checkpoint: str | None = None) -> dict:
-    """What run.json says that a run starts from; what differs from a run that is reproduced or resumed is printed.
+    """What a run starts from, for run.json; prints what differs from the run that is reproduced or resumed.
 
-    Raises `UserError` for other data than those of that run.
+    Raises `UserError` if the data are not those of that run.
     """
     store = trainer.eval_dataset.store
     record = make_record(
@@ -125,13 +125,13 @@ def start_record(context: RunContext, trainer: FinetuningTrainer, checkpoint: st
 
 
 def labels_of(split: PixelDataset) -> np.ndarray:
-    """(N,) labels of a split that has them: train and validation do."""
+    """(N,) labels of a split that has them: train or validation."""
     assert split.labels is not None
     return split.labels
 
 
 def evaluate_split(trainer: FinetuningTrainer, split: PixelDataset, what: str = "evaluating") -> ClassificationMetrics:
-    """Metrics of a labelled split, as the evaluation transform shows it, in fp32."""
+    """Metrics of a labeled split under the evaluation transform, in fp32."""
     return measure(trainer.predict_logits(split, what=what), labels_of(split))
 
 
@@ -149,8 +149,8 @@ def train_and_measure(context: RunContext, trainer: FinetuningTrainer, checkpoin
     """Train, keep the best epoch, and measure it on training images; returns the stages of `RunMetrics`."""
     run = context.run
     start = time.perf_counter()
-    zero = ZeroEpoch(evaluate_split(trainer, trainer.eval_dataset, "zero epoch").accuracy)
-    say(f"zero epoch  validation accuracy {zero.accuracy:.4f} before any training")
+    zero = ZeroEpoch(evaluate_split(trainer, trainer.eval_dataset, "before training").accuracy)
+    say(f"untrained   validation accuracy {zero.accuracy:.4f} before training")
     limit_training(context, trainer, time.perf_counter() - start)
     stages: dict = {"zero_epoch": zero}
     if run.linear_probe or run.linear_probe_only:
@@ -208,7 +208,7 @@ def predict_and_measure(context: RunContext, trainer: FinetuningTrainer) -> tupl
     return Predictions(files, labels, logits, ids, tested), stages
 
 
-# What a run leaves
+# The results of a run
 
 
 def check_same_weights(folder: Path, checkpoint: Path) -> None:
@@ -245,7 +245,7 @@ def write_results(
     predictions: Predictions,
     scores: np.ndarray | None = None,
 ) -> None:
-    """Write everything that a run leaves, submission.csv last: the model's own labels, or those of `scores`."""
+    """Write all results, submission.csv last: with the labels that the model predicts, or those of `scores`."""
     out, arguments, data = Path(trainer.args.output_dir), record["arguments"], context.data
     save_model(trainer, out / "model")
     predictions.save(out)
@@ -271,7 +271,7 @@ def write_results(
 
 
 def command_to_push(command: str, output_dir: Path) -> str:
-    """A run's command changed to push the model that the run left."""
+    """A run's command, changed to push the model that the run saved."""
     words, kept = [], True
     for word in shlex.split(command):
         if word.startswith("--"):
@@ -300,7 +300,7 @@ def push_results(context: RunContext, args: FinetuningArguments, images: Sequenc
 
 
 def share_results(context: RunContext, args: FinetuningArguments) -> None:
-    """Push, bundle and export, where asked for, in this order: the bundle holds the link."""
+    """Push, pack and export, if asked for, in this order: the zip holds the link of the pushed model."""
     if args.process_index != 0:
         return
     run, data, out = context.run, context.data, Path(args.output_dir)

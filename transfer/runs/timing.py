@@ -93,7 +93,9 @@ class Estimate:
     prediction: float
     peak_memory: int
     memory: int
-    largest_batch: int | None  # images a device, extrapolated from two batch sizes; None where they differ too little
+    largest_batch: (
+        int | None
+    )  # images per device, extrapolated from two batch sizes; None where they differ too little
 
 
 def leave_no_traces(args: TrainingArguments) -> None:
@@ -153,7 +155,7 @@ def estimate(context: RunContext, trainer: FinetuningTrainer) -> Estimate:
         ) from None
     peak = _peak_memory(device)
     per_image = time_evaluation(trainer, trainer.eval_dataset, ESTIMATE_BATCHES * args.eval_batch_size)
-    growth = (peak - half) / max(1, batch - batch // 2)  # bytes an image
+    growth = (peak - half) / max(1, batch - batch // 2)  # bytes per image
     room = 0.9 * _memory(device) - peak  # a tenth is left for fragmentation and for what else the machine does
     images, validated, tested = len(trainer.train_dataset), len(trainer.eval_dataset), context.test_images
     epochs = args.num_train_epochs
@@ -175,12 +177,12 @@ def estimate(context: RunContext, trainer: FinetuningTrainer) -> Estimate:
 def describe_estimate(e: Estimate, batch: int, images: int, test_images: int) -> list[str]:
     """The estimate in words, a line each, with advice where memory is short."""
     lines = [
-        f"training    {e.images_per_second:.0f} images/s: {format_seconds(e.epoch)} an epoch of {images} images",
+        f"training    {e.images_per_second:.0f} images/s: {format_seconds(e.epoch)} per epoch of {images} images",
         f"prediction  {e.evaluation_images_per_second:.0f} images/s: {format_seconds(e.prediction)} for {test_images} "
         "images",
         f"whole run   {format_seconds(e.run)}, with every evaluation",
         f"memory      {e.peak_memory / 2**30:.1f} of {e.memory / 2**30:.1f} GiB at batch {batch}"
-        + (f"; up to about {e.largest_batch} images a batch would fit" if e.largest_batch else ""),
+        + (f"; up to about {e.largest_batch} images per batch would fit" if e.largest_batch else ""),
     ]
     if e.peak_memory > 0.9 * e.memory:
         lines.append(

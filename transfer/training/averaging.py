@@ -1,6 +1,6 @@
 """An exponential moving average (EMA) of the weights, kept where it is better than the weights themselves.
 
-An optional ingredient: one callback, which `--ema_decay` adds to the Trainer.
+Optional: `--ema_decay` adds it to the Trainer as a callback.
 """
 
 import contextlib

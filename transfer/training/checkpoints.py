@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 STATE = "trainer_state.json"  # the Trainer writes it last
 
-# A kill may come while a checkpoint is deleted, too, in whatever order the system deletes.
+# A run may also be killed while it deletes a checkpoint, whose files go in any order.
 PARTS = ("*.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth")
 
 # Arguments that do not decide the weights: they may change where a run is resumed.
@@ -81,7 +81,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint; one that a kill cut short is passed over."""
+    """The newest complete checkpoint; incomplete ones, which a killed run can leave, are skipped."""
     return max(filter(is_complete, output_dir.glob("checkpoint-*")), key=step_of, default=None)
 
 
@@ -97,7 +97,7 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> str | None:
         return resume
     last = last_checkpoint(output_dir)
     if last is None:
-        raise UserError(f"--resume_from_checkpoint true: {output_dir} holds no checkpoint; start without it")
+        raise UserError(f"--resume_from_checkpoint true: {output_dir} holds no checkpoint; run the command without it")
     return str(last)
 
 
@@ -111,7 +111,7 @@ def describe_resume(output_dir: Path) -> str:
     """What to do after a run was interrupted."""
     last = last_checkpoint(output_dir)
     if last is None:
-        return "rerun the command: no epoch was finished, so it starts again, or tells you how to resume"
+        return "no epoch was finished; run the same command again: it starts over, or tells you how to resume"
     return f"resume with --resume_from_checkpoint true, from {last.name}"
 
 
@@ -125,8 +125,8 @@ def make_room(output_dir: Path, needed: int, best: str | None) -> None:
     free = shutil.disk_usage(output_dir).free
     if free < needed:
         raise UserError(
-            f"{output_dir}: the next checkpoint needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; "
-            f"free some, then {describe_resume(output_dir)}"
+            f"{output_dir}: the next checkpoint needs {needed / 2**20:.0f} MiB, but {free / 2**20:.0f} MiB are free; "
+            f"free some space, then {describe_resume(output_dir)}"
         )
 
 

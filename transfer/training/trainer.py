@@ -1,4 +1,4 @@
-"""The Trainer: uint8 images in, transforms on the device, the best epoch's weights for certain.
+"""The Trainer: takes uint8 images, applies the transforms on the device, and ends with the best epoch's weights.
 
 It overrides the Trainer's public methods, and one private one; transfer/compatibility.py lists them all.
 """

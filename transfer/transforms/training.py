@@ -32,7 +32,7 @@ def _kornia_draws_from(generator: torch.Generator) -> Iterator[None]:
 
 
 class TrivialAugment(nn.Module):
-    """(B, 3, H, W) in 0..255 -> the same, each image after one random operation at a random strength.
+    """(B, 3, H, W) in 0..255 -> the same shape; each image is changed by one random operation of random strength.
 
     TrivialAugment "wide" (Müller & Hutter 2021) has nothing to tune. kornia's own class draws one operation for the
     whole batch; the paper draws one for each image.
@@ -40,7 +40,7 @@ class TrivialAugment(nn.Module):
 
     def __init__(self):
         super().__init__()
-        import kornia.augmentation as K  # takes a second to import, and few runs need it
+        import kornia.augmentation as K  # importing it takes a second, and few runs need it
 
         blend = (0.01, 1.99)  # 1 leaves the image as it is
         # A plain list: as submodules they would follow the model to a GPU, and draw from its generator.
@@ -143,9 +143,10 @@ def draw_crops(
 class TrainTransform(nn.Module):
     """(B, 3, H, W) uint8 images and (B,) labels -> (B, 3, S, S) float32 pixel values and labels.
 
-    Every image is cropped at random, perhaps mirrored, and normalised. `sizes` are the values of S in the order of
-    training, each for an equal share of it. Until the share `augment_until` of training, TrivialAugment changes the
-    images, boxes are erased and `mixing` blends pairs, where asked for; labels are then (B, classes) targets.
+    Every image is cropped at random, mirrored with probability 0.5, and normalized. `sizes` are the values of S, used
+    in turn, each for an equal part of the training. Until the fraction `augment_until` of the training,
+    TrivialAugment, random erasing and `mixing` are applied if they are given; with `mixing`, labels become
+    (B, classes) targets.
     """
 
     def __init__(
@@ -165,7 +166,7 @@ class TrainTransform(nn.Module):
         self.augment_until, self.mixing = augment_until, mixing
 
     def size_at(self, progress: float) -> int:
-        """Side of the crops after that share of training."""
+        """Side of the crops after that fraction of the training."""
         return self.sizes[min(int(progress * len(self.sizes)), len(self.sizes) - 1)]
 
     def forward(
@@ -173,14 +174,14 @@ class TrainTransform(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         b, _, h, w = images.shape
         size, augments = self.size_at(progress), progress < self.augment_until
-        images = in_lines(images).float()  # uint8 is laid out quickest, and in lines normalised quicker than by pixels
+        images = in_lines(images).float()  # fastest order: lay out as uint8, then normalize in lines
         if self.trivial_augment and augments:
             images = self.trivial_augment(images, generator)
         crops = draw_crops(b, h, w, self.min_crop_scale, generator)
         top, left, height, width = (values.to(images.device, non_blocking=True) for values in crops)
         rows = resampling_weights(top, height, h, size)
         columns = resampling_weights(left, width, w, size)
-        # Normalised before it is enlarged: the same values, on fewer pixels.
+        # Normalizing first gives the same values, on fewer pixels where a crop is enlarged.
         pixel_values = resample(self.evaluation.normalise(images), rows, columns)
         if self.erasing and augments:
             pixel_values = self.erasing(pixel_values, generator)
@@ -190,7 +191,7 @@ class TrainTransform(nn.Module):
 
 
 def make_train_transform(run: RunArguments, evaluation: EvaluationTransform, classes: int) -> TrainTransform:
-    """The train transform that the run's arguments ask for."""
+    """Return the train transform for the run's arguments."""
     mixes = run.mixup_alpha > 0 or run.cutmix_alpha > 0
     return TrainTransform(
         evaluation,
