@@ -55,7 +55,7 @@ def open_test(root: Path, template_path: Path | None, ignored: Counter[str]) -> 
 
 
 def open_folder(path: Path, classes_file: Path | None = None) -> DatasetFiles:
-    """Recognise and check a dataset's folder. Only names are read: images are checked when they are decoded.
+    """Recognize and check a dataset's folder. Only names are read: images are checked when they are decoded.
 
     Raises `UserError`.
     """
@@ -92,7 +92,7 @@ def open_folder(path: Path, classes_file: Path | None = None) -> DatasetFiles:
 
 
 def open_data(data_dir: str, classes_file: str | None = None) -> DatasetFiles:
-    """Recognise and check the dataset of `--data_dir`: a folder, a zip as downloaded, or `sample`.
+    """Recognize and check the dataset of `--data_dir`: a folder, a zip as downloaded, or `sample`.
 
     `classes_file` lists the classes to use, one per line, in label order. Raises `UserError`.
     """
@@ -104,7 +104,7 @@ def open_data(data_dir: str, classes_file: str | None = None) -> DatasetFiles:
 
 
 def find_data(run: RunArguments) -> DatasetFiles:
-    """Recognise and check the dataset of `--data_dir` or `--dataset_name`. Raises `UserError`."""
+    """Recognize and check the dataset of `--data_dir` or `--dataset_name`. Raises `UserError`."""
     if run.dataset_name:
         return open_hub_data(run.dataset_name, run.dataset_config_name, run.label_column_name)
     return open_data(run.data_dir or "", run.classes_file)

@@ -2,7 +2,7 @@
 
     python tests/backbones.py    # prints the table
 
-Sizes, normalisation and depth are read off each family's default configuration and processor, pooling off a forward
+Sizes, normalization and depth are read off each family's default configuration and processor, pooling off a forward
 pass of the tiny model.
 """
 
@@ -291,7 +291,7 @@ def _name_pooling(maps: list[torch.Tensor], feature: torch.Tensor) -> str:
             if pooled.shape == feature.shape and torch.allclose(pooled, feature, atol=1e-5):
                 return name
             if pooled.shape == feature.shape and torch.allclose(normalised(pooled), feature, atol=1e-3):
-                return f"{name}, normalised"
+                return f"{name}, normalized"
     raise AssertionError("the head's input comes from nowhere")
 
 

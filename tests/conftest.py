@@ -44,7 +44,7 @@ def _own_caches(tmp_path_factory, monkeypatch):
 
 
 def draw_picture(wnid: str, seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
-    """A picture of one class: its colour with noise, a gradient and a dark bar."""
+    """A picture of one class: its color with noise, a gradient and a dark bar."""
     rng = np.random.default_rng([int(wnid[1:]), seed])
     width, height = size
     pixels = np.array(COLOURS[wnid]) + rng.normal(0, 25, (height, width, 3))

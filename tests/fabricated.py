@@ -43,7 +43,7 @@ ARGUMENTS = {
 
 
 def some_logits(labels, classes: int, seed: int = 0, sharpness: float = 2.5) -> np.ndarray:
-    """(N, classes) logits that mostly favour the labels."""
+    """(N, classes) logits that mostly favor the labels."""
     logits = np.random.default_rng(seed).normal(size=(len(labels), classes))
     logits[np.arange(len(labels)), labels] += sharpness
     return logits.astype(np.float32)

@@ -66,7 +66,7 @@ def test_the_described_preprocessing_gives_the_models_input(checkpoints, images)
     """Followed by hand with PIL and numpy, the words give what the processor gives."""
     processor = AutoImageProcessor.from_pretrained(checkpoints("convnext"))
     words = export.describe_preprocessing(processor)
-    assert words.startswith("RGB; shortest edge to 36 px") and "centre crop of 32x32" in words
+    assert words.startswith("RGB; shortest edge to 36 px") and "center crop of 32x32" in words
     cropped = np.asarray(Image.open(images[0]))[4:36, 2:34]  # 40 x 36 pixels: its shortest edge is 36 already
     mean, std = (json.loads(words.split(before)[-1].split("; ")[0]) for before in ("minus ", "divided by "))
     by_hand = ((cropped / 255 - mean) / std).transpose(2, 0, 1)

@@ -1,4 +1,4 @@
-"""Other layouts than the competition's: recognised, labelled correctly, or refused with the reason."""
+"""Other layouts than the competition's: recognized, labeled correctly, or refused with the reason."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from transfer.data.sources import open_hub_data
 from transfer.data.splits import split_fingerprint
 from transfer.errors import UserError
 
-# Eleven distinct colours: with eleven classes, folder 10 must sort after folder 9.
+# Eleven distinct colors: with eleven classes, folder 10 must sort after folder 9.
 PAINTS = [(0, 0, 0), (255, 255, 255), (230, 20, 20), (20, 200, 20), (20, 20, 230), (240, 240, 20), (20, 230, 230)]
 PAINTS += [(230, 20, 230), (128, 128, 128), (250, 130, 20), (100, 10, 100)]
 

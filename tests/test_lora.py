@@ -16,7 +16,7 @@ from transfer.models.lora import adapted_layers, add_adapters, check_same_adapte
 
 
 def adapted(checkpoint, rank=4):
-    """A model whose adapters change its outputs: peft initialises them to have no effect."""
+    """A model whose adapters change its outputs: peft initializes them to have no effect."""
     torch.manual_seed(0)
     model = add_adapters(build(checkpoint).model, rank).eval()
     with torch.no_grad():

@@ -37,7 +37,7 @@ def _load(folder: Path) -> EfficientNetForImageClassification:
 
 
 def _fixed_pixels() -> torch.Tensor:
-    """Smooth coloured waves: (1, 3, 224, 224)."""
+    """Smooth colored waves: (1, 3, 224, 224)."""
     axis = torch.linspace(-1, 1, 224)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     waves = [torch.sin(9 * x + 3 * y), torch.cos(7 * x * y), torch.sin(12 * (x * x + y * y))]

@@ -87,7 +87,7 @@ def test_the_run_leaves_what_the_readme_names_and_nothing_half_written(pristine_
 
 
 def test_the_model_learns_the_right_labels_for_unsorted_wnids(pristine_data, checkpoints, finetune):
-    """Class order taken from sorted folders anywhere would give the colours other labels."""
+    """Class order taken from sorted folders anywhere would give the colors other labels."""
     out = finetune(
         pristine_data,
         checkpoints("convnext"),

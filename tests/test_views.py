@@ -39,7 +39,7 @@ def test_the_evaluation_view_is_the_processors_own(kind, size):
     expected = processor(image, return_tensors="pt")["pixel_values"]
     view = EvaluationTransform(read_geometry(processor))(batch_of(image))
     assert view.shape == expected.shape
-    # Both compute with integers, each its own: a pixel may round to another neighbour.
+    # Both compute with integers, each its own: a pixel may round to another neighbor.
     assert (view - expected).abs().max() < 2.1 / 255 / min(processor.image_std)
 
 

@@ -44,7 +44,7 @@ def describe_preprocessing(processor: BaseImageProcessor) -> str:
     resize = geometry.resize if isinstance(geometry.resize, int) else "x".join(map(str, geometry.resize))
     how = "shortest edge" if isinstance(geometry.resize, int) else "height x width"
     return (
-        f"RGB; {how} to {resize} px, {geometry.interpolation} with anti-aliasing; centre crop of "
+        f"RGB; {how} to {resize} px, {geometry.interpolation} with anti-aliasing; center crop of "
         f"{geometry.crop[0]}x{geometry.crop[1]}; divided by 255; minus {list(geometry.mean)}; "
         f"divided by {list(geometry.std)}; float32, batch x channel x height x width"
     )

@@ -27,7 +27,7 @@ INTERPOLATIONS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
 
 @dataclass(frozen=True)
 class ImageGeometry:
-    """How a checkpoint's processor prepares an image: resize, centre crop, normalise."""
+    """How a checkpoint's processor prepares an image: resize, center crop, normalize."""
 
     resize: tuple[int, int] | int  # (height, width), or the length of the shortest edge
     crop: tuple[int, int]  # (height, width) of the model's input
@@ -35,7 +35,7 @@ class ImageGeometry:
     mean: tuple[float, ...]  # for pixels in 0..1
     std: tuple[float, ...]
     bgr: bool = False  # the model's channels are blue, green, red
-    rounds_corner: bool = False  # of a centre crop with an odd rest: torchvision rounds it, transformers floors it
+    rounds_corner: bool = False  # of a center crop with an odd rest: torchvision rounds it, transformers floors it
 
     @property
     def rule(self) -> str:
@@ -52,12 +52,12 @@ class ImageGeometry:
         return int(height * self.resize / short), int(width * self.resize / short)
 
     def corner(self, height: int, width: int) -> tuple[int, int]:
-        """(top, left) of the centre crop in a resized image of this height and width."""
+        """(top, left) of the center crop in a resized image of this height and width."""
         rest = height - self.crop[0], width - self.crop[1]
         return (round(rest[0] / 2), round(rest[1] / 2)) if self.rounds_corner else (rest[0] // 2, rest[1] // 2)
 
     def apply(self, image: Image.Image) -> Image.Image:
-        """The image after resizing and cropping; it is not normalised."""
+        """The image after resizing and cropping; it is not normalized."""
         height, width = self.resized(image.height, image.width)
         resample = next(number for number, name in INTERPOLATIONS.items() if name == self.interpolation)
         image = image.resize((width, height), resample)

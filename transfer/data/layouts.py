@@ -1,4 +1,4 @@
-"""The layout of a dataset on disk: find its root, recognise its folders and list its image files.
+"""The layout of a dataset on disk: find its root, recognize its folders and list its image files.
 
 docs/data.md describes the layouts. Every listing is sorted, so that two machines see the same files in the same order.
 """
@@ -24,7 +24,7 @@ NATURAL_ORDER = "folder names in natural order"  # a label order; the others are
 
 @dataclass(frozen=True)
 class DatasetFiles:
-    """A dataset whose layout was recognised; image files are relative to `root`, with forward slashes."""
+    """A dataset whose layout was recognized; image files are relative to `root`, with forward slashes."""
 
     kind: str  # name of the layout; empty for the competition's own
     root: Path
@@ -234,7 +234,7 @@ def _read_annotations(path: Path) -> dict[str, str]:
 def _list_annotated(
     root: Path, split: str, class_ids: Sequence[str], left_out: Set[str], ignored: Counter[str]
 ) -> list[tuple[str, int]]:
-    """(file, label) of the images in split/images/*, labelled by val_annotations.txt."""
+    """(file, label) of the images in split/images/*, labeled by val_annotations.txt."""
     path = root / split / ANNOTATIONS_NAME
     label_of = {class_id: label for label, class_id in enumerate(class_ids)}
     class_of = _read_annotations(path)
@@ -280,7 +280,7 @@ def list_validation_images(
 ) -> list[tuple[str, int]]:
     """(file, label) of the published validation images; empty if there is no validation folder.
 
-    They lie in val/images/*, labelled by val_annotations.txt, or in val/<class>/*. The folder may also be called
+    They lie in val/images/*, labeled by val_annotations.txt, or in val/<class>/*. The folder may also be called
     `valid` or `validation`. Images of the classes in `left_out` are skipped.
     """
     split = next((name for name in VALIDATION_FOLDERS if (root / name).is_dir()), None)

@@ -1,6 +1,6 @@
 """tiny-imagenet-100 without the competition's files: generated sample data, and a rebuild from Tiny ImageNet-200.
 
-A class of the sample data is one shape in one pattern, for example `striped star`. Colour, place, size, rotation,
+A class of the sample data is one shape in one pattern, for example `striped star`. Color, place, size, rotation,
 background, clutter, occlusion, light and sharpness vary within a class, so that none of them gives the class away.
 """
 
@@ -80,7 +80,7 @@ def _blotches(u, v, f, rng) -> np.ndarray:
     return sum(waves) > 0.6
 
 
-# Mask of the second colour: u and v are (S, S) coordinates in the shape's frame, f is in radians per unit.
+# Mask of the second color: u and v are (S, S) coordinates in the shape's frame, f is in radians per unit.
 PATTERNS = {
     "plain": lambda u, v, f, rng: np.zeros(u.shape, bool),
     "striped": lambda u, v, f, rng: np.sin(f * u) > 0,
@@ -96,7 +96,7 @@ PATTERNS = {
 
 
 def _colour(rng, luminance: float) -> np.ndarray:
-    """A random RGB colour, (3,) in 0..255, of a luminance in 0..1, which greyscale keeps."""
+    """A random RGB color, (3,) in 0..255, of a luminance in 0..1, which grayscale keeps."""
     chroma = rng.uniform(-1, 1, 3)
     chroma -= chroma @ LUMA
     return np.clip(255 * (luminance + 0.33 * chroma), 0, 255)
@@ -122,7 +122,7 @@ def _mask(shape: str, place: np.ndarray) -> Image.Image:
 
 
 def _texture(pattern: str, place: np.ndarray, colours, rng) -> Image.Image:
-    """The pattern in two colours over the whole canvas, randomly turned and shifted in the shape's frame."""
+    """The pattern in two colors over the whole canvas, randomly turned and shifted in the shape's frame."""
     angle = rng.uniform(-0.5, 0.5) + rng.integers(4) * np.pi / 2
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     (a, b), (c, d) = (turn @ np.linalg.inv(place[:, :2])).tolist()
@@ -136,7 +136,7 @@ def _texture(pattern: str, place: np.ndarray, colours, rng) -> Image.Image:
 
 
 def _clutter(draw: ImageDraw.ImageDraw, luminance: float, n: int, rng) -> None:
-    """Draw n random ellipses, bars and lines in colours near the background's."""
+    """Draw n random ellipses, bars and lines in colors near the background's."""
     for kind, (x, y), (w, h) in zip(
         rng.integers(3, size=n), rng.uniform(0, CANVAS_SIZE, (n, 2)), rng.uniform(6, 30, (n, 2)), strict=True
     ):
@@ -150,7 +150,7 @@ def _clutter(draw: ImageDraw.ImageDraw, luminance: float, n: int, rng) -> None:
 
 
 def _background(luminance: float, rng) -> Image.Image:
-    """A blend of four random corner colours, with clutter on it."""
+    """A blend of four random corner colors, with clutter on it."""
     corners = [[_colour(rng, luminance + rng.uniform(-0.07, 0.07)) for _ in range(2)] for _ in range(2)]
     canvas = Image.fromarray(np.array(corners, np.uint8))  # (2, 2, 3)
     canvas = canvas.resize((CANVAS_SIZE, CANVAS_SIZE), Image.Resampling.BILINEAR)
@@ -159,7 +159,7 @@ def _background(luminance: float, rng) -> Image.Image:
 
 
 def _occlude(canvas: Image.Image, place: np.ndarray, luminance: float, rng) -> None:
-    """Draw a bar over the shape's edge, away from its centre, so that most of the shape stays visible."""
+    """Draw a bar over the shape's edge, away from its center, so that most of the shape stays visible."""
     angle = rng.uniform(0, 2 * np.pi)
     along, across = np.array([np.cos(angle), np.sin(angle)]), np.array([-np.sin(angle), np.cos(angle)])
     middle = place[:, 2] + across * CANVAS_SIZE * rng.uniform(0.15, 0.32)
@@ -182,7 +182,7 @@ def _photograph(canvas: Image.Image, rng) -> Image.Image:
 
 def draw_image(shape: str, pattern: str, rng: np.random.Generator) -> tuple[Image.Image, tuple[int, ...]]:
     """Draw one picture of a class: a 64 x 64 image of mode RGB or (2%) L, and its box (x_min, y_min, x_max, y_max)."""
-    # A dark, a middle and a light colour in random roles, so that shape and pattern stay visible in greyscale.
+    # A dark, a middle and a light color in random roles, so that shape and pattern stay visible in grayscale.
     levels = rng.permutation([0.2, 0.52, 0.84]) + rng.uniform(-0.07, 0.07, 3)
     place = _place(rng)
     mask = _mask(shape, place)
@@ -264,7 +264,7 @@ def generate_sample_data(root: Path, seed: int = 0, train_per_class: int = 36, t
     over them. The same seed gives the same bytes. An image takes about 1.2 ms on one core. The quirks of the
     competition's data are kept: wnids.txt is not sorted, words.txt names more than the classes, all images lie in
     folders called `images`, test files have random ids, the template lists them in another order with label 0, some
-    images are greyscale, some test images repeat training images, and there is a .DS_Store. Raises `FileExistsError`
+    images are grayscale, some test images repeat training images, and there is a .DS_Store. Raises `FileExistsError`
     if the folder exists.
     """
     folder = root / "tiny-imagenet-100"

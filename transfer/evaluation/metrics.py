@@ -1,4 +1,4 @@
-"""Metrics of labelled images: accuracy with its intervals, and metrics.json."""
+"""Metrics of labeled images: accuracy with its intervals, and metrics.json."""
 
 import json
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ def score_interval(hits: int, images: int, scored: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class ClassificationMetrics:
-    """Metrics of one set of labelled images."""
+    """Metrics of one set of labeled images."""
 
     accuracy: float
     accuracy_ci95: list[float]  # low and high end of its 95% interval, without the spread over training seeds

@@ -119,7 +119,7 @@ def measure_reliability(probabilities: np.ndarray, labels: np.ndarray) -> Reliab
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature that minimises the cross-entropy of logits (N, classes) / temperature against labels (N,)."""
+    """The temperature that minimizes the cross-entropy of logits (N, classes) / temperature against labels (N,)."""
     rows = np.arange(len(labels))
 
     def loss(log_temperature: float) -> float:

@@ -200,7 +200,7 @@ class Classifier:
 
     @functools.cached_property
     def geometry(self) -> ImageGeometry:
-        """How the processor resizes, crops and normalises an image."""
+        """How the processor resizes, crops and normalizes an image."""
         return read_geometry(self.processor)
 
 

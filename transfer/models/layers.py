@@ -79,7 +79,7 @@ def parameter_levels(model: nn.Module) -> dict[str, int]:
     """Return the depth of every parameter, by name: 0 for the stem, one more for each block, the head last.
 
     Layers between two blocks, such as ConvNeXt's downsampling, share the level of the block that follows them. Layers
-    after the last block form one more level. With more than `MAX_BLOCK_LEVELS` blocks, neighbouring blocks share a
+    after the last block form one more level. With more than `MAX_BLOCK_LEVELS` blocks, neighboring blocks share a
     level: the 36 blocks of ConvNeXt-L form 18 levels of two (the ConvNeXt authors group three).
     """
     blocks, heads = find_blocks(model), head_names(model)

@@ -44,7 +44,7 @@ ImageProcessor: TypeAlias = Any
 
 
 def _read_normalisation(processor: ImageProcessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std); MobileViT's processor does not normalise, EfficientNet's divides by std twice."""
+    """(mean, std); MobileViT's processor does not normalize, EfficientNet's divides by std twice."""
     if not processor.do_normalize:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     mean, std = tuple(processor.image_mean), tuple(processor.image_std)
@@ -87,7 +87,7 @@ def _read_timm(config: Mapping) -> ImageGeometry:
 
 
 def read_geometry(processor: ImageProcessor) -> ImageGeometry:
-    """Return how a checkpoint's image processor resizes, crops and normalises.
+    """Return how a checkpoint's image processor resizes, crops and normalizes.
 
     Raises `UserError` if its input size is not fixed or its interpolation is not supported.
     """
@@ -172,7 +172,7 @@ def _name_in_convnext(name: str) -> str:
 
 
 def dinov3_to_convnext(encoder: PreTrainedModel) -> PreTrainedModel:
-    """Return DINOv3's ConvNeXt (Siméoni et al. 2025) as a ConvNeXt; the head's input is the normalised mean."""
+    """Return DINOv3's ConvNeXt (Siméoni et al. 2025) as a ConvNeXt; the head's input is the normalized mean."""
     settings = _shared_settings(encoder.config, ConvNextConfig)
     model = ConvNextForImageClassification(ConvNextConfig(**settings, num_stages=len(encoder.config.depths)))
     return _load_backbone(model, {_name_in_convnext(name): values for name, values in encoder.state_dict().items()})

@@ -131,7 +131,7 @@ def _remarks(metrics: RunMetrics) -> str:
     lines = _describe_repeats(metrics)
     if metrics.folds:
         lines.append(
-            "- The validation figures are of all labelled images, each predicted by the fold that left it out."
+            "- The validation figures are of all labeled images, each predicted by the fold that left it out."
         )
     if stages := list_stages(metrics):
         figures = ", ".join(f"{name} {accuracy:.4f}" for name, accuracy in stages.items())

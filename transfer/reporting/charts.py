@@ -1,6 +1,6 @@
 """Charts as inline SVG: the confusion matrix, lines, reliability and a histogram, with every name in them escaped.
 
-Shapes have classes (`line-0`, `bar`, `grid` ...); their colours and fonts are in page.css.
+Shapes have classes (`line-0`, `bar`, `grid` ...); their colors and fonts are in page.css.
 """
 
 import math
@@ -19,7 +19,7 @@ CELL, MARGIN = 10, 118
 # CSS pixels per unit: a small matrix is not stretched to the page's width, and a large one does not shrink on a phone.
 LARGEST_SCALE, SMALLEST_SCALE = 1.5, 0.85
 LONGEST_NAME = 22
-LEVELS = np.array([0.05, 0.1, 0.2, 0.4, 0.7])  # shares of a class's images at which the colour of a cell darkens
+LEVELS = np.array([0.05, 0.1, 0.2, 0.4, 0.7])  # shares of a class's images at which the color of a cell darkens
 
 # All other charts.
 WIDTH, HEIGHT = 440, 270
@@ -66,7 +66,7 @@ def _guides(count: int) -> Markup:
 def draw_matrix(confusions: np.ndarray, names: Sequence[str], order: Sequence[int]) -> tuple[Markup, dict]:
     """The picture, with a row for each label and a column for each prediction, and the data that page.js reads.
 
-    All cells of one colour are one path, so a matrix of a hundred classes takes about 20 kB.
+    All cells of one color are one path, so a matrix of a hundred classes takes about 20 kB.
     """
     counts = confusions[np.ix_(order, order)]
     shares = counts / np.maximum(1, confusions.sum(1)[list(order)])[:, None]

@@ -25,7 +25,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Curve:
-    """A chart with its heading, and the meaning of each of its colours."""
+    """A chart with its heading, and the meaning of each of its colors."""
 
     title: str
     picture: Markup

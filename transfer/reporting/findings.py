@@ -60,7 +60,7 @@ def find_test_files(root: Path, ids: Iterable[str], labelled_files: Iterable[str
     """Files of test images by id: the file name with or without its suffix. An id without a file is left out."""
     wanted = set(ids)
     found: dict[str, str] = {}
-    # A labelled image may have the same name as a test image, so the folders of labelled images are skipped.
+    # A labeled image may have the same name as a test image, so the folders of labeled images are skipped.
     labelled = {PurePosixPath(file).parts[0] for file in labelled_files}
     for folder, folders, files in os.walk(root):
         if Path(folder) == root:

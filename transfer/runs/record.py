@@ -188,7 +188,7 @@ def describe_differences(then: Mapping, now: Mapping, part: bool = False) -> lis
     lines += _changed_packages(then, now)
     # A repeated run records the initial weights of all its trainings together.
     if not part and then.get("start_fingerprint") != now["start_fingerprint"]:
-        lines.append("initial weights: a different checkpoint, or a head that was initialised differently")
+        lines.append("initial weights: a different checkpoint, or a head that was initialized differently")
     if then["arguments"].get("max_minutes"):
         lines.append("--max_minutes: the number of training steps depends on the speed of the machine")
     return lines

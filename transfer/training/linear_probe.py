@@ -1,4 +1,4 @@
-"""A linear probe: a regularised logistic head on frozen features, a baseline in minutes and a start for fine-tuning.
+"""A linear probe: a regularized logistic head on frozen features, a baseline in minutes and a start for fine-tuning.
 
 Fine-tuning from the probe's head instead of a random one distorts the backbone less (Kumar et al. 2022).
 """
@@ -102,7 +102,7 @@ def choose_penalty(features: torch.Tensor, labels: torch.Tensor, weight: torch.T
 
 
 def fit_probe(trainer: FinetuningTrainer, store: PixelStore, split: datasets.Dataset, rule: str) -> float:
-    """Put a logistic head, fitted on frozen features of a labelled split, into the model; returns its penalty."""
+    """Put a logistic head, fitted on frozen features of a labeled split, into the model; returns its penalty."""
     model, device = trainer.accelerator.unwrap_model(trainer.model), trainer.args.device
     features = extract_features(trainer, store, split, rule).to(device)
     labels = torch.tensor(split["label"][:], device=device)

@@ -28,7 +28,7 @@ def resize_as_pil(images: torch.Tensor, size: tuple[int, int], interpolation: st
 class EvaluationTransform(nn.Module):
     """(B, 3, H, W) uint8 images -> (B, 3, S, S) float32 pixel values, as the checkpoint's processor makes them.
 
-    `cropped` says that the images were resized and cropped when they were stored, and need only be normalised.
+    `cropped` says that the images were resized and cropped when they were stored, and need only be normalized.
     """
 
     scale: torch.Tensor
@@ -42,7 +42,7 @@ class EvaluationTransform(nn.Module):
         self.register_buffer("offset", -mean / std, persistent=False)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalise pixels in 0..255, red first; the channels come out in the model's order."""
+        """Normalize pixels in 0..255, red first; the channels come out in the model's order."""
         images = torch.addcmul(self.offset, images, self.scale)
         return images.flip(1) if self.geometry.bgr else images
 
@@ -83,9 +83,9 @@ def check_transform(processor: BaseImageProcessor, transform: EvaluationTransfor
     ramp[20:50, 10:40, 0] = 255 - ramp[20:50, 10:40, 0]
     expected = processor(Image.fromarray(ramp), return_tensors="pt")["pixel_values"]
     ours = transform(torch.from_numpy(ramp).permute(2, 0, 1)[None])
-    # One grey level is about 0.02 after normalisation.
+    # One gray level is about 0.02 after normalization.
     if expected.shape != ours.shape or (expected - ours).abs().max() > 0.05:
         raise UserError(
             f"{type(processor).__name__}: prepares images in a way that is not supported here; "
-            "use a checkpoint that resizes, crops and normalises"
+            "use a checkpoint that resizes, crops and normalizes"
         )

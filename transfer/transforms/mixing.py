@@ -14,7 +14,7 @@ def draw_ratio(alpha: float, generator: torch.Generator) -> float:
 
 
 def draw_box(height: int, width: int, area: float, generator: torch.Generator) -> tuple[slice, slice]:
-    """Return rows and columns of a box with this fraction of the area, centred uniformly and clipped at the edges."""
+    """Return rows and columns of a box with this fraction of the area, centered uniformly and clipped at the edges."""
     side = area**0.5
     centres = torch.rand(2, generator=generator).tolist()
     sides = []

@@ -73,7 +73,7 @@ class TrivialAugment(nn.Module):
 
 
 class RandomErasing(nn.Module):
-    """(B, 3, S, S) pixel values -> the same; with `probability` a random box becomes the mean colour.
+    """(B, 3, S, S) pixel values -> the same; with `probability` a random box becomes the mean color.
 
     Random erasing (Zhong et al. 2020). The box has 2% to a third of the area and an aspect of 0.3 to 3.3.
     """
