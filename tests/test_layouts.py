@@ -449,10 +449,6 @@ def remove_order(root):
     (root / "wnids.txt").unlink()
 
 
-def rename_number(root):
-    (root / "train" / "3").rename(root / "train" / "33")
-
-
 def name_number(root):
     (root / "train" / "3").rename(root / "train" / "three")
 
@@ -520,8 +516,8 @@ REFUSALS = [
     (write_tiny_imagenet, add_line("nonsense\n"), "val_annotations.txt: line 13 is not `file<TAB>class ...`"),
     (write_tiny_imagenet, add_image, "has no line for the image val/images/val_99.JPEG"),
     (
-        write_few_shot,
-        rename_number,
+        write_tiny_imagenet,
+        remove_order,
         "if the class folders are not named 0 to N-1, give their order with --classes_file",
     ),
     (write_few_shot, name_number, "no wnids.txt, which gives every class its label"),
