@@ -10,6 +10,7 @@ from scipy.special import softmax
 
 from data_loading import describe_layout, main, open_data
 from transfer import submission
+from transfer.data.labels import match_ids, name_test_images
 from transfer.errors import UserError
 from transfer.evaluation.predictions import Predictions, average_probabilities, fit_temperature
 from transfer.submission import Classes, decide_form, form_of
@@ -130,6 +131,7 @@ COLUMNS = [  # folders, header, cells, label of each column
     (NUMBERED, "id,Class 3,Class 1,Class 2", "0,0,1", (2, 0, 1)),
     (["cat", "cats"], "id,cats,cat", "0,1", (1, 0)),
     (["c0", "c1", "c2"], "img,c0,c1,c2", "1,0,0", (0, 1, 2)),
+    (ANIMALS, "id,wolf,bee,lion", ",,", (2, 0, 1)),
     (["1", "2", "10"], "id,1,2,10", "0,0,1", (0, 1, 2)),
     (["cat", "dog"], "id,dog", "0.5", (1,)),
     (["cat", "dog"], "id,is_cat", "0.5", (0,)),
@@ -198,6 +200,13 @@ def test_ids_that_match_several_images_are_refused_beside_image_names(tmp_path, 
 def test_images_that_differ_by_their_ending_are_two_ids_without_a_template_too(tmp_path):
     data = open_data(str(write_data(tmp_path / "d", ANIMALS, None, ["1.png", "1.jpg"])))
     assert data.test_ids == ["1.jpg", "1.png"]
+
+
+def test_images_of_equal_names_in_several_folders_are_told_apart_by_their_folder(tmp_path):
+    files = ["test/a/1.png", "test/b/1.png", "test/b/2.png"]
+    assert name_test_images(tmp_path, files) == ["a/1.png", "b/1.png", "b/2.png"]
+    assert name_test_images(tmp_path, files, {"b/1.png", "a/1.png", "2"}) == ["a/1.png", "b/1.png", "2"]
+    assert match_ids(files, {"1", "1.png"}) == {}
 
 
 def test_the_template_is_found_above_the_root_if_it_lists_the_test_images(tmp_path):

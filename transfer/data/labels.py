@@ -7,7 +7,7 @@ import operator
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,13 +193,14 @@ def read_template(path: Path) -> pd.DataFrame:
     if not rows:
         raise UserError(f"{path}: is empty; a template has a header, {','.join(HEADER)}, and a row for each id")
     width = len(rows[0][1])
-    has_probabilities = width > 2 and all(to_number(cell) is not None for _, row in rows[1:] for cell in row[1:])
+    cells = {cell for _, row in rows[1:] for cell in row[1:]}
+    has_probabilities = width > 2 and all(not cell or to_number(cell) is not None for cell in cells)
     expected = width if has_probabilities else 2
-    for line, cells in rows:
-        if len(cells) != expected:
+    for line, row in rows:
+        if len(row) != expected:
             two = f"two, {','.join(HEADER)}, or a number for each class" if expected == 2 else f"{expected}"
-            raise UserError(f"{path}: line {line} has {len(cells)} columns; a template has {two}")
-    table = pd.DataFrame([cells for _, cells in rows[1:]], columns=rows[0][1], dtype=str)
+            raise UserError(f"{path}: line {line} has {len(row)} columns; a template has {two}")
+    table = pd.DataFrame([row for _, row in rows[1:]], columns=rows[0][1], dtype=str)
     ids = table.iloc[:, 0]
     if table.empty or (ids.str.strip() == "").any():
         raise UserError(f"{path}: has {'no rows' if table.empty else 'a row without an id'}")
@@ -257,12 +258,18 @@ def _plain_id(text: str) -> str:
     return re.sub(r"(?<![0-9])0+(?=[0-9])", "", unicodedata.normalize("NFC", name.casefold()))
 
 
+def _below(file: str) -> str:
+    """A test image's path below the folder of all test images."""
+    return file.partition("/")[2]
+
+
 def match_ids(files: Sequence[str], ids: Set[str]) -> dict[str, str]:
     """The id of each test image that one of `ids` names: exactly, without ending, or uniquely once made plain."""
     id_of: dict[str, str] = {}
     matched: set[str] = set()
-    same = str  # an id stands for itself, but for the last way
-    for key_of_file, key_of_id in ((file_name, same), (image_id_of, same), (str, same), (_plain_id, _plain_id)):
+    ways: list[Callable[[str], str]] = [file_name, image_id_of, _below, str, _plain_id]
+    for key_of_file in ways:
+        key_of_id = _plain_id if key_of_file is _plain_id else str
         file_counts, id_counts = Counter(map(key_of_file, files)), Counter(map(key_of_id, ids))
         file_of = {key_of_file(file): file for file in files if file_counts[key_of_file(file)] == 1}
         id_with = {key_of_id(i): i for i in ids if id_counts[key_of_id(i)] == 1}
@@ -276,15 +283,14 @@ def match_ids(files: Sequence[str], ids: Set[str]) -> dict[str, str]:
 def name_test_images(root: Path, files: Sequence[str], template_ids: Set[str] = frozenset()) -> list[str]:
     """The id of every test image: the one in the template, or its file name as the template writes others.
 
-    That is without the extension, unless the template has all ids with it or two images differ in it alone.
+    That is without the extension, unless the template has all ids with it or images differ in it, or in their folder.
     """
-    names = [file_name(file) for file in files]
-    stems = [image_id_of(file) for file in files]
-    with_extension = (template_ids and template_ids <= set(names)) or len(set(stems)) < len(stems)
+    ways: list[Callable[[str], str]] = [image_id_of, file_name, _below]
+    if template_ids and template_ids <= set(map(file_name, files)):
+        ways = ways[1:]
+    way = next((way for way in ways if len(set(map(way, files))) == len(files)), str)
     id_of = match_ids(files, template_ids)
-    ids = [
-        id_of.get(file, name if with_extension else stem) for file, name, stem in zip(files, names, stems, strict=True)
-    ]
+    ids = [id_of.get(file, way(file)) for file in files]
     repeated = [i for i, count in Counter(ids).items() if count > 1]
     if repeated:
         raise UserError(f"{root / 'test'}: two images have the id '{repeated[0]}'; rename one of them")
