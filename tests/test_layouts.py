@@ -11,8 +11,9 @@ import pytest
 from conftest import ROOT, WNIDS, draw_picture
 from PIL import Image
 
-from data_loading import describe_layout, load_dataset, main, open_data
+from data_loading import describe_layout, find_data, load_dataset, main, open_data
 from transfer import submission
+from transfer.config import RunArguments
 from transfer.data import sources, tiny_imagenet
 from transfer.data.layouts import natural_key
 from transfer.data.sources import open_hub_data
@@ -294,6 +295,13 @@ def test_a_hub_data_set_keeps_its_labels_and_its_images_bytes(hub):
         assert [(folder.root / file).read_bytes() for file in dataset[ours]["file"]] == [i["bytes"] for i in stored]
     assert dataset["test"]["image_id"][:] == [str(row) for row in range(6)]
     assert "labels from column fine" in "\n".join(describe_layout(folder))
+
+
+def test_a_hub_data_set_may_have_a_template_with_class_names(hub, tmp_path):
+    (tmp_path / "t.csv").write_text("id,label\n" + "".join(f"{i},green\n" for i in range(6)))
+    run = RunArguments(dataset_name=str(hub), label_column_name="fine", template=str(tmp_path / "t.csv"))
+    data = find_data(run)
+    assert data.test_ids == list("012345") and submission.form_of(data).words == ("red", "green", "blue")
 
 
 def test_a_hub_data_set_is_copied_once_and_anew_when_it_changes(hub, monkeypatch):
