@@ -12,19 +12,29 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 
-from transfer.config import RunArguments
+from transfer.config import SUBMISSION_LABELS, RunArguments
 from transfer.data.images import scan_images
-from transfer.data.labels import check_template, name_classes, read_class_order, read_synonyms, read_template
+from transfer.data.labels import (
+    check_template,
+    find_template_above,
+    name_classes,
+    name_test_images,
+    read_class_order,
+    read_synonyms,
+    read_template,
+)
 from transfer.data.layouts import (
     EXPECTED,
     TEMPLATE_NAME,
     WNIDS_NAME,
     DatasetFiles,
     check_class_folders,
+    file_name,
     find_root,
     find_template,
     list_class_images,
@@ -32,29 +42,45 @@ from transfer.data.layouts import (
     list_test_images,
     list_validation_images,
     name_layout,
-    name_test_images,
 )
 from transfer.data.sources import extract_zip, open_hub_data
 from transfer.data.splits import split_fold, split_validation, take_evenly
 from transfer.data.tiny_imagenet import make_100, sample_data
 from transfer.errors import UserError, exits_cleanly
+from transfer.submission import form_of
 
 # From a path to the files of a dataset
 
 
-def open_test(root: Path, template_path: Path | None, ignored: Counter[str]) -> tuple[list[str], list[str]]:
-    """(test files, their ids), checked against the template. Raises `UserError`."""
-    files = list_test_images(root, ignored)
-    if template_path is None:
-        return files, name_test_images(root, files)
-    template = read_template(template_path)
-    ids = name_test_images(root, files, set(template.iloc[:, 0]))
-    # The template of a later year lacked rows that its grader wanted; the competition's is complete.
-    check_template(template, ids, template_path, may_be_short=not (root / WNIDS_NAME).is_file())
-    return files, ids
+def join_template(data: DatasetFiles, template_path: Path | None) -> DatasetFiles:
+    """The dataset with the ids and the template of its submission; without a path, the template is looked for.
+
+    Raises `UserError` where the template and the test images do not match, or do not tell how labels are written.
+    """
+    files = data.test_files
+    path = template_path or find_template(data.root)
+    if path is None and files:
+        path = find_template_above(data.root, files, data.ignored)
+    if path is None:
+        data = replace(data, test_ids=name_test_images(data.root, files))
+    else:
+        template = read_template(path)
+        ids = name_test_images(data.root, files, set(template.iloc[:, 0]))
+        # The template of a later year lacked rows that its grader wanted; the competition's is complete.
+        may_be_short = not (data.root / WNIDS_NAME).is_file()
+        check_template(template, ids, path, may_be_short, [file_name(file) for file in files])
+        data = replace(data, test_ids=ids, template_path=path)
+    if files:
+        form_of(data)
+    return data
 
 
-def open_folder(path: Path, classes_file: Path | None = None) -> DatasetFiles:
+def open_folder(
+    path: Path,
+    classes_file: Path | None = None,
+    template: Path | None = None,
+    submission_labels: str | None = None,
+) -> DatasetFiles:
     """Recognize and check a dataset's folder. Only names are read: images are checked when they are decoded.
 
     Raises `UserError`.
@@ -62,17 +88,13 @@ def open_folder(path: Path, classes_file: Path | None = None) -> DatasetFiles:
     root = find_root(path)
     if not (root / "train").is_dir():
         raise UserError(f"{root}: has no train folder; expected {EXPECTED}")
-    template_path = find_template(root)
-    class_ids, label_order = read_class_order(root, classes_file, has_template=template_path is not None)
+    class_ids, label_order = read_class_order(root, classes_file)
     left_out = check_class_folders(root, class_ids, label_order, is_subset=classes_file is not None)
-    if left_out:  # it is unknown which test images show the classes that are used
-        template_path = None
     ignored = Counter(list_folder(root / "train")[0])
     by_class = [list_class_images(root, class_id, ignored, label_order) for class_id in class_ids]
     validation = list_validation_images(root, class_ids, left_out, ignored)
-    test_files, test_ids = ([], []) if left_out else open_test(root, template_path, ignored)
     synonyms = read_synonyms(root, class_ids, label_order)
-    return DatasetFiles(
+    data = DatasetFiles(
         kind=name_layout(root, class_ids),
         root=root,
         class_ids=class_ids,
@@ -83,31 +105,39 @@ def open_folder(path: Path, classes_file: Path | None = None) -> DatasetFiles:
         train_labels=[label for label, files in enumerate(by_class) for _ in files],
         validation_files=[file for file, _ in validation],
         validation_labels=[label for _, label in validation],
-        test_files=test_files,
-        test_ids=test_ids,
-        template_path=template_path,
+        # It is unknown which test images show the classes that are used.
+        test_files=[] if left_out else list_test_images(root, ignored),
+        test_ids=[],
+        template_path=None,
         left_out=len(left_out),
         ignored=ignored,
+        submission_labels=submission_labels,
     )
+    return data if left_out else join_template(data, template)
 
 
-def open_data(data_dir: str, classes_file: str | None = None) -> DatasetFiles:
+def open_data(
+    data_dir: str,
+    classes_file: str | None = None,
+    template: str | None = None,
+    submission_labels: str | None = None,
+) -> DatasetFiles:
     """Recognize and check the dataset of `--data_dir`: a folder, a zip as downloaded, or `sample`.
 
     `classes_file` lists the classes to use, one per line, in label order. Raises `UserError`.
     """
-    chosen = Path(classes_file).expanduser() if classes_file else None
-    if data_dir == "sample":
-        return open_folder(sample_data(), chosen)
-    path = Path(data_dir).expanduser()
-    return open_folder(extract_zip(path) if path.is_file() else path, chosen)
+    classes, given = (Path(file).expanduser() if file else None for file in (classes_file, template))
+    path = sample_data() if data_dir == "sample" else Path(data_dir).expanduser()
+    return open_folder(extract_zip(path) if path.is_file() else path, classes, given, submission_labels)
 
 
 def find_data(run: RunArguments) -> DatasetFiles:
     """Recognize and check the dataset of `--data_dir` or `--dataset_name`. Raises `UserError`."""
     if run.dataset_name:
-        return open_hub_data(run.dataset_name, run.dataset_config_name, run.label_column_name)
-    return open_data(run.data_dir or "", run.classes_file)
+        data = open_hub_data(run.dataset_name, run.dataset_config_name, run.label_column_name)
+        template = Path(run.template).expanduser() if run.template else None
+        return join_template(replace(data, submission_labels=run.submission_labels), template)
+    return open_data(run.data_dir or "", run.classes_file, run.template, run.submission_labels)
 
 
 # From the files to a DatasetDict
@@ -220,9 +250,22 @@ def _describe_template(data: DatasetFiles) -> str:
     if data.template_path is None:
         return f"no {TEMPLATE_NAME}: the submission will list the test images by name"
     named = len(read_template(data.template_path))
+    name, root = data.template_path.name, data.root.resolve()
+    if data.template_path.resolve().parent != root:
+        name += " in the folder above" if data.template_path.resolve().parent == root.parent else " as given"
     if named < tested:
-        return f"{data.template_path.name} lists {named} of the {tested} test images; the submission will list all"
-    return f"{data.template_path.name} lists exactly the {tested} test images"
+        return f"{name} lists {named} of the {tested} test images; the submission will list all"
+    return f"{name} lists exactly the {tested} test images"
+
+
+def _describe_labels(data: DatasetFiles) -> str:
+    if not data.test_files:
+        return "not written"
+    if data.submission_labels:
+        origin = "as --submission_labels says"
+    else:
+        origin = f"as in {data.template_path.name}" if data.template_path else "since there is no template"
+    return f"written as {form_of(data).what}, {origin}"
 
 
 def describe_layout(data: DatasetFiles) -> list[str]:
@@ -241,6 +284,7 @@ def describe_layout(data: DatasetFiles) -> list[str]:
         f"images      {_describe_counts(data)}",
         f"ignored     {ignored}",
         f"template    {_describe_template(data)}",
+        f"labels      {_describe_labels(data)}",
     ]
 
 
@@ -275,9 +319,14 @@ def describe_images(data: DatasetFiles) -> list[str]:
 # The command
 
 
-def check_data(data_dir: str, classes_file: str | None = None) -> None:
+def check_data(
+    data_dir: str,
+    classes_file: str | None = None,
+    template: str | None = None,
+    submission_labels: str | None = None,
+) -> None:
     """Print what was found in a folder or zip after decoding every image. Raises `UserError`."""
-    data = open_data(data_dir, classes_file)
+    data = open_data(data_dir, classes_file, template, submission_labels)
     for line in describe_layout(data) + describe_images(data):
         print(line)
     print("ok          this dataset can be used")
@@ -293,8 +342,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", metavar="PATH", help="the dataset's folder or zip, or `sample`")
     parser.add_argument("--classes_file", metavar="FILE", help="use only these classes, one per line in label order")
+    parser.add_argument("--template", metavar="FILE", help="the submission's template")
+    parser.add_argument("--submission_labels", choices=SUBMISSION_LABELS, help="how the submission writes labels")
     options = parser.parse_args(argv)
-    check_data(options.path, options.classes_file)
+    check_data(options.path, options.classes_file, options.template, options.submission_labels)
 
 
 if __name__ == "__main__":

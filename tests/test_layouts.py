@@ -11,8 +11,9 @@ import pytest
 from conftest import ROOT, WNIDS, draw_picture
 from PIL import Image
 
-from data_loading import describe_layout, load_dataset, main, open_data
+from data_loading import describe_layout, find_data, load_dataset, main, open_data
 from transfer import submission
+from transfer.config import RunArguments
 from transfer.data import sources, tiny_imagenet
 from transfer.data.layouts import natural_key
 from transfer.data.sources import open_hub_data
@@ -299,6 +300,13 @@ def test_a_hub_data_set_keeps_its_labels_and_its_images_bytes(hub):
     assert "labels from column fine" in "\n".join(describe_layout(folder))
 
 
+def test_a_hub_data_set_may_have_a_template_with_class_names(hub, tmp_path):
+    (tmp_path / "t.csv").write_text("id,label\n" + "".join(f"{i},green\n" for i in range(6)))
+    run = RunArguments(dataset_name=str(hub), label_column_name="fine", template=str(tmp_path / "t.csv"))
+    data = find_data(run)
+    assert data.test_ids == list("012345") and submission.form_of(data).words == ("red", "green", "blue")
+
+
 def test_a_hub_data_set_is_copied_once_and_anew_when_it_changes(hub, monkeypatch):
     first = open_hub_data(str(hub), label_column="fine")
     with monkeypatch.context() as patch:
@@ -452,10 +460,6 @@ def remove_order(root):
     (root / "wnids.txt").unlink()
 
 
-def rename_number(root):
-    (root / "train" / "3").rename(root / "train" / "33")
-
-
 def name_number(root):
     (root / "train" / "3").rename(root / "train" / "three")
 
@@ -523,8 +527,8 @@ REFUSALS = [
     (write_tiny_imagenet, add_line("nonsense\n"), "val_annotations.txt: line 13 is not `file<TAB>class ...`"),
     (write_tiny_imagenet, add_image, "has no line for the image val/images/val_99.JPEG"),
     (
-        write_few_shot,
-        rename_number,
+        write_tiny_imagenet,
+        remove_order,
         "if the class folders are not named 0 to N-1, give their order with --classes_file",
     ),
     (write_few_shot, name_number, "no wnids.txt, which gives every class its label"),

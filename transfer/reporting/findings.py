@@ -17,6 +17,7 @@ from transfer.data.tiny_imagenet import sample_data
 from transfer.errors import UserError
 from transfer.evaluation.comparison import RunResults
 from transfer.evaluation.predictions import (
+    balance_warning,
     expect_counts,
     find_confused_pairs,
     find_label_issues,
@@ -24,7 +25,6 @@ from transfer.evaluation.predictions import (
     sort_by_confidence,
 )
 from transfer.reporting.charts import draw_histogram
-from transfer.submission import balance_warning
 
 PICTURE_SIZE = 96  # pixels of the longer side
 JPEG_QUALITY = 80

@@ -25,7 +25,7 @@ from transfer.evaluation.metrics import (
     ZeroEpoch,
     measure,
 )
-from transfer.evaluation.predictions import Predictions, average_probabilities, measure_calibration
+from transfer.evaluation.predictions import Predictions, average_probabilities, fit_temperature, measure_calibration
 from transfer.files import is_finished, read_json
 from transfer.models.build import Classifier, load_trained
 from transfer.runs import RunContext
@@ -55,6 +55,7 @@ class EnsembleResult:
     metrics: RunMetrics
     predictions: Predictions
     test_scores: np.ndarray  # (M, classes), what the submission is made of
+    temperature: float  # that calibrates them
 
 
 # The trainings
@@ -147,7 +148,9 @@ def combine(
     record = start_record(context, trainer) | {"start_fingerprint": start_of(folders)}
     result = combine_folds(folders) if context.run.kfold else combine_seeds(context, trainer, folders)
     if trainer.is_world_process_zero():
-        write_results(context, trainer, record, result.metrics, result.predictions, result.test_scores)
+        write_results(
+            context, trainer, record, result.metrics, result.predictions, result.test_scores, result.temperature
+        )
     return result.metrics
 
 
@@ -246,16 +249,21 @@ def combine_seeds(context: RunContext, trainer: FinetuningTrainer, folders: Sequ
         stages["linear_probe"] = LinearProbe(float(np.mean(probes)))
     soup = SoupMetrics(**asdict(stages["validation"]), members=[seeds[i] for i in chosen])
     labels = predictions.validation_labels
-    ensemble = measure(average_probabilities([member.validation_logits for member in members]), labels)
+    averaged = average_probabilities([member.validation_logits for member in members])
+    ensemble = measure(averaged, labels)
     tested = average_probabilities([member.test_logits for member in members])
     first = int(np.argmax([run.validation.accuracy for run in runs]))  # with its test-time augmentation
-    candidates = {  # name -> validation accuracy, scores of the test images
-        f"seed {seeds[first]}": (runs[first].validation.accuracy, members[first].test_logits),
-        "soup": (soup.accuracy, predictions.test_logits),
-        "ensemble": (ensemble.accuracy, tested),
+    candidates = {  # name -> validation accuracy, scores of the test images and of the validation images
+        f"seed {seeds[first]}": (
+            runs[first].validation.accuracy,
+            members[first].test_logits,
+            members[first].validation_logits,
+        ),
+        "soup": (soup.accuracy, predictions.test_logits, predictions.validation_logits),
+        "ensemble": (ensemble.accuracy, tested, averaged),
     }
-    source = choose_submission({name: accuracy for name, (accuracy, _) in candidates.items()})
-    accuracy, scores = candidates[source]
+    source = choose_submission({name: accuracy for name, (accuracy, *_) in candidates.items()})
+    accuracy, scores, validated = candidates[source]
     metrics = RunMetrics(
         **(stages | summarise(runs)),
         seeds=runs,
@@ -263,7 +271,7 @@ def combine_seeds(context: RunContext, trainer: FinetuningTrainer, folders: Sequ
         ensemble=ensemble,
         submission=SubmissionSource(source, accuracy),
     )
-    return EnsembleResult(metrics, predictions, scores)
+    return EnsembleResult(metrics, predictions, scores, fit_temperature(validated.astype(np.float64), labels))
 
 
 def join_folds(members: Sequence[Predictions]) -> Predictions:
@@ -297,4 +305,4 @@ def combine_folds(folders: Sequence[Path]) -> EnsembleResult:
         stages["prediction"] = Speed(len(predictions.test_ids) / seconds, seconds)
     source = SubmissionSource(f"ensemble of {len(runs)} folds")
     metrics = RunMetrics(**(stages | summary), folds=runs, submission=source)
-    return EnsembleResult(metrics, predictions, predictions.test_logits)
+    return EnsembleResult(metrics, predictions, predictions.test_logits, stages["calibration"].temperature)

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from transfer.bundle import check_target, pack
 from transfer.config import FinetuningArguments, RunArguments, training_only_names
 from transfer.data.images import PixelDataset, PixelStore, open_pixel_store
-from transfer.data.labels import open_template, render_submission
 from transfer.data.layouts import DatasetFiles
 from transfer.data.splits import split_fingerprint, take_evenly
 from transfer.errors import UserError
@@ -56,7 +55,7 @@ from transfer.runs.record import (
 )
 from transfer.runs.timing import limit_training
 from transfer.runtime import say
-from transfer.submission import digest_of
+from transfer.submission import digest_of, fill_submission
 from transfer.training.checkpoints import RunProvenance
 from transfer.training.linear_probe import fit_probe
 from transfer.training.trainer import FinetuningTrainer, identity, run_training
@@ -231,12 +230,6 @@ def save_model(trainer: FinetuningTrainer, place: Path) -> None:
     write_folder_atomically(place, write)
 
 
-def make_submission(data: DatasetFiles, ids: Sequence[str], scores: np.ndarray) -> bytes:
-    """The csv: the likeliest label of each test image, from scores (M, classes), in the template's form."""
-    labels = dict(zip(ids, scores.argmax(-1).tolist(), strict=True))
-    return render_submission(open_template(data.template_path, data.test_ids), labels)
-
-
 def write_results(
     context: RunContext,
     trainer: FinetuningTrainer,
@@ -244,8 +237,12 @@ def write_results(
     metrics: RunMetrics,
     predictions: Predictions,
     scores: np.ndarray | None = None,
+    temperature: float | None = None,
 ) -> None:
-    """Write all results, submission.csv last: with the labels that the model predicts, or those of `scores`."""
+    """Write all results, submission.csv last: with the labels that the model predicts, or those of `scores`.
+
+    The probabilities of a submission are calibrated by the metrics' temperature, or that of `scores`.
+    """
     out, arguments, data = Path(trainer.args.output_dir), record["arguments"], context.data
     save_model(trainer, out / "model")
     predictions.save(out)
@@ -262,7 +259,9 @@ def write_results(
     submission = None
     if len(predictions.test_ids):
         scores = predictions.test_logits if scores is None else scores
-        submission = make_submission(data, predictions.test_ids.tolist(), scores)
+        if temperature is None:
+            temperature = metrics.calibration.temperature if metrics.calibration else 1.0
+        submission = fill_submission(data, predictions.test_ids.tolist(), scores, temperature)
         record["submission_sha256"] = digest_of(submission)
     draw_report(out, record, data.root)
     write_record(out, record)
