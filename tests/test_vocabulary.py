@@ -11,6 +11,7 @@ from scipy.special import softmax
 from data_loading import describe_layout, main, open_data
 from transfer import submission
 from transfer.data.labels import match_ids, name_test_images
+from transfer.data.layouts import NATURAL_ORDER
 from transfer.errors import UserError
 from transfer.evaluation.predictions import Predictions, average_probabilities, fit_temperature
 from transfer.submission import Classes, decide_form, form_of
@@ -41,7 +42,7 @@ def rows(label: str, header: str = "id,label", ids="012345") -> str:
     return "\n".join([header, *(f"{i},{label}" for i in ids)]) + "\n"
 
 
-def decide(tmp_path, folders, text, order="folder names, numbers as numbers", names=None, asked=None):
+def decide(tmp_path, folders, text, order=NATURAL_ORDER, names=None, asked=None):
     (tmp_path / "t.csv").write_text(text)
     return decide_form(tmp_path / "t.csv", Classes(folders, names or folders, order), asked)
 
@@ -76,7 +77,7 @@ DECIDED = [  # folders, template rows, what gave the order, words
 
 @pytest.mark.parametrize(("folders", "text", "order", "words"), DECIDED)
 def test_the_template_decides_the_words_of_the_labels(tmp_path, folders, text, order, words):
-    form = decide(tmp_path, folders, text, order or "folder names, numbers as numbers")
+    form = decide(tmp_path, folders, text, order or NATURAL_ORDER)
     assert list(form.words) == words
 
 
@@ -105,7 +106,7 @@ UNDECIDED = [
 @pytest.mark.parametrize(("folders", "text", "order", "message"), UNDECIDED)
 def test_what_a_template_does_not_decide_is_refused_with_a_way_out(tmp_path, folders, text, order, message):
     with pytest.raises(UserError) as refusal:
-        decide(tmp_path, folders, text, order or "folder names, numbers as numbers")
+        decide(tmp_path, folders, text, order or NATURAL_ORDER)
     assert message in str(refusal.value) and "--submission_labels" in str(refusal.value)
 
 
