@@ -25,7 +25,9 @@ from transfer.data.layouts import (
     WNIDS_NAME,
     DatasetFiles,
     check_class_folders,
+    find_class_folders,
     find_root,
+    find_split_folder,
     find_template,
     list_class_images,
     list_folder,
@@ -33,6 +35,7 @@ from transfer.data.layouts import (
     list_validation_images,
     name_layout,
     name_test_images,
+    normal_name,
 )
 from transfer.data.sources import extract_zip, open_hub_data
 from transfer.data.splits import split_fold, split_validation, take_evenly
@@ -60,15 +63,17 @@ def open_folder(path: Path, classes_file: Path | None = None) -> DatasetFiles:
     Raises `UserError`.
     """
     root = find_root(path)
-    if not (root / "train").is_dir():
+    train_folder = find_split_folder(root, "train")
+    if train_folder is None and (root / WNIDS_NAME).is_file():
         raise UserError(f"{root}: has no train folder; expected {EXPECTED}")
     template_path = find_template(root)
     class_ids, label_order = read_class_order(root, classes_file, has_template=template_path is not None)
     left_out = check_class_folders(root, class_ids, label_order, is_subset=classes_file is not None)
     if left_out:  # it is unknown which test images show the classes that are used
         template_path = None
-    ignored = Counter(list_folder(root / "train")[0])
-    by_class = [list_class_images(root, class_id, ignored, label_order) for class_id in class_ids]
+    ignored = Counter(list_folder(root / (train_folder or ""))[0])
+    folders = find_class_folders(root, "train")
+    by_class = [list_class_images(root, folders[class_id], ignored, label_order) for class_id in class_ids]
     validation = list_validation_images(root, class_ids, left_out, ignored)
     test_files, test_ids = ([], []) if left_out else open_test(root, template_path, ignored)
     synonyms = read_synonyms(root, class_ids, label_order)
@@ -184,9 +189,11 @@ def folder_patterns(data: DatasetFiles) -> list[str]:
     """Where the images were found, for example train/<wnid>/images/*."""
     class_ids, sign = set(data.class_ids), "<wnid>" if data.label_order == WNIDS_NAME else "<class>"
     folders = dict.fromkeys(file.rpartition("/")[0] for file in data.files)
-    return list(
-        dict.fromkeys("/".join(sign if p in class_ids else p for p in folder.split("/")) + "/*" for folder in folders)
-    )
+
+    def pattern(folder: str) -> str:
+        return "/".join(sign if normal_name(part) in class_ids else part for part in f"{folder}/*".split("/"))
+
+    return list(dict.fromkeys(map(pattern, folders)))
 
 
 def _describe_order(data: DatasetFiles) -> str:
