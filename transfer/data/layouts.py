@@ -9,7 +9,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,14 +176,17 @@ def _list_candidates(path: Path) -> list[list[tuple[Path, set[str]]]]:
     return levels
 
 
-def find_root(path: Path) -> Path:
-    """The root of the dataset at `path`: the folder itself, or the one folder below it that looks like a dataset."""
+def find_root(path: Path, has_labels: Callable[[Path], bool] = lambda folder: False) -> Path:
+    """The root of the dataset at `path`: the folder itself, or the one folder below it that looks like a dataset.
+
+    `has_labels` recognises a root without a train folder by the labels that lie in it.
+    """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder or zip; --data_dir takes the dataset's folder, its zip, or `sample`")
     levels = _list_candidates(path)
-    wanted: tuple[set[str], ...] = ({WNIDS_NAME, "train"}, {WNIDS_NAME}, {"train", "test"}, {"train"}, {"flat"})
+    wanted: list[set[str]] = [{WNIDS_NAME, "train"}, {WNIDS_NAME}, {"train", "test"}, {"train"}, set(), {"flat"}]
     for marks, level in itertools.product(wanted, levels):
-        found = [folder for folder, seen in level if marks <= seen]
+        found = [folder for folder, seen in level if (marks <= seen if marks else has_labels(folder))]
         if len(found) > 1:
             names = ", ".join(str(folder.relative_to(path)) for folder in found)
             raise UserError(f"{path}: holds several datasets ({names}); choose one of them")
@@ -259,7 +262,7 @@ def check_class_folders(root: Path, class_ids: Sequence[str], label_order: str, 
     if len(class_ids) < 2:
         raise UserError(
             f"{train}: found {len(class_ids)} class folders ({', '.join(class_ids) or 'none'}); "
-            "expected at least two, as train/<class>/*"
+            "expected at least two, as train/<class>/*, or a csv that names the images, or --label_pattern"
         )
     return set(extra)
 
@@ -311,6 +314,19 @@ def list_test_images(root: Path, ignored: Counter[str]) -> list[str]:
         folder = f"{folder}/{inside[0]}"
     files = list_images_here_or_below(root, folder, ignored)
     return files if (root / WNIDS_NAME).is_file() else sorted(files, key=natural_key)
+
+
+def list_all_images(root: Path, without: str | None, ignored: Counter[str]) -> list[str]:
+    """Sorted images in all folders of a root but `without`, relative to root; counts other files in `ignored`."""
+    files = []
+    for place, folders, names in os.walk(root):
+        relative = Path(place).relative_to(root).as_posix()
+        kept = set(list_visible_folders(Path(place)))
+        ignored.update(f"{name}/" for name in folders if name not in kept)
+        folders[:] = [name for name in folders if name in kept and posixpath.normpath(f"{relative}/{name}") != without]
+        files += [posixpath.normpath(f"{relative}/{name}") for name in names if is_image(name)]
+        ignored.update(name for name in names if not is_image(name))
+    return sorted(files)
 
 
 def image_id_of(file: str) -> str:
