@@ -11,7 +11,7 @@
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import fields
 from pathlib import Path
 
@@ -80,35 +80,58 @@ def has_label_table(root: Path) -> bool:
     return bool(find_label_tables(root, list_all_images(root, find_split_folder(root, "test"), Counter())))
 
 
-def open_labelled(root: Path, classes_file: Path | None, options: LabelOptions) -> DatasetFiles:
-    """Recognise and check a dataset whose labels stand in a csv or in file names. Raises `UserError`."""
-    template_path, test, ignored = find_template(root), find_split_folder(root, "test"), Counter[str]()
-    files = list_all_images(root, test, ignored)
-    label_of, source, tables = label_images(root, files, options)
-    ignored -= Counter(path.name for path in [*tables, *filter(None, [template_path])])
-    class_ids = read_class_list(classes_file) if classes_file else order_labels(label_of.values())
-    unknown = sorted(set(class_ids) - set(label_of.values()))
+def list_labelled(root: Path, options: LabelOptions, ignored: Counter[str]) -> list[str]:
+    """The images that labels are wanted for: all but those of test/."""
+    files = list_all_images(root, find_split_folder(root, "test"), ignored)
+    if not options.label_pattern or find_split_folder(root, "train") is None:
+        return files
+    # A csv names its images, but a pattern may match any: only those of train/ and val/ are meant.
+    starts = tuple(f"{folder}/" for split in ("train", "val") if (folder := find_split_folder(root, split)))
+    ignored.update(f"{file.rpartition('/')[0]}/*" for file in files if not file.startswith(starts))
+    return [file for file in files if file.startswith(starts)]
+
+
+def open_labelled_test(
+    root: Path, template_path: Path | None, ignored: Counter[str], unlabelled: Sequence[str], source: str
+) -> tuple[list[str], list[str]]:
+    """(test files, their ids); without a test folder, the unlabelled images if the template lists them."""
+    if not unlabelled:
+        return open_test(root, template_path, ignored)
+    if find_split_folder(root, "test") is None and template_path:
+        return open_test(root, template_path, ignored, sorted(unlabelled, key=natural_key))
+    raise UserError(
+        f"{root / unlabelled[0]}: has no label in {source} ({len(unlabelled)} images have none); add rows for "
+        "them, or move them into test/ or out of the dataset"
+    )
+
+
+def order_used_labels(root: Path, labels: Set[str], classes_file: Path | None, source: str) -> list[str]:
+    """The labels in class order, or those of `classes_file`. Raises `UserError`."""
+    class_ids = read_class_list(classes_file) if classes_file else order_labels(labels)
+    unknown = [class_id for class_id in class_ids if class_id not in labels]
     if unknown or len(class_ids) < 2:
         what = f"no image has the class {unknown[0]} of the classes file" if unknown else "fewer than two classes"
         raise UserError(f"{root}: labels from {source}: {what}")
+    return class_ids
+
+
+def open_labelled(root: Path, classes_file: Path | None, options: LabelOptions) -> DatasetFiles:
+    """Recognise and check a dataset whose labels stand in a csv or in file names. Raises `UserError`."""
+    template_path, ignored = find_template(root), Counter[str]()
+    files = list_labelled(root, options, ignored)
+    label_of, source, tables = label_images(root, files, options)
+    ignored -= Counter(path.name for path in [*tables, *filter(None, [template_path])])
+    class_ids = order_used_labels(root, set(label_of.values()), classes_file, source)
     left_out = set(label_of.values()) - set(class_ids)
-    rest = [file for file in files if file not in label_of]
-    test_ids: list[str] = []
-    if rest and test is None and template_path:  # training and test images in one folder
-        test_files, test_ids = open_test(root, template_path, ignored, sorted(rest, key=natural_key))
-    elif rest:
-        raise UserError(
-            f"{root / rest[0]}: has no label in {source} ({len(rest)} images have none); add rows for them, or move "
-            "them into test/ or out of the dataset"
-        )
-    else:
-        test_files, test_ids = open_test(root, template_path, ignored)
-    if left_out:
+    unlabelled = [file for file in files if file not in label_of]
+    test_files, test_ids = open_labelled_test(root, template_path, ignored, unlabelled, source)
+    if left_out:  # it is unknown which test images show the classes that are used
         test_files, test_ids, template_path = [], [], None
     number = {class_id: label for label, class_id in enumerate(class_ids)}
-    validation, used = find_split_folder(root, "val"), [file for file in files if label_of.get(file) in number]
+    validation = find_split_folder(root, "val")
+    used = [file for file in files if label_of.get(file) in number]
     held_out = [file for file in used if validation and file.startswith(f"{validation}/")]
-    train = [file for file in used if file not in set(held_out)]
+    train = sorted(set(used) - set(held_out))
     return DatasetFiles(
         kind="labels in file names" if options.label_pattern else "labels in a csv",
         root=root,
@@ -136,7 +159,9 @@ def open_folder(path: Path, classes_file: Path | None = None, options: LabelOpti
     options = options or LabelOptions()
     is_chosen = options != LabelOptions()
     root = find_root(path, (lambda folder: folder == path) if is_chosen else has_label_table)
-    by_folder = (root / WNIDS_NAME).is_file() or len(list_class_folders(root, "train")) > 1
+    # Folders in train/ are classes before a csv is; folders in the root may as well be parts of its images.
+    in_train = find_split_folder(root, "train") is not None and len(list_class_folders(root, "train")) > 1
+    by_folder = (root / WNIDS_NAME).is_file() or in_train
     if is_chosen or (not by_folder and has_label_table(root)):
         return open_labelled(root, classes_file, options)
     train_folder = find_split_folder(root, "train")

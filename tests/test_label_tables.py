@@ -247,6 +247,27 @@ def test_a_csv_that_contradicts_the_class_folders_is_used_only_if_it_is_named(tm
     assert is_right(open_data(str(root), options=LabelOptions(labels_csv=str(root / "train.csv"))))
 
 
+def test_folders_in_the_root_are_parts_of_the_images_where_a_csv_has_the_labels(tmp_path):
+    root = write_table(tmp_path / "animals", folder="part1")
+    shutil.rmtree(root / "test_images")
+    (root / "part2").mkdir()
+    for i in range(9):
+        (root / "part1" / f"{i:03d}.jpg").rename(root / "part2" / f"{i:03d}.jpg")
+    assert is_right(open_data(str(root)))
+    (root / "train.csv").unlink()
+    assert open_data(str(root)).class_ids == ["part1", "part2"]
+
+
+def test_a_label_pattern_labels_images_of_train_alone_where_there_is_a_train_folder(tmp_path):
+    for i in range(6):
+        save(paint(2 + i % 2, i), tmp_path / "pets" / "train" / "train" / f"{['cat', 'dog'][i % 2]}.{i}.jpg")
+        save(paint(2, 20 + i), tmp_path / "pets" / "test1" / f"{i}.jpg")
+        save(paint(2, 40 + i), tmp_path / "pets" / "more" / f"{i}.jpg")
+    data = open_data(str(tmp_path / "pets"), options=LabelOptions(label_pattern=r"^(\w+)\."))
+    assert data.class_ids == ["cat", "dog"] and len(data.train_files) == 6 and len(data.test_files) == 6
+    assert data.ignored == {"more/*": 6}
+
+
 def test_a_csv_that_agrees_with_the_class_folders_changes_nothing(tmp_path):
     root = write_class_folders(tmp_path / "things")
     before = open_data(str(root))

@@ -198,7 +198,9 @@ def _choose_column(table: LabelTable, wanted: str | None, fitting: Sequence[str]
         raise UserError(f"--{flag} {wanted}: {table.path} has no such column, only {', '.join(table.columns)}")
     if wanted is None and len(fitting) != 1:
         what = f"{', '.join(fitting)} could each be" if fitting else f"none of {', '.join(table.columns)} seems to be"
-        raise UserError(f"{table.path}: {what} the {flag.replace('_', ' ')}; choose it with --{flag}")
+        raise UserError(
+            f"{table.path}: {what} the {flag.replace('_', ' ')}; choose it with --{flag}, or move the file away"
+        )
     return wanted or fitting[0]
 
 

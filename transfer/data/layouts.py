@@ -28,6 +28,7 @@ WNIDS_NAME = "wnids.txt"
 TEMPLATE_NAME = "submission_sample.csv"
 ANNOTATIONS_NAME = "val_annotations.txt"  # Tiny ImageNet's; a line is a file name, a class id and a box
 # The folders of the splits, in any case. A folder may also be called train_images, Training Set or valid-data.
+# A digit may follow, as in test1.
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
@@ -37,7 +38,7 @@ JUNK_FOLDERS = frozenset({"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$REC
 ROOT_DEPTH = 3  # levels below --data_dir in which a dataset's root is searched
 EXPECTED = f"{WNIDS_NAME}, train/<wnid>/images/*.JPEG, test/images/*.JPEG and {TEMPLATE_NAME}"
 ALSO_EXPECTED = "or train/<class>/*, with val/<class>/* and test/* if there are such images"
-MOVES = "move class folders into train/, or load the dataset with --dataset_name"
+MOVES = "move class folders into train/, give a csv with --labels_csv, or load the dataset with --dataset_name"
 NATURAL_ORDER = "folder names, numbers as numbers"  # a label order; the others are named after their file or column
 
 
@@ -138,7 +139,7 @@ def find_split_folder(root: Path, split: str) -> str | None:
     several folders for the split.
     """
     stems = SPLIT_FOLDERS[split]
-    pattern = re.compile(rf"(?i)({'|'.join(stems)})([_ -]?(images|imgs|set|data))?")
+    pattern = re.compile(rf"(?i)({'|'.join(stems)})([_ -]?(images|imgs|set|data))?[0-9]?")
     found = [name for name in list_visible_folders(root) if pattern.fullmatch(name)]
     if len(found) > 1:
         raise UserError(
