@@ -11,37 +11,47 @@ wnids.txt. `read_class_order` decides the order once, for every split and for th
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Sequence, Set
+from dataclasses import fields, replace
 from pathlib import Path
 
 import datasets
 
 from transfer.config import SUBMISSION_LABELS, RunArguments
 from transfer.data.images import scan_images
+from transfer.data.label_tables import LabelOptions, check_folder_labels, find_label_tables, label_images
 from transfer.data.labels import (
     check_template,
     find_template_above,
     name_classes,
     name_test_images,
+    order_labels,
+    read_class_list,
     read_class_order,
     read_synonyms,
     read_template,
 )
 from transfer.data.layouts import (
     EXPECTED,
+    NATURALLY,
     TEMPLATE_NAME,
     WNIDS_NAME,
     DatasetFiles,
     check_class_folders,
     file_name,
+    find_class_folders,
     find_root,
+    find_split_folder,
     find_template,
+    list_all_images,
+    list_class_folders,
     list_class_images,
     list_folder,
     list_test_images,
     list_validation_images,
     name_layout,
+    natural_key,
+    normal_name,
 )
 from transfer.data.sources import extract_zip, open_hub_data
 from transfer.data.splits import split_fold, split_validation, take_evenly
@@ -75,23 +85,118 @@ def join_template(data: DatasetFiles, template_path: Path | None) -> DatasetFile
     return data
 
 
+def has_label_table(root: Path) -> bool:
+    """Whether a csv in a folder names images that lie in it."""
+    return bool(find_label_tables(root, list_all_images(root, find_split_folder(root, "test"), Counter())))
+
+
+def list_labelled(root: Path, options: LabelOptions, ignored: Counter[str]) -> list[str]:
+    """The images that labels are wanted for: all but those of test/."""
+    files = list_all_images(root, find_split_folder(root, "test"), ignored)
+    if not options.label_pattern or find_split_folder(root, "train") is None:
+        return files
+    # A csv names its images, but a pattern may match any: only those of train/ and val/ are meant.
+    starts = tuple(f"{folder}/" for split in ("train", "val") if (folder := find_split_folder(root, split)))
+    ignored.update(f"{file.rpartition('/')[0]}/*" for file in files if not file.startswith(starts))
+    return [file for file in files if file.startswith(starts)]
+
+
+def list_labelled_test(
+    root: Path, template: Path | None, ignored: Counter[str], unlabelled: Sequence[str], source: str
+) -> list[str]:
+    """Test files; without a test folder, the unlabelled images if there is a template. Raises `UserError`."""
+    if not unlabelled:
+        return list_test_images(root, ignored)
+    if find_split_folder(root, "test") is None and template:
+        return sorted(unlabelled, key=natural_key)
+    raise UserError(
+        f"{root / unlabelled[0]}: has no label in {source} ({len(unlabelled)} images have none); add rows for "
+        "them, or move them into test/ or out of the dataset"
+    )
+
+
+def order_used_labels(root: Path, labels: Set[str], classes_file: Path | None, source: str) -> list[str]:
+    """The labels in class order, or those of `classes_file`. Raises `UserError`."""
+    class_ids = read_class_list(classes_file) if classes_file else order_labels(labels)
+    unknown = [class_id for class_id in class_ids if class_id not in labels]
+    if unknown or len(class_ids) < 2:
+        what = f"no image has the class {unknown[0]} of the classes file" if unknown else "fewer than two classes"
+        raise UserError(f"{root}: labels from {source}: {what}")
+    return class_ids
+
+
+def open_labelled(
+    root: Path,
+    classes_file: Path | None,
+    template: Path | None,
+    submission_labels: str | None,
+    options: LabelOptions,
+) -> DatasetFiles:
+    """Recognize and check a dataset whose labels are in a csv or in file names. Raises `UserError`."""
+    template, ignored = template or find_template(root), Counter[str]()
+    files = list_labelled(root, options, ignored)
+    label_of, source, tables = label_images(root, files, options)
+    ignored -= Counter(path.name for path in [*tables, *filter(None, [template])])
+    class_ids = order_used_labels(root, set(label_of.values()), classes_file, source)
+    left_out = set(label_of.values()) - set(class_ids)
+    unlabelled = [file for file in files if file not in label_of]
+    test_files = list_labelled_test(root, template, ignored, unlabelled, source)
+    number = {class_id: label for label, class_id in enumerate(class_ids)}
+    validation = find_split_folder(root, "val")
+    used = [file for file in files if label_of.get(file) in number]
+    held_out = [file for file in used if validation and file.startswith(f"{validation}/")]
+    train = sorted(set(used) - set(held_out))
+    data = DatasetFiles(
+        kind="labels in file names" if options.label_pattern else "labels in a csv",
+        root=root,
+        class_ids=class_ids,
+        synonyms=list(class_ids),
+        class_names=list(class_ids),
+        label_order=classes_file.name if classes_file else f"{source} {NATURALLY}",
+        train_files=train,
+        train_labels=[number[label_of[file]] for file in train],
+        validation_files=held_out,
+        validation_labels=[number[label_of[file]] for file in held_out],
+        # It is unknown which test images show the classes that are used.
+        test_files=[] if left_out else test_files,
+        test_ids=[],
+        template_path=None,
+        left_out=len(left_out),
+        ignored=ignored,
+        submission_labels=submission_labels,
+    )
+    return data if left_out else join_template(data, template)
+
+
 def open_folder(
     path: Path,
     classes_file: Path | None = None,
     template: Path | None = None,
     submission_labels: str | None = None,
+    options: LabelOptions | None = None,
 ) -> DatasetFiles:
     """Recognize and check a dataset's folder. Only names are read: images are checked when they are decoded.
 
     Raises `UserError`.
     """
-    root = find_root(path)
-    if not (root / "train").is_dir():
+    options = options or LabelOptions()
+    is_chosen = options != LabelOptions()
+    root = find_root(path, (lambda folder: folder == path) if is_chosen else has_label_table)
+    # Folders in train/ are classes before a csv is; folders in the root may as well be parts of its images.
+    in_train = find_split_folder(root, "train") is not None and len(list_class_folders(root, "train")) > 1
+    by_folder = (root / WNIDS_NAME).is_file() or in_train
+    if is_chosen or (not by_folder and has_label_table(root)):
+        return open_labelled(root, classes_file, template, submission_labels, options)
+    train_folder = find_split_folder(root, "train")
+    if train_folder is None and (root / WNIDS_NAME).is_file():
         raise UserError(f"{root}: has no train folder; expected {EXPECTED}")
     class_ids, label_order = read_class_order(root, classes_file)
     left_out = check_class_folders(root, class_ids, label_order, is_subset=classes_file is not None)
-    ignored = Counter(list_folder(root / "train")[0])
-    by_class = [list_class_images(root, class_id, ignored, label_order) for class_id in class_ids]
+    ignored = Counter(list_folder(root / (train_folder or ""))[0])
+    folders = find_class_folders(root, "train")
+    by_class = [list_class_images(root, folders[class_id], ignored, label_order) for class_id in class_ids]
+    if not (root / WNIDS_NAME).is_file():
+        check_folder_labels(root, {f: class_id for class_id, fs in zip(class_ids, by_class, strict=True) for f in fs})
     validation = list_validation_images(root, class_ids, left_out, ignored)
     synonyms = read_synonyms(root, class_ids, label_order)
     data = DatasetFiles(
@@ -121,14 +226,16 @@ def open_data(
     classes_file: str | None = None,
     template: str | None = None,
     submission_labels: str | None = None,
+    options: LabelOptions | None = None,
 ) -> DatasetFiles:
     """Recognize and check the dataset of `--data_dir`: a folder, a zip as downloaded, or `sample`.
 
-    `classes_file` lists the classes to use, one per line, in label order. Raises `UserError`.
+    `classes_file` lists the classes to use, one per line, in label order; `options` say where labels stand if they
+    are not folder names. Raises `UserError`.
     """
     classes, given = (Path(file).expanduser() if file else None for file in (classes_file, template))
     path = sample_data() if data_dir == "sample" else Path(data_dir).expanduser()
-    return open_folder(extract_zip(path) if path.is_file() else path, classes, given, submission_labels)
+    return open_folder(extract_zip(path) if path.is_file() else path, classes, given, submission_labels, options)
 
 
 def find_data(run: RunArguments) -> DatasetFiles:
@@ -137,7 +244,8 @@ def find_data(run: RunArguments) -> DatasetFiles:
         data = open_hub_data(run.dataset_name, run.dataset_config_name, run.label_column_name)
         template = Path(run.template).expanduser() if run.template else None
         return join_template(replace(data, submission_labels=run.submission_labels), template)
-    return open_data(run.data_dir or "", run.classes_file, run.template, run.submission_labels)
+    options = LabelOptions(run.labels_csv, run.image_column, run.label_column, run.label_pattern)
+    return open_data(run.data_dir or "", run.classes_file, run.template, run.submission_labels, options)
 
 
 # From the files to a DatasetDict
@@ -214,9 +322,12 @@ def folder_patterns(data: DatasetFiles) -> list[str]:
     """Where the images were found, for example train/<wnid>/images/*."""
     class_ids, sign = set(data.class_ids), "<wnid>" if data.label_order == WNIDS_NAME else "<class>"
     folders = dict.fromkeys(file.rpartition("/")[0] for file in data.files)
-    return list(
-        dict.fromkeys("/".join(sign if p in class_ids else p for p in folder.split("/")) + "/*" for folder in folders)
-    )
+
+    def pattern(folder: str) -> str:
+        parts = folder.split("/") if folder else []
+        return "/".join([*(sign if normal_name(part) in class_ids else part for part in parts), "*"])
+
+    return list(dict.fromkeys(map(pattern, folders)))
 
 
 def _describe_order(data: DatasetFiles) -> str:
@@ -324,9 +435,10 @@ def check_data(
     classes_file: str | None = None,
     template: str | None = None,
     submission_labels: str | None = None,
+    options: LabelOptions | None = None,
 ) -> None:
     """Print what was found in a folder or zip after decoding every image. Raises `UserError`."""
-    data = open_data(data_dir, classes_file, template, submission_labels)
+    data = open_data(data_dir, classes_file, template, submission_labels, options)
     for line in describe_layout(data) + describe_images(data):
         print(line)
     print("ok          this dataset can be used")
@@ -344,8 +456,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--classes_file", metavar="FILE", help="use only these classes, one per line in label order")
     parser.add_argument("--template", metavar="FILE", help="the submission's template")
     parser.add_argument("--submission_labels", choices=SUBMISSION_LABELS, help="how the submission writes labels")
-    options = parser.parse_args(argv)
-    check_data(options.path, options.classes_file, options.template, options.submission_labels)
+    names = [field.name for field in fields(LabelOptions)]
+    for name in names:
+        parser.add_argument(f"--{name}", help="as in finetune_vit.py")
+    given = parser.parse_args(argv)
+    options = LabelOptions(*(getattr(given, name) for name in names))
+    check_data(given.path, given.classes_file, given.template, given.submission_labels, options)
 
 
 if __name__ == "__main__":

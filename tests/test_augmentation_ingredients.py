@@ -11,8 +11,7 @@ from test_views import PROCESSORS, batch_of
 
 from transfer.models.load import read_geometry
 from transfer.transforms.evaluation import EvaluationTransform
-from transfer.transforms.mixing import Mixing
-from transfer.transforms.training import RandomErasing, TrainTransform, TrivialAugment, seeded_generator
+from transfer.transforms.training import Mixing, RandomErasing, TrainTransform, TrivialAugment, seeded_generator
 
 
 def photographs(count: int) -> torch.Tensor:

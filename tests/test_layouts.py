@@ -365,6 +365,46 @@ def test_a_hub_data_set_runs_from_end_to_end(hub, checkpoints, tmp_path, monkeyp
     assert sum(predicted[str(row)] == row % 3 for row in range(6)) >= 5
 
 
+@pytest.mark.parametrize(
+    ("values", "order"),
+    [
+        (["class 10", "class 9", "bee, honey"], ["bee, honey", "class 9", "class 10"]),
+        ([10, 9, 3], ["3", "9", "10"]),
+    ],
+)
+def test_a_label_column_of_strings_or_integers_becomes_a_classlabel_in_natural_order(values, order, tmp_path):
+    splits = make_hub_splits().remove_columns("coarse")
+    kind = datasets.Value("string" if isinstance(values[0], str) else "int32")
+    plain = datasets.DatasetDict(
+        {
+            name: rows.remove_columns("fine").add_column("fine", [values[k] for k in rows["fine"][:]])
+            for name, rows in splits.items()
+        }
+    ).cast_column("fine", kind)
+    place = write_parquet(tmp_path / "plain", plain)
+    folder = open_hub_data(str(place))
+    assert folder.class_ids == folder.class_names == order
+    wanted = [order.index(str(values[k])) for k in splits["train"]["fine"][:]]
+    assert folder.train_labels == wanted and folder.validation_labels == wanted[:9]
+    assert len(folder.test_files) == 6
+
+
+def test_a_plain_label_column_of_a_hub_data_set_must_be_clear(tmp_path):
+    splits = make_hub_splits()
+    names = datasets.Value("string")
+    plain = splits.cast_column("fine", names).cast_column("coarse", names)
+    place = write_parquet(tmp_path / "plain", plain)
+    with pytest.raises(UserError, match="several label columns, fine and coarse; choose one with --label_column_name"):
+        open_hub_data(str(place))
+    assert len(open_hub_data(str(place), label_column="fine").class_ids) == 3
+    for row, message in (("", "row 0 of train has no label"), ("new", "validation has the label new, which train")):
+        split = "train" if row == "" else "valid"
+        changed = plain[split].map(lambda old, i, row=row: {"fine": old["fine"] if i else row}, with_indices=True)
+        bad = write_parquet(tmp_path / f"bad {split}", datasets.DatasetDict({**plain, split: changed}))
+        with pytest.raises(UserError, match=message):
+            open_hub_data(str(bad), label_column="fine")
+
+
 def without_labels(splits):
     return splits.remove_columns(["fine", "coarse"])
 
@@ -386,7 +426,7 @@ def only_test(splits):
     [
         (None, None, "has several label columns, fine and coarse; choose one with --label_column_name"),
         (None, "colour", "--label_column_name colour: is not among the label columns of"),
-        (without_labels, None, "no column of img is a ClassLabel; make one with Dataset.class_encode_column"),
+        (without_labels, None, "no column of img is a ClassLabel or has strings or integers; make one with"),
         (without_images, "fine", "has 0 image columns among fine, coarse; expected one"),
         (hidden_labels, "fine", "row 0 of train has no label"),
         (only_test, "fine", "has no split train, only test"),

@@ -227,9 +227,13 @@ def check_data_arguments(run: RunArguments) -> None:
     """Check that the dataset is named in exactly one way."""
     if run.data_dir is None and run.dataset_name is None:
         raise UserError("--data_dir is missing: give the dataset's folder or zip, or `sample`")
-    if run.dataset_name and (run.data_dir or run.classes_file):
-        other = "data_dir" if run.data_dir else "classes_file"
-        raise UserError(f"--dataset_name and --{other} cannot be combined; leave one of them out")
+    columns = ("labels_csv", "image_column", "label_column")
+    for other in ("data_dir", "classes_file", *columns, "label_pattern"):
+        if run.dataset_name and getattr(run, other):
+            raise UserError(f"--dataset_name and --{other} cannot be combined; leave one of them out")
+    for other in columns:
+        if run.label_pattern and getattr(run, other):
+            raise UserError(f"--label_pattern and --{other} cannot be combined; leave one of them out")
     for name in ("dataset_config_name", "label_column_name"):
         if getattr(run, name) and not run.dataset_name:
             raise UserError(f"--{name} needs --dataset_name, which is missing")

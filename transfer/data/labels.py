@@ -7,7 +7,7 @@ import operator
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from transfer.data.layouts import (
     list_class_folders,
     list_templates,
     natural_key,
+    normal_name,
     read_lines,
     read_text,
 )
@@ -38,7 +39,7 @@ SEPARATORS = ",;\t"
 
 def read_class_list(path: Path) -> list[str]:
     """The class ids that a file lists, one per line, in label order. Raises `UserError`."""
-    class_ids = read_lines(path)
+    class_ids = [normal_name(line) for line in read_lines(path)]
     if not class_ids:
         raise UserError(f"{path}: is empty; it must list one class id per line, in label order")
     repeated = [class_id for class_id, count in Counter(class_ids).items() if count > 1]
@@ -65,6 +66,14 @@ def read_class_order(root: Path, classes_file: Path | None) -> tuple[list[str], 
     return sorted(list_class_folders(root, "train"), key=natural_key), NATURAL_ORDER
 
 
+def order_labels(labels: Iterable[str]) -> list[str]:
+    """The distinct labels of a column in class order: numbers by value, else natural order."""
+    distinct = set(labels)
+    if all(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", label) for label in distinct):
+        return sorted(distinct, key=lambda label: (float(label), label))
+    return sorted(distinct, key=natural_key)
+
+
 # The names of the classes
 
 
@@ -84,7 +93,9 @@ def read_synonyms(root: Path, class_ids: Sequence[str], label_order: str = WNIDS
 
 def name_classes(class_ids: Sequence[str], synonyms: Sequence[str]) -> list[str]:
     """The first synonym of each class, followed by the class id in parentheses where several classes share it."""
-    names = [synonym.split(",")[0].strip() or class_id for class_id, synonym in zip(class_ids, synonyms, strict=True)]
+    pairs = zip(class_ids, synonyms, strict=True)
+    # Without words.txt the synonyms are the class id, which may contain commas itself.
+    names = [class_id if s == class_id else s.split(",")[0].strip() or class_id for class_id, s in pairs]
     counts = Counter(names)
     return [
         name if counts[name] == 1 else f"{name} ({class_id})" for name, class_id in zip(names, class_ids, strict=True)

@@ -3,23 +3,44 @@
 docs/data.md describes the layouts. Every listing is sorted, so that two machines see the same files in the same order.
 """
 
+import itertools
 import os
+import posixpath
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from transfer.errors import UserError
 
-IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+# Formats that Pillow can open but that are not photographs: documents, films, icons and scientific arrays.
+NOT_PICTURES = frozenset(
+    {"BUFR", "CUR", "EPS", "FITS", "FLI", "GBR", "GRIB", "HDF5", "ICNS", "ICO", "IPTC", "MPEG", "PDF", "WMF"}
+)
+IMAGE_SUFFIXES = frozenset(
+    suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN and name not in NOT_PICTURES
+)
 WNIDS_NAME = "wnids.txt"
 TEMPLATE_NAME = "submission_sample.csv"
 ANNOTATIONS_NAME = "val_annotations.txt"  # Tiny ImageNet's; a line is a file name, a class id and a box
-VALIDATION_FOLDERS = ("val", "valid", "validation")
+# The folders of the splits, in any case. A folder may also be called train_images, Training Set or valid-data.
+# A digit may follow, as in test1.
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+JUNK_FOLDERS = frozenset({"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"})
+ROOT_DEPTH = 3  # levels below --data_dir in which a dataset's root is searched
 EXPECTED = f"{WNIDS_NAME}, train/<wnid>/images/*.JPEG, test/images/*.JPEG and {TEMPLATE_NAME}"
 ALSO_EXPECTED = "or train/<class>/*, with val/<class>/* and test/* if there are such images"
-NATURAL_ORDER = "folder names in natural order"  # a label order; the others are named after their file or column
+MOVES = "move class folders into train/, give a csv with --labels_csv, or load the dataset with --dataset_name"
+NATURALLY = "in natural order"  # ends a label order that no file or column gives
+NATURAL_ORDER = f"folder names {NATURALLY}"
 
 
 @dataclass(frozen=True)
@@ -78,6 +99,16 @@ def file_name(file: str) -> str:
     return file.rpartition("/")[2]
 
 
+def normal_name(name: str) -> str:
+    """A name in its composed Unicode form (NFC); macOS and some archives store the decomposed form."""
+    return unicodedata.normalize("NFC", name)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file has the extension of an image and is not hidden."""
+    return "." + name.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
 def list_folder(folder: Path) -> tuple[list[str], list[str]]:
     """(names of the files, names of the folders) directly in a folder, each sorted. Raises `UserError`."""
     try:
@@ -88,22 +119,87 @@ def list_folder(folder: Path) -> tuple[list[str], list[str]]:
     return sorted(n for n, is_dir in kinds if not is_dir), sorted(n for n, is_dir in kinds if is_dir)
 
 
+def list_visible_folders(folder: Path) -> list[str]:
+    """Sorted names of the folders in a folder, without hidden ones and those that systems and programs leave."""
+    return [name for name in list_folder(folder)[1] if not name.startswith(".") and name not in JUNK_FOLDERS]
+
+
+def has_images(folder: Path) -> bool:
+    """Whether a folder holds images, directly or in images/."""
+    names, folders = list_folder(folder)
+    below = [list_folder(folder / name)[0] for name in folders if name.lower() == "images"]
+    return any(is_image(name) for listed in (names, *below) for name in listed)
+
+
 # The dataset's root
 
 
-def find_root(path: Path) -> Path:
-    """The root of the dataset at `path`: the folder itself, or the one folder in it that looks like a dataset."""
+def find_split_folder(root: Path, split: str) -> str | None:
+    """The folder of a split (train, val or test), relative to the root; None if there is none.
+
+    A folder that holds nothing but a folder of the same name stands for that one. Raises `UserError` if there are
+    several folders for the split.
+    """
+    stems = SPLIT_FOLDERS[split]
+    pattern = re.compile(rf"(?i)({'|'.join(stems)})([_ -]?(images|imgs|set|data))?[0-9]?")
+    found = [name for name in list_visible_folders(root) if pattern.fullmatch(name)]
+    if len(found) > 1:
+        raise UserError(
+            f"{root}: {' and '.join(found)} could each be the {split} folder; merge them, or move one elsewhere"
+        )
+    if not found:
+        return None
+    folder = found[0]
+    inside = list_visible_folders(root / folder)
+    return f"{folder}/{inside[0]}" if inside == [folder] and not has_images(root / folder) else folder
+
+
+def _list_flat_classes(root: Path) -> list[str]:
+    """Folders of images directly in a folder that has no train, val or test folder."""
+    if any(find_split_folder(root, split) for split in SPLIT_FOLDERS):
+        return []
+    names = [name for name in list_visible_folders(root) if has_images(root / name)]
+    return [] if any(name.lower() == "images" for name in names) else names
+
+
+def _marks_of(folder: Path) -> set[str]:
+    """What shows that a folder is the root of a dataset: wnids.txt, a train folder, or folders of images."""
+    marks = {split for split in ("train", "test") if find_split_folder(folder, split)}
+    marks |= {WNIDS_NAME} if (folder / WNIDS_NAME).is_file() else set()
+    return marks or ({"flat"} if len(_list_flat_classes(folder)) > 1 else set())
+
+
+def _list_candidates(path: Path) -> list[list[tuple[Path, set[str]]]]:
+    """(folder, its marks) of `path`, of the folders in it and so on; not below train or class folders."""
+    levels = [[(path, _marks_of(path))]]
+    for _ in range(ROOT_DEPTH):
+        parents = [folder for folder, marks in levels[-1] if not marks & {"train", "flat"}]
+        below = [parent / name for parent in parents for name in list_visible_folders(parent)]
+        levels.append([(folder, _marks_of(folder)) for folder in below])
+    return levels
+
+
+def find_root(path: Path, has_labels: Callable[[Path], bool] = lambda folder: False) -> Path:
+    """The root of the dataset at `path`: the folder itself, or the one folder below it that looks like a dataset.
+
+    `has_labels` recognizes a root without a train folder by the labels that lie in it.
+    """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder or zip; --data_dir takes the dataset's folder, its zip, or `sample`")
-    _, folders = list_folder(path)
-    candidates = [path, *(path / name for name in folders if not name.startswith((".", "__")))]
-    for marks in ((WNIDS_NAME, "train"), (WNIDS_NAME,), ("train", "test"), ("train",)):
-        found = [folder for folder in candidates if all((folder / mark).exists() for mark in marks)]
-        if len(found) > 1 and path not in found:
-            raise UserError(f"{path}: holds several datasets ({', '.join(f.name for f in found)}); choose one of them")
+    levels = _list_candidates(path)
+    wanted: list[set[str]] = [{WNIDS_NAME, "train"}, {WNIDS_NAME}, {"train", "test"}, {"train"}, set(), {"flat"}]
+    for marks, level in itertools.product(wanted, levels):
+        found = [folder for folder, seen in level if (marks <= seen if marks else has_labels(folder))]
+        if len(found) > 1:
+            names = ", ".join(str(folder.relative_to(path)) for folder in found)
+            raise UserError(f"{path}: holds several datasets ({names}); choose one of them")
         if found:
-            return path if path in found else found[0]
-    raise UserError(f"{path}: is not a dataset of a known layout; expected {EXPECTED}, {ALSO_EXPECTED}")
+            return found[0]
+    seen = [folder.name for level in levels for folder, _ in level if has_images(folder)]
+    listed = ", ".join(seen[:3]) + ", ..." * (len(seen) > 3)
+    found_images = f"; found {len(seen)} folder{'s' * (len(seen) > 1)} of images, no train/; {MOVES} ({listed})"
+    fault = f"is not a dataset of a known layout; expected {EXPECTED}, {ALSO_EXPECTED}"
+    raise UserError(f"{path}: {fault}{found_images if seen else ''}")
 
 
 def list_templates(folder: Path) -> list[Path]:
@@ -128,16 +224,34 @@ def find_template(root: Path) -> Path | None:
 def name_layout(root: Path, class_ids: Sequence[str]) -> str:
     """The name of a dataset's layout; empty for the competition's own."""
     if (root / WNIDS_NAME).is_file():
-        return "Tiny ImageNet as published" if (root / "val" / ANNOTATIONS_NAME).is_file() else ""
+        validation = find_split_folder(root, "val")
+        is_published = validation is not None and (root / validation / ANNOTATIONS_NAME).is_file()
+        return "Tiny ImageNet as published" if is_published else ""
+    if find_split_folder(root, "train") is None:
+        return "class folders without train/"
     return "numbered class folders" if all(class_id.isdecimal() for class_id in class_ids) else "class folders"
 
 
 # Class folders
 
 
+def find_class_folders(root: Path, split: str) -> dict[str, list[str]]:
+    """The folders of every class of a split, relative to the root; the name of a class is that of its folder.
+
+    Folders whose names differ only in their Unicode form are one class. Without a train folder, the folders of images
+    in the root are the classes.
+    """
+    parent = find_split_folder(root, split)
+    names = list_visible_folders(root / parent) if parent else _list_flat_classes(root) if split == "train" else []
+    folders: dict[str, list[str]] = {}
+    for name in names:
+        folders.setdefault(normal_name(name), []).append(posixpath.join(parent or "", name))
+    return folders
+
+
 def list_class_folders(root: Path, split: str) -> list[str]:
-    """Sorted names of a split's folders that are not hidden; each holds one class."""
-    return [name for name in list_folder(root / split)[1] if not name.startswith(".")]
+    """Sorted names of the classes that have a folder in a split."""
+    return sorted(find_class_folders(root, split))
 
 
 def check_class_folders(root: Path, class_ids: Sequence[str], label_order: str, is_subset: bool) -> set[str]:
@@ -145,20 +259,20 @@ def check_class_folders(root: Path, class_ids: Sequence[str], label_order: str, 
 
     Raises `UserError` for a missing folder, for an extra one unless `is_subset`, and for fewer than two classes.
     """
-    folders = list_class_folders(root, "train")
+    folders, train = list_class_folders(root, "train"), root / (find_split_folder(root, "train") or "")
     missing = sorted(set(class_ids) - set(folders))
     extra = sorted(set(folders) - set(class_ids))
     if missing:
-        raise UserError(f"{root / 'train' / missing[0]}: class folder is missing ({len(missing)} missing in all)")
+        raise UserError(f"{train / missing[0]}: class folder is missing ({len(missing)} missing in all)")
     if extra and not is_subset:
         raise UserError(
-            f"{root / 'train' / extra[0]}: class folder is not in {label_order} ({len(extra)} extra in all); "
+            f"{train / extra[0]}: class folder is not in {label_order} ({len(extra)} extra in all); "
             "add a line for it or remove the folder"
         )
     if len(class_ids) < 2:
         raise UserError(
-            f"{root / 'train'}: found {len(class_ids)} class folders ({', '.join(class_ids) or 'none'}); "
-            "expected at least two, as train/<class>/*"
+            f"{train}: found {len(class_ids)} class folders ({', '.join(class_ids) or 'none'}); "
+            "expected at least two, as train/<class>/*, or a csv that names the images, or --label_pattern"
         )
     return set(extra)
 
@@ -173,36 +287,56 @@ def list_images(root: Path, folder: str, ignored: Counter[str]) -> list[str]:
     for name in names:
         if not name.isprintable():
             raise UserError(f"{root / folder}: the file name {name!r} has unprintable characters; rename the file")
-        if "." + name.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not name.startswith("."):
+        if is_image(name):
             images.append(f"{folder}/{name}")
         else:
             ignored["*_boxes.txt" if name.endswith("_boxes.txt") else name] += 1
-    ignored.update(f"{name}/" for name in folders if name != "images")
+    ignored.update(f"{name}/" for name in folders if name.lower() != "images")
     return images
 
 
 def list_images_here_or_below(root: Path, folder: str, ignored: Counter[str]) -> list[str]:
     """Image files of folder/images/*, then those of folder/*."""
     direct = list_images(root, folder, ignored)
-    nested = list_images(root, f"{folder}/images", ignored) if (root / folder / "images").is_dir() else []
-    return nested + direct
+    names = [name for name in list_folder(root / folder)[1] if name.lower() == "images"]
+    return [file for name in names for file in list_images(root, f"{folder}/{name}", ignored)] + direct
 
 
-def list_class_images(root: Path, class_id: str, ignored: Counter[str], label_order: str) -> list[str]:
-    """Training images of one class, train/<class>/images/* and train/<class>/*. Raises `UserError` if it has none."""
-    files = list_images_here_or_below(root, f"train/{class_id}", ignored)
+def list_class_images(root: Path, folders: Sequence[str], ignored: Counter[str], label_order: str) -> list[str]:
+    """Training images of one class, <folder>/images/* and <folder>/*. Raises `UserError` if it has none."""
+    files = [file for folder in folders for file in list_images_here_or_below(root, folder, ignored)]
     if not files:
         reason = (
             "every folder in train/ is a class" if label_order == NATURAL_ORDER else f"{label_order} lists the class"
         )
-        raise UserError(f"{root / 'train' / class_id}: has no images, but {reason}")
+        raise UserError(f"{root / folders[0]}: has no images, but {reason}")
     return files
 
 
 def list_test_images(root: Path, ignored: Counter[str]) -> list[str]:
-    """Test images, test/images/* and test/*; empty if there is no test folder."""
-    files = list_images_here_or_below(root, "test", ignored) if (root / "test").is_dir() else []
+    """Test images, test/images/* and test/*, or those of the only folder in test/; empty without a test folder."""
+    folder = find_split_folder(root, "test")
+    if folder is None:
+        return []
+    inside = [name for name in list_visible_folders(root / folder) if name.lower() != "images"]
+    if len(inside) == 1 and not has_images(root / folder):
+        ignored.update(list_folder(root / folder)[0])
+        folder = f"{folder}/{inside[0]}"
+    files = list_images_here_or_below(root, folder, ignored)
     return files if (root / WNIDS_NAME).is_file() else sorted(files, key=natural_key)
+
+
+def list_all_images(root: Path, without: str | None, ignored: Counter[str]) -> list[str]:
+    """Sorted images in all folders of a root but `without`, relative to root; counts other files in `ignored`."""
+    files = []
+    for place, folders, names in os.walk(root):
+        relative = Path(place).relative_to(root).as_posix()
+        kept = set(list_visible_folders(Path(place)))
+        ignored.update(f"{name}/" for name in folders if name not in kept)
+        folders[:] = [name for name in folders if name in kept and posixpath.normpath(f"{relative}/{name}") != without]
+        files += [posixpath.normpath(f"{relative}/{name}") for name in names if is_image(name)]
+        ignored.update(name for name in names if not is_image(name))
+    return sorted(files)
 
 
 def image_id_of(file: str) -> str:
@@ -253,7 +387,8 @@ def _list_by_class(
     root: Path, split: str, class_ids: Sequence[str], left_out: Set[str], ignored: Counter[str]
 ) -> list[tuple[str, int]]:
     """(file, label) of the images in split/<class>/*."""
-    folders = [name for name in list_class_folders(root, split) if name != "images" or name in class_ids]
+    found_folders = find_class_folders(root, "val")
+    folders = {name: places for name, places in found_folders.items() if name != "images" or name in class_ids}
     unknown = sorted(set(folders) - set(class_ids) - left_out)
     if unknown or not folders:
         fault = f"{unknown[0]} is not a class of train/" if unknown else "has no class folders"
@@ -262,8 +397,8 @@ def _list_by_class(
     found = [
         (file, label)
         for label, class_id in enumerate(class_ids)
-        if class_id in folders
-        for file in list_images_here_or_below(root, f"{split}/{class_id}", ignored)
+        for folder in folders.get(class_id, [])
+        for file in list_images_here_or_below(root, folder, ignored)
     ]
     if not found:
         raise UserError(f"{root / split}: has no images; add some, or remove the folder to hold out a part of train/")
@@ -275,11 +410,11 @@ def list_validation_images(
 ) -> list[tuple[str, int]]:
     """(file, label) of the published validation images; empty if there is no validation folder.
 
-    They lie in val/images/*, labeled by val_annotations.txt, or in val/<class>/*. The folder may also be called
-    `valid` or `validation`. Images of the classes in `left_out` are skipped.
+    They lie in val/images/*, labeled by val_annotations.txt, or in val/<class>/*, where that file may be left over.
+    Images of the classes in `left_out` are skipped.
     """
-    split = next((name for name in VALIDATION_FOLDERS if (root / name).is_dir()), None)
+    split = find_split_folder(root, "val")
     if split is None:
         return []
-    is_annotated = (root / split / ANNOTATIONS_NAME).is_file()
+    is_annotated = (root / split / ANNOTATIONS_NAME).is_file() and has_images(root / split)
     return (_list_annotated if is_annotated else _list_by_class)(root, split, class_ids, left_out, ignored)

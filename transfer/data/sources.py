@@ -18,8 +18,8 @@ import datasets
 from PIL import Image
 from tqdm.auto import tqdm
 
-from transfer.data.labels import name_classes
-from transfer.data.layouts import DatasetFiles, image_id_of, list_images, natural_key
+from transfer.data.labels import order_labels
+from transfer.data.layouts import NATURALLY, DatasetFiles, image_id_of, list_images, natural_key, normal_name
 from transfer.errors import UserError
 from transfer.files import build_folder_once, check_free_space, datasets_cache
 
@@ -171,6 +171,11 @@ def _columns_of(features: datasets.Features, kind: type) -> list[str]:
     return [column for column, feature in features.items() if isinstance(feature, kind)]
 
 
+def _is_plain_label(feature: object) -> bool:
+    """Whether a column has strings or integers, which can become a ClassLabel."""
+    return isinstance(feature, datasets.Value) and feature.dtype.startswith(("string", "large_string", "int", "uint"))
+
+
 def find_image_column(name: str, features: datasets.Features) -> str:
     """The only column of type Image. Raises `UserError`."""
     found = _columns_of(features, datasets.Image)
@@ -182,11 +187,16 @@ def find_image_column(name: str, features: datasets.Features) -> str:
 
 
 def find_label_column(name: str, features: datasets.Features, wanted: str | None) -> str:
-    """The column of type ClassLabel; `wanted` chooses if there are several. Raises `UserError`."""
-    found = _columns_of(features, datasets.ClassLabel)
+    """The column of type ClassLabel, else of strings or integers; `wanted` chooses if there are several.
+
+    Raises `UserError`.
+    """
+    plain = [column for column, feature in features.items() if _is_plain_label(feature)]
+    found = _columns_of(features, datasets.ClassLabel) or plain
+    found = [*found, wanted] if wanted in plain and wanted not in found else found
     if not found:
         raise UserError(
-            f"--dataset_name {name}: no column of {', '.join(features)} is a ClassLabel; "
+            f"--dataset_name {name}: no column of {', '.join(features)} is a ClassLabel or has strings or integers; "
             "make one with Dataset.class_encode_column"
         )
     if wanted is None and len(found) > 1:
@@ -197,6 +207,38 @@ def find_label_column(name: str, features: datasets.Features, wanted: str | None
     if wanted is not None and wanted not in found:
         raise UserError(f"--label_column_name {wanted}: is not among the label columns of {name}: {', '.join(found)}")
     return wanted or found[0]
+
+
+def encode_labels(name: str, splits: dict[str, datasets.Dataset], label: str) -> dict[str, datasets.Dataset]:
+    """The splits with `label` as a ClassLabel, whose names are the values of train in class order.
+
+    Raises `UserError` for a row without a label and for a label of validation that train does not have.
+    """
+    if isinstance(splits["train"].features[label], datasets.ClassLabel):
+        return splits
+    class_ids: list[str] = []
+    encoded = dict(splits)
+    for split, rows in splits.items():
+        if split == "test":  # its labels are not read
+            continue
+        if label not in rows.features:
+            raise UserError(f"--dataset_name {name}: column {label} of split {split} is not the same as in train")
+        values = ["" if value is None else normal_name(str(value).strip()) for value in rows[label][:]]
+        if "" in values:
+            raise UserError(
+                f"--dataset_name {name}: row {values.index('')} of {split} has no label; remove the row or the split"
+            )
+        class_ids = class_ids or order_labels(values)
+        number = {class_id: position for position, class_id in enumerate(class_ids)}
+        unknown = sorted(set(values) - set(number), key=natural_key)
+        if unknown:
+            raise UserError(f"--dataset_name {name}: {split} has the label {unknown[0]}, which train does not have")
+        numbers = datasets.Dataset.from_dict(
+            {label: [number[value] for value in values]},
+            datasets.Features({label: datasets.ClassLabel(names=class_ids)}),
+        )
+        encoded[split] = datasets.concatenate_datasets([rows.remove_columns(label), numbers], axis=1)
+    return encoded
 
 
 def _check_columns(name: str, splits: dict[str, datasets.Dataset], image: str, label: str) -> None:
@@ -264,25 +306,28 @@ def copy_images(name: str, splits: dict[str, datasets.Dataset], column: str) -> 
 def open_hub_data(name: str, config_name: str | None = None, label_column: str | None = None) -> DatasetFiles:
     """Understand the dataset of `--dataset_name`; its images are copied to files, byte for byte.
 
-    The columns are found by their feature types, Image and ClassLabel, and the labels are those of the ClassLabel.
+    The columns are found by their feature types, Image and ClassLabel, and the labels are those of the ClassLabel. A
+    column of strings or integers becomes a ClassLabel in class order.
     Test images are named by their row number; test labels are not read. Raises `UserError`.
     """
     splits = choose_splits(name, load_splits(name, config_name))
-    features = splits["train"].features
-    image, label = find_image_column(name, features), find_label_column(name, features, label_column)
+    columns = splits["train"].features
+    image, label = find_image_column(name, columns), find_label_column(name, columns, label_column)
+    copied, splits = splits, encode_labels(name, splits, label)
     _check_columns(name, splits, image, label)
     labels = {split: _read_labels(name, split, rows, label) for split, rows in splits.items() if split != "test"}
     ignored: Counter[str] = Counter()
-    root = copy_images(name, splits, image)
+    root = copy_images(name, copied, image)
     files = {split: sorted(list_images(root, split, ignored), key=natural_key) for split in splits}
-    class_ids, test_files = features[label].names, files.get("test", [])
+    is_class_label = isinstance(columns[label], datasets.ClassLabel)
+    class_ids, test_files = splits["train"].features[label].names, files.get("test", [])
     return DatasetFiles(
         kind=f"Hub dataset {name}, column {image}",
         root=root,
         class_ids=class_ids,
         synonyms=list(class_ids),
-        class_names=name_classes(class_ids, class_ids),
-        label_order=f"column {label}",
+        class_names=list(class_ids),
+        label_order=f"column {label}" if is_class_label else f"column {label} {NATURALLY}",
         train_files=files["train"],
         train_labels=labels["train"],
         validation_files=files.get("validation", []),

@@ -1,0 +1,351 @@
+"""Labels that stand in a csv or in file names: found, read and ordered, or refused with what to change."""
+
+import re
+import shutil
+import unicodedata
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_layouts import QUICK, id2label, labels_of, paint, save, write_class_folders
+
+from data_loading import describe_layout, load_dataset, main, open_data
+from transfer.data.label_tables import LabelOptions
+from transfer.errors import UserError
+
+ANIMALS = ["bee", "lion", "wolf"]
+
+
+def write_table(
+    root: Path, names=ANIMALS, folder="train_images", file="train.csv", ids="{}.jpg", header="image_id,label", sep=","
+) -> Path:
+    """18 images in one folder, a csv with their labels, 3 test images and a template."""
+    lines = [header] if header else []
+    for i in range(18):
+        save(paint(2 + i % 3, i), root / folder / f"{i:03d}.jpg")
+        lines.append(f"{ids.format(f'{i:03d}')}{sep}{names[i % 3]}")
+    (root / file).parent.mkdir(parents=True, exist_ok=True)
+    (root / file).write_text("\n".join(lines) + "\n")
+    for i in range(3):
+        save(paint(2 + i, 90 + i), root / "test_images" / f"{100 + i}.jpg")
+    return root
+
+
+def classes_of(data) -> dict[str, str]:
+    return {Path(f).name: data.class_ids[k] for f, k in zip(data.train_files, data.train_labels, strict=True)}
+
+
+def is_right(data, names=ANIMALS) -> bool:
+    return classes_of(data) == {f"{i:03d}.jpg": names[i % 3] for i in range(18)}
+
+
+def rewrite(root: Path, change, file="train.csv") -> None:
+    (root / file).write_text(change((root / file).read_text()))
+
+
+def test_labels_in_a_csv_run_from_end_to_end(tmp_path, checkpoints, finetune):
+    root = write_table(tmp_path / "animals")
+    (root / "sample_submission.csv").write_text("image_id,label\n102.jpg,bee\n100.jpg,bee\n101.jpg,bee\n")
+    out = finetune(root, checkpoints("convnext"), num_train_epochs=12, **QUICK)
+    assert id2label(out) == ANIMALS
+    lines = (out / "submission.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["image_id", "102.jpg", "100.jpg", "101.jpg"]
+    predicted = {line.split(",")[0]: line.split(",")[1] for line in lines[1:]}
+    assert all(predicted[f"{100 + k}.jpg"] in (str(k), name) for k, name in enumerate(ANIMALS))
+
+
+def test_labels_in_file_names_run_from_end_to_end(tmp_path, checkpoints, finetune):
+    for label, name in enumerate(("cat", "dog")):
+        for i in range(9):
+            save(paint(2 + label, i), tmp_path / "pets" / "train" / f"{name}.{i}.jpg")
+        save(paint(2 + label, 90), tmp_path / "pets" / "test" / f"{label}.jpg")
+    out = finetune(
+        tmp_path / "pets", checkpoints("convnext"), num_train_epochs=12, label_pattern=r"^(\w+)\.\d+\.jpg$", **QUICK
+    )
+    assert id2label(out) == ["cat", "dog"] and labels_of(out / "submission.csv") == {"0": 0, "1": 1}
+
+
+FORMS = {
+    "train_labels.csv": {"file": "train_labels.csv"},
+    "ids without ending": {"ids": "{}"},
+    "paths": {"ids": "train_images/{}.jpg"},
+    "paths from above": {"ids": "/home/me/animals/train_images/{}.jpg"},
+    "Windows paths": {"ids": r"train_images\{}.jpg"},
+    "semicolons": {"sep": ";", "header": "id;class"},
+    "tabs": {"sep": "\t", "header": "id\tclass", "file": "labels.tsv"},
+    "lines of a txt": {"sep": " ", "header": "", "file": "list.txt", "ids": "train_images/{}.jpg"},
+    "no header": {"header": ""},
+    "metadata.csv": {"folder": "train", "file": "train/metadata.csv", "header": "file_name,label"},
+    "beside the root": {"folder": "set/train", "file": "train.csv"},
+    "images/": {"folder": "images", "file": "labels.csv"},
+    "two levels": {"folder": "data/train/part", "file": "data/train.csv"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_table_is_recognised_in_every_usual_form(form, tmp_path):
+    data = open_data(str(write_table(tmp_path / "animals", **FORMS[form])))
+    assert is_right(data) and data.class_ids == ANIMALS and data.kind == "labels in a csv"
+    assert load_dataset(data)["train"].features["label"].names == ANIMALS
+    said = "\n".join(describe_layout(data))
+    assert "labels from column " in said and f" of {Path(FORMS[form].get('file', 'train.csv')).name}" in said
+
+
+def test_images_may_lie_in_several_folders(tmp_path):
+    root = write_table(tmp_path / "animals")
+    for i in range(0, 18, 2):
+        (root / "part2").mkdir(exist_ok=True)
+        (root / "train_images" / f"{i:03d}.jpg").rename(root / "part2" / f"{i:03d}.jpg")
+    data = open_data(str(root))
+    assert is_right(data) and {f.split("/")[0] for f in data.train_files} == {"part2", "train_images"}
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (["10", "9", "-1"], ["-1", "9", "10"]),
+        (["3", "1", "2"], ["1", "2", "3"]),
+        (["2.5", "10", "1"], ["1", "2.5", "10"]),
+        (["class 10", "class 9", "b"], ["b", "class 9", "class 10"]),
+        (["bee, honey", "lion", "wolf"], ["bee, honey", "lion", "wolf"]),
+    ],
+)
+def test_labels_are_ordered_by_value_or_naturally(names, order, tmp_path):
+    data = open_data(str(write_table(tmp_path / "animals", names=names, sep=";", header="id;label")))
+    assert data.class_ids == data.class_names == order and is_right(data, names)
+
+
+def test_a_number_that_also_names_an_image_is_a_label(tmp_path):
+    data = open_data(str(write_table(tmp_path / "animals", names=["000", "001", "002"])))
+    assert is_right(data, ["000", "001", "002"])
+
+
+def test_names_and_labels_may_have_any_unicode_form(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    root = write_table(tmp_path / "animals", names=[decomposed, "lion", "wolf"])
+    save(paint(2, 70), root / "train_images" / f"{decomposed}.jpg")
+    rewrite(root, lambda text: f"{text}{composed}.jpg,{composed}\n")
+    data = open_data(str(root))
+    assert data.class_ids == [composed, "lion", "wolf"] and data.train_labels.count(0) == 7
+
+
+def test_images_that_differ_in_their_ending_have_their_own_rows(tmp_path):
+    root = write_table(tmp_path / "animals")
+    save(paint(3, 70), root / "train_images" / "000.png")
+    rewrite(root, lambda text: f"{text}000.png,lion\n")
+    assert classes_of(open_data(str(root)))["000.png"] == "lion"
+    rewrite(root, lambda text: text.replace(".jpg", ""))
+    with pytest.raises(
+        UserError, match=r"rows name several images; write the folder and the extension \(line 2, 000\)"
+    ):
+        open_data(str(root))
+
+
+def test_validation_images_take_their_labels_from_the_same_or_their_own_csv(tmp_path):
+    root = write_table(tmp_path / "animals", folder="train", file="train/metadata.csv", header="file_name,label")
+    for i in range(3):
+        save(paint(2 + i, 40 + i), root / "val" / f"{i:03d}.jpg")
+    (root / "val" / "metadata.csv").write_text("file_name,label\n000.jpg,wolf\n001.jpg,wolf\n002.jpg,bee\n")
+    own = open_data(str(root))
+    assert is_right(own) and own.validation_labels == [2, 2, 0]
+    lines = [f"train/{line}" for line in (root / "train" / "metadata.csv").read_text().splitlines()[1:]]
+    lines += [f"val/{line}" for line in (root / "val" / "metadata.csv").read_text().splitlines()[1:]]
+    for split in ("train", "val"):
+        (root / split / "metadata.csv").unlink()
+    (root / "labels.csv").write_text("path,label\n" + "\n".join(lines) + "\n")
+    together = open_data(str(root))
+    assert is_right(together) and together.validation_labels == [2, 2, 0]
+
+
+def test_a_row_never_takes_an_image_of_another_folder(tmp_path):
+    root = write_table(tmp_path / "animals", ids="other/{}.jpg")
+    with pytest.raises(UserError, match="train_images: found 0 class folders"):
+        open_data(str(root))
+
+
+def test_the_images_that_the_template_lists_are_the_test_images_of_a_common_folder(tmp_path):
+    root = write_table(tmp_path / "plants", folder="images")
+    for file in (root / "test_images").iterdir():
+        file.rename(root / "images" / file.name)
+    (root / "test_images").rmdir()
+    with pytest.raises(UserError, match=r"100.jpg: has no label in column label of train.csv \(3 images have none\)"):
+        open_data(str(root))
+    (root / "sample_submission.csv").write_text("image_id,label\n100,bee\n102,bee\n101,bee\n")
+    data = open_data(str(root))
+    assert is_right(data) and data.test_ids == ["100", "101", "102"]
+
+
+def test_a_classes_file_chooses_and_orders_the_labels(tmp_path):
+    root = write_table(tmp_path / "animals")
+    (tmp_path / "two.txt").write_text("wolf\nbee\n")
+    data = open_data(str(root), str(tmp_path / "two.txt"))
+    assert data.class_ids == ["wolf", "bee"] and len(data.train_files) == 12 and data.test_files == []
+    (tmp_path / "two.txt").write_text("wolf\nghost\n")
+    with pytest.raises(UserError, match="no image has the class ghost"):
+        open_data(str(root), str(tmp_path / "two.txt"))
+
+
+# Choices and refusals
+
+
+def add_column(root: Path, name: str, value) -> None:
+    lines = (root / "train.csv").read_text().splitlines()
+    rows = [f"{line},{value(i)}" for i, line in enumerate(lines[1:])]
+    (root / "train.csv").write_text("\n".join([f"{lines[0]},{name}", *rows]) + "\n")
+
+
+@pytest.mark.parametrize("value", [lambda i: i / 7, lambda i: "", lambda i: "train", lambda i: f"{i:03d}"])
+def test_a_column_that_cannot_be_the_label_is_passed_over(value, tmp_path):
+    root = write_table(tmp_path / "animals")
+    add_column(root, "extra", value)
+    assert is_right(open_data(str(root)))
+
+
+def test_the_label_column_is_chosen_where_several_fit(tmp_path, capsys):
+    root = write_table(tmp_path / "animals")
+    add_column(root, "age", lambda i: i % 2)
+    with pytest.raises(UserError, match="label, age could each be the label column; choose it with --label_column"):
+        open_data(str(root))
+    assert open_data(str(root), options=LabelOptions(label_column="age")).class_ids == ["0", "1"]
+    main([str(root), "--label_column", "label"])
+    assert "labels from column label of train.csv" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--label_column breed: .*train.csv has no such column, only image_id, label"):
+        open_data(str(root), options=LabelOptions(label_column="breed"))
+
+
+def test_the_image_column_is_chosen_where_several_fit(tmp_path):
+    root = write_table(tmp_path / "animals")
+    add_column(root, "twin", lambda i: f"{(i + 3) % 18:03d}.jpg")
+    with pytest.raises(UserError, match="image_id, twin could each be the image column; choose it with --image_col"):
+        open_data(str(root))
+    assert is_right(open_data(str(root), options=LabelOptions(image_column="twin")))
+
+
+def test_the_csv_is_chosen_where_several_fit(tmp_path):
+    root = write_table(tmp_path / "animals")
+    shutil.copy(root / "train.csv", root / "train_old.csv")
+    with pytest.raises(
+        UserError, match=r"train.csv and train_old.csv could each hold the labels; choose one with --la"
+    ):
+        open_data(str(root))
+    for name in ("train.csv", str(root / "train_old.csv")):
+        assert is_right(open_data(str(root), options=LabelOptions(labels_csv=name)))
+    with pytest.raises(UserError, match=r"ghost.csv: cannot be read"):
+        open_data(str(root), options=LabelOptions(labels_csv="ghost.csv"))
+
+
+def test_a_csv_that_contradicts_the_class_folders_is_used_only_if_it_is_named(tmp_path):
+    root = write_table(tmp_path / "animals")
+    (root / "train_images" / "a").mkdir()
+    (root / "train_images" / "b").mkdir()
+    for i in range(18):
+        (root / "train_images" / f"{i:03d}.jpg").rename(root / "train_images" / "ab"[i // 9] / f"{i:03d}.jpg")
+    with pytest.raises(
+        UserError, match=r"train.csv: sorts the images into other classes than their folders do; use it"
+    ):
+        open_data(str(root))
+    assert is_right(open_data(str(root), options=LabelOptions(labels_csv=str(root / "train.csv"))))
+
+
+def test_folders_in_the_root_are_parts_of_the_images_where_a_csv_has_the_labels(tmp_path):
+    root = write_table(tmp_path / "animals", folder="part1")
+    shutil.rmtree(root / "test_images")
+    (root / "part2").mkdir()
+    for i in range(9):
+        (root / "part1" / f"{i:03d}.jpg").rename(root / "part2" / f"{i:03d}.jpg")
+    assert is_right(open_data(str(root)))
+    (root / "train.csv").unlink()
+    assert open_data(str(root)).class_ids == ["part1", "part2"]
+
+
+def test_a_label_pattern_labels_images_of_train_alone_where_there_is_a_train_folder(tmp_path):
+    for i in range(6):
+        save(paint(2 + i % 2, i), tmp_path / "pets" / "train" / "train" / f"{['cat', 'dog'][i % 2]}.{i}.jpg")
+        save(paint(2, 20 + i), tmp_path / "pets" / "test1" / f"{i}.jpg")
+        save(paint(2, 40 + i), tmp_path / "pets" / "more" / f"{i}.jpg")
+    data = open_data(str(tmp_path / "pets"), options=LabelOptions(label_pattern=r"^(\w+)\."))
+    assert data.class_ids == ["cat", "dog"] and len(data.train_files) == 6 and len(data.test_files) == 6
+    assert data.ignored == {"more/*": 6}
+
+
+def test_a_csv_that_agrees_with_the_class_folders_changes_nothing(tmp_path):
+    root = write_class_folders(tmp_path / "things")
+    before = open_data(str(root))
+    rows = [f"{file},{before.class_ids[k]}" for file, k in zip(before.train_files, before.train_labels, strict=True)]
+    (root / "train.csv").write_text("path,class\n" + "\n".join(rows) + "\n")
+    assert open_data(str(root)) == before
+
+
+FAULTS = [
+    (lambda text: f"{text}ghost.jpg,bee\nspook.jpg,bee\n", "2 rows have no image (line 20, ghost.jpg)"),
+    (lambda text: f"{text}000.jpg,wolf\n", "1 rows give an image a second label (line 20, 000.jpg)"),
+    (lambda text: text.replace("003.jpg,bee", "003.jpg,"), "1 rows have no label (line 5, 003.jpg)"),
+    (lambda text: text.replace("003.jpg,bee\n", ""), "003.jpg: has no label in column label of train.csv (1 images"),
+    (lambda text: re.sub("lion|wolf", "bee", text), "labels from column label of train.csv: fewer than two classes"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), FAULTS, ids=[message[:30] for _, message in FAULTS])
+def test_a_faulty_table_is_refused_with_its_first_fault_and_their_number(change, message, tmp_path, capsys):
+    root = write_table(tmp_path / "animals")
+    rewrite(root, change)
+    with pytest.raises(SystemExit) as stop:
+        main([str(root)])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and error.startswith("error: ") and message in error and "\n" not in error
+
+
+def test_a_ragged_table_that_is_named_is_refused(tmp_path):
+    root = write_table(tmp_path / "animals")
+    rewrite(root, lambda text: f"{text}1,2,3\n")
+    with pytest.raises(UserError, match=r"train.csv: line 20 has 3 columns, but line 1 has 2"):
+        open_data(str(root), options=LabelOptions(labels_csv="train.csv"))
+
+
+def test_a_repeated_row_is_one_image(tmp_path):
+    root = write_table(tmp_path / "animals")
+    rewrite(root, lambda text: f"{text}000.jpg,bee\n")
+    assert is_right(open_data(str(root)))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(", "is not a regular expression"),
+        ("bee", "has 0 groups; the label is the only group"),
+        ("(b)(e)", "has 2 groups"),
+        (r"^(\w+)\.x$", r"18 images do not match (train_images/000.jpg)"),
+        (r"^\d(\d)", None),
+    ],
+)
+def test_a_label_pattern_is_a_regular_expression_with_one_group(pattern, message, tmp_path):
+    root = write_table(tmp_path / "animals")
+    if message is None:
+        assert open_data(str(root), options=LabelOptions(label_pattern=pattern)).class_ids == ["0", "1"]
+        return
+    with pytest.raises(UserError, match=re.escape(message)):
+        open_data(str(root), options=LabelOptions(label_pattern=pattern))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dataset_name", "b", "--labels_csv", "c"], "--dataset_name and --labels_csv cannot be combined"),
+        (
+            ["--data_dir", "b", "--label_pattern", "(c)", "--label_column", "d"],
+            "--label_pattern and --label_column cannot",
+        ),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(words, message, tmp_path, capsys):
+    from finetune_vit import main as run
+
+    (tmp_path / "recipe.yaml").write_text("num_train_epochs: 1\n")
+    with pytest.raises(SystemExit):
+        run([str(tmp_path / "recipe.yaml"), *words])
+    assert message in capsys.readouterr().err
+
+
+def test_the_documentation_has_a_row_for_every_place_of_labels():
+    text = (ROOT / "docs" / "data.md").read_text()
+    assert "| labels in a csv |" in text and "| labels in file names |" in text

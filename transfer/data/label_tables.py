@@ -1,0 +1,239 @@
+"""Labels that stand in a csv or in file names instead of folder names."""
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transfer.data.layouts import file_name, find_split_folder, list_folder, normal_name, read_text
+from transfer.errors import UserError
+
+MOST_TABLE_BYTES = 64 * 2**20  # a larger file is read only if --labels_csv names it
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """What a user says about labels that are not folder names; None is decided from the files."""
+
+    labels_csv: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    label_pattern: str | None = None
+
+
+class ImageNames:
+    """Which images a name can mean: a path or the last parts of one, with or without the extension."""
+
+    def __init__(self, files: Sequence[str]):
+        self.paths = {normal_name(file): {file} for file in files}
+        self.endings: dict[str, set[str]] = {}
+        self.stems: dict[str, set[str]] = {}
+        for path, found in self.paths.items():
+            parts = path.split("/")
+            for i in range(len(parts)):
+                ending = "/".join(parts[i:])
+                self.endings.setdefault(ending, set()).update(found)
+                self.stems.setdefault(ending.rpartition(".")[0], set()).update(found)
+        self.path_stems = {path.rpartition(".")[0]: self.stems[path.rpartition(".")[0]] for path in self.paths}
+
+    def find(self, value: str, base: str = "") -> set[str]:
+        """The images that `value` can mean, where a path may start in the folder `base` or far above the root."""
+        name = normal_name(value.strip().replace("\\", "/")).removeprefix("./")
+        here = f"{base}/{name}" if base else name
+        for table, key in ((self.paths, here), (self.endings, name), (self.path_stems, here), (self.stems, name)):
+            if name and key in table:
+                return table[key]
+        parts = name.split("/")
+        above = ("/".join(parts[i:]) for i in range(1, len(parts)))
+        return next((found for key in above if (found := self.paths.get(key) or self.path_stems.get(key))), set())
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """A csv or txt file whose rows name images."""
+
+    path: Path
+    columns: list[str]
+    rows: list[tuple[int, list[str]]]  # (line number, cells)
+    images: dict[str, list[set[str]]]  # column that names images -> the images of each row
+
+    def column(self, name: str) -> list[str]:
+        """The cells of a column, stripped, in composed Unicode form."""
+        position = self.columns.index(name)
+        return [normal_name(cells[position].strip()) for _, cells in self.rows]
+
+
+def _split_rows(path: Path) -> list[tuple[int, list[str]]]:
+    """(line number, cells) of a csv with `,`, `;` or tab, or of lines `path label` in a txt. Raises `UserError`."""
+    text = read_text(path)
+    first = text.partition("\n")[0]
+    delimiter = max(",;\t", key=first.count)
+    if delimiter not in first:
+        return [(n, line.rsplit(None, 1)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        return [(reader.line_num, row) for row in reader if row]
+    except csv.Error as fault:
+        raise UserError(f"{path}: is not a csv file (line {reader.line_num}: {fault})") from None
+
+
+def read_label_table(path: Path, names: ImageNames, base: str = "") -> LabelTable:
+    """Read a csv and find the columns in which at least half of the rows name an image of their own.
+
+    Raises `UserError`.
+    """
+    rows = _split_rows(path)
+    width = len(rows[0][1]) if rows else 0
+    for line, cells in rows:
+        if len(cells) != width:
+            raise UserError(f"{path}: line {line} has {len(cells)} columns, but line {rows[0][0]} has {width}")
+    images = {}
+    for position in range(width):
+        found = [names.find(cells[position], base) for _, cells in rows]
+        if 2 * len(set().union(*found)) >= max(len(rows) - 1, 1) and any(found):
+            images[position] = found
+    has_header = bool(rows) and not any(found[0] for found in images.values())
+    columns = [cell.strip() for cell in rows[0][1]] if has_header else [f"column {n + 1}" for n in range(width)]
+    if len(set(columns)) < width:
+        raise UserError(f"{path}: two columns have the same name; rename one")
+    return LabelTable(path, columns, rows[has_header:], {columns[p]: f[has_header:] for p, f in images.items()})
+
+
+def _list_tables(folder: Path) -> list[Path]:
+    """Files in a folder that may hold labels; templates are left out."""
+    paths = [folder / name for name in list_folder(folder)[0] if re.search(r"(?i)\.(csv|tsv|txt)$", name)]
+    names_template = re.compile(r"(?i)(sample|template|submission)")
+    return [p for p in paths if not names_template.search(p.name) and p.stat().st_size <= MOST_TABLE_BYTES]
+
+
+def _try_table(path: Path, names: ImageNames, base: str) -> LabelTable | None:
+    """The table in a file, or None if it is something else, such as notes."""
+    try:
+        table = read_label_table(path, names, base)
+    except UserError:
+        return None
+    return table if table.images and len(table.columns) > 1 else None
+
+
+def find_label_tables(root: Path, files: Sequence[str]) -> list[LabelTable]:
+    """The tables that name images, in the root and its train and val folders; else those in the folder above."""
+    splits = [folder for split in ("train", "val") if (folder := find_split_folder(root, split))]
+    for places in (["", *splits], [".."]):
+        paths = [(place, path) for place in places for path in _list_tables(root / place)]
+        names = ImageNames(files if paths else [])
+        tables = [table for place, path in paths if (table := _try_table(path, names, place.strip(".")))]
+        if tables:
+            return tables
+    return []
+
+
+def _choose_column(table: LabelTable, wanted: str | None, fitting: Sequence[str], flag: str) -> str:
+    """The wanted column, or the only one that fits. Raises `UserError`."""
+    if wanted is not None and wanted not in table.columns:
+        raise UserError(f"--{flag} {wanted}: {table.path} has no such column, only {', '.join(table.columns)}")
+    if wanted is None and len(fitting) != 1:
+        what = f"{', '.join(fitting)} could each be" if fitting else f"none of {', '.join(table.columns)} seems to be"
+        raise UserError(
+            f"{table.path}: {what} the {flag.replace('_', ' ')}; choose it with --{flag}, or move the file away"
+        )
+    return wanted or fitting[0]
+
+
+def choose_columns(table: LabelTable, options: LabelOptions) -> tuple[str, str]:
+    """The names of the image and the label column. Raises `UserError` where several fit, or none."""
+    images = list(table.images)
+    if len(images) > 1 and all(table.images[name] == table.images[images[0]] for name in images):
+        images = images[:1]  # such as an id and a path
+    image = _choose_column(table, options.image_column, images, "image_column")
+    others = [name for name in table.columns if name != image and name not in table.images]
+    if len(others) > 1:  # a label repeats, but a row number or a note does not, and a constant tells nothing
+        others = [name for name in others if 1 < len(set(table.column(name))) <= len(table.rows) / 2]
+    return image, _choose_column(table, options.label_column, others, "label_column")
+
+
+def read_labels(table: LabelTable, options: LabelOptions, names: ImageNames) -> dict[str, str]:
+    """The label of every image that a table names. Raises `UserError`."""
+    image, label = choose_columns(table, options)
+    values, labels = table.column(image), table.column(label)
+    found = table.images.get(image) or [names.find(value) for value in values]
+    label_of: dict[str, str] = {}
+    faults: dict[str, list[str]] = {}
+    for (line, _), value, images, text in zip(table.rows, values, found, labels, strict=True):
+        fault = None
+        if len(images) != 1:
+            fault = "rows name several images; write the folder and the extension" if images else "rows have no image"
+        elif not text:
+            fault = "rows have no label"
+        elif label_of.setdefault(next(iter(images)), text) != text:
+            fault = "rows give an image a second label"
+        if fault:
+            faults.setdefault(fault, []).append(f"line {line}, {value}")
+    for fault, places in faults.items():
+        raise UserError(f"{table.path}: {len(places)} {fault} ({places[0]}); correct the file, or remove the rows")
+    return label_of
+
+
+def _choose_tables(root: Path, files: Sequence[str], options: LabelOptions, names: ImageNames) -> list[LabelTable]:
+    """The table of --labels_csv, or those found: one for all images, or one each for train and val."""
+    if options.labels_csv:
+        path = Path(options.labels_csv).expanduser()
+        path = path if path.is_file() else root / options.labels_csv
+        base = path.parent.relative_to(root).as_posix() if path.is_relative_to(root) else ""
+        return [read_label_table(path, names, base.strip("."))]
+    tables, validation = find_label_tables(root, files), find_split_folder(root, "val")
+    if not tables:
+        raise UserError(f"{root}: has no csv that names its images; give one with --labels_csv")
+    in_val = [
+        all(file.startswith(f"{validation}/") for rows in table.images.values() for row in rows for file in row)
+        for table in tables
+    ]
+    if in_val.count(True) > 1 or in_val.count(False) > 1:
+        listed = " and ".join(table.path.name for table in tables)
+        raise UserError(f"{root}: {listed} could each hold the labels; choose one with --labels_csv")
+    return tables
+
+
+def _label_by_pattern(files: Sequence[str], pattern: str) -> dict[str, str]:
+    """The label of every image whose file name matches a regular expression with one group. Raises `UserError`."""
+    try:
+        expression = re.compile(pattern)
+    except re.error as fault:
+        raise UserError(f"--label_pattern {pattern}: is not a regular expression ({fault})") from None
+    if expression.groups != 1:
+        raise UserError(f"--label_pattern {pattern}: has {expression.groups} groups; the label is the only group")
+    matches = {file: expression.search(normal_name(file_name(file))) for file in files}
+    missing = [file for file, match in matches.items() if match is None or not match[1]]
+    if missing:
+        raise UserError(f"--label_pattern {pattern}: {len(missing)} images do not match ({missing[0]})")
+    return {file: match[1] for file, match in matches.items() if match}
+
+
+def label_images(root: Path, files: Sequence[str], options: LabelOptions) -> tuple[dict[str, str], str, list[Path]]:
+    """(label of every image that has one, where the labels come from, the tables used). Raises `UserError`."""
+    if options.label_pattern:
+        return _label_by_pattern(files, options.label_pattern), f"file names by {options.label_pattern}", []
+    names = ImageNames(files)
+    tables = _choose_tables(root, files, options, names)
+    label_of: dict[str, str] = {}
+    for table in tables:
+        label_of |= read_labels(table, options, names)
+    source = " and ".join(f"column {choose_columns(table, options)[1]} of {table.path.name}" for table in tables)
+    return label_of, source, [table.path for table in tables]
+
+
+def check_folder_labels(root: Path, class_of: Mapping[str, str]) -> None:
+    """Refuse class folders beside a csv that sorts the same images into other classes. Raises `UserError`."""
+    names = ImageNames(list(class_of))
+    for table in find_label_tables(root, list(class_of)):
+        try:
+            label_of = read_labels(table, LabelOptions(), names)
+        except UserError:  # it describes the images, but does not label them
+            continue
+        pairs = {(class_of[file], label) for file, label in label_of.items()}
+        if len(pairs) > len({class_id for class_id, _ in pairs}):  # a folder has images of several labels
+            raise UserError(
+                f"{table.path}: sorts the images into other classes than their folders do; use it with --labels_csv, "
+                "or move it out of the dataset"
+            )
