@@ -23,9 +23,9 @@ PLACEHOLDERS = {"RECIPE.yaml", "best.yaml"}  # one for the reader to fill in, on
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
-def tree_files():
-    """Paths in the README's file tree."""
-    tree = README.split("## Files")[1].split("```")[1]
+def tree_files(page):
+    """Paths in a page's file tree."""
+    tree = page.read_text().split("## Files")[1].split("```")[1]
     folders = []  # those around the line
     for line in tree.strip().splitlines():
         indent, name = re.match(r"([│ ]*)[├└]── (\S+)", line).groups()
@@ -47,8 +47,8 @@ def commands_of(page):
     return [line.strip() for block in blocks for line in block.splitlines()]
 
 
-def test_every_file_of_the_tree_exists_and_every_module_is_in_it():
-    named = set(tree_files())
+def test_every_file_of_the_trees_exists_and_every_module_is_in_one():
+    named = {*tree_files(ROOT / "README.md"), *tree_files(ROOT / "docs" / "design.md")}
     assert all((ROOT / name).exists() for name in named), [name for name in named if not (ROOT / name).exists()]
     modules = {path.relative_to(ROOT) for path in (ROOT / "transfer").rglob("*.py") if path.name != "__init__.py"}
     assert {str(path) for path in modules if path.parent.name != "reporting"} <= named
