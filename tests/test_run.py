@@ -338,7 +338,7 @@ def test_a_list_in_a_recipe_is_emptied_by_its_flag_or_by_an_empty_list(tmp_path,
     assert run.tta == args.report_to == []
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "A flag with nothing after it,\nor [] in a recipe, empties a list" in capsys.readouterr().out
+    assert "To empty a list, give its flag without a value" in capsys.readouterr().out
 
 
 def test_help_teaches_without_loading_anything(capsys):
