@@ -47,7 +47,7 @@ from transfer.data.layouts import (
 from transfer.errors import UserError, exits_cleanly
 from transfer.evaluation.predictions import balance_warning
 
-COMPETITION_CLASSES = 100  # where nothing beside the template tells the classes
+COMPETITION_CLASSES = 100  # if nothing beside the template shows the classes
 
 WAY_OUT = "say how labels are written with --submission_labels index, folder, name, wnid or probability"
 UNDECIDED = {"", "0"}  # what a template has in its label column where it shows no label
