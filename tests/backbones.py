@@ -283,14 +283,14 @@ def find_pooling(model: nn.Module, image_size: int) -> str:
 
 
 def _name_pooling(maps: list[torch.Tensor], feature: torch.Tensor) -> str:
-    def normalised(values):
+    def normalized(values):
         return F.layer_norm(values, values.shape[-1:], eps=1e-12)
 
     for tokens in reversed(maps):
         for name, pooled in _pooled(tokens):
             if pooled.shape == feature.shape and torch.allclose(pooled, feature, atol=1e-5):
                 return name
-            if pooled.shape == feature.shape and torch.allclose(normalised(pooled), feature, atol=1e-3):
+            if pooled.shape == feature.shape and torch.allclose(normalized(pooled), feature, atol=1e-3):
                 return f"{name}, normalized"
     raise AssertionError("the head's input comes from nowhere")
 

@@ -159,7 +159,7 @@ def decide_words(values: set[str], classes: Classes) -> WordForm | None:
     if classes.numbers:
         own = folder if values <= {*folder.words, *UNDECIDED} else None
         # A list of classes that are numbers may number them anew; then both would fit.
-        if own and classes.order != NATURAL_ORDER and folder.words != index.words and values <= {*index.words, ""}:
+        if own and classes.is_ordered and folder.words != index.words and values <= {*index.words, ""}:
             return None
         return own or next((form for form in (forms["name"], forms["wnid"]) if values <= set(form.words)), None)
     if values <= UNDECIDED:
@@ -176,7 +176,7 @@ def decide_form(path: Path | None, classes: Classes, asked: str | None = None) -
     if path is None:
         if asked == "probability":
             return probability_form(None, [], classes, asked=True)
-        return forms[asked or ("folder" if classes.numbers and classes.order == NATURAL_ORDER else "index")]
+        return forms[asked or ("folder" if classes.numbers and not classes.is_ordered else "index")]
     template = read_template(path)
     columns, values = list(template.columns[1:]), set(template.iloc[:, 1].str.strip())
     if len(columns) > 1 and asked not in (None, "probability"):
@@ -343,6 +343,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     root = _find_data(args.template)
     classes = _read_classes(root, args.classes_file)
+    if args.submission_labels and args.num_classes is not None:
+        raise UserError("--submission_labels and --num_classes cannot be combined; leave one of them out")
+    if args.submission_labels and classes is None:
+        raise UserError(
+            f"--submission_labels {args.submission_labels}: the classes are unknown, since no dataset lies beside "
+            f"{args.template}; list them with --classes_file"
+        )
     if args.num_classes is not None:
         form: LabelForm = index_form(args.num_classes)
     elif classes is None:

@@ -16,10 +16,10 @@ def draw_ratio(alpha: float, generator: torch.Generator) -> float:
 def draw_box(height: int, width: int, area: float, generator: torch.Generator) -> tuple[slice, slice]:
     """Return rows and columns of a box with this fraction of the area, centered uniformly and clipped at the edges."""
     side = area**0.5
-    centres = torch.rand(2, generator=generator).tolist()
+    centers = torch.rand(2, generator=generator).tolist()
     sides = []
-    for length, centre in zip((height, width), centres, strict=True):
-        half, middle = round(side * length / 2), int(centre * length)
+    for length, center in zip((height, width), centers, strict=True):
+        half, middle = round(side * length / 2), int(center * length)
         sides.append(slice(max(0, middle - half), min(length, middle + half)))
     return sides[0], sides[1]
 
