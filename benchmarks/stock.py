@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 SMALLEST_CROP = 0.08  # of the area: torchvision's default, which the docs leave as it is
 
 
-def normalise(image: Image.Image, processor) -> torch.Tensor:
+def normalize(image: Image.Image, processor) -> torch.Tensor:
     """(3, H, W) float32."""
     mean, std = np.array(processor.image_mean, np.float32), np.array(processor.image_std, np.float32)
     return torch.from_numpy((np.asarray(image, np.float32) / 255 - mean) / std).permute(2, 0, 1)
@@ -44,7 +44,7 @@ def transform(view: Callable[[Image.Image], Image.Image], processor) -> Callable
 
     def apply(examples: dict) -> dict:
         images = examples.pop("image")
-        examples["pixel_values"] = [normalise(view(image.convert("RGB")), processor) for image in images]
+        examples["pixel_values"] = [normalize(view(image.convert("RGB")), processor) for image in images]
         return examples
 
     return apply

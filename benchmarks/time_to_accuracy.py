@@ -164,11 +164,11 @@ def compare(stock: list[list[float]], project: list[list[float]]) -> dict:
 def draw(results: dict, path: Path) -> None:
     """The curves as a picture."""
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for colour, (minutes, outcome) in enumerate(results["budgets"].items()):
+    for color, (minutes, outcome) in enumerate(results["budgets"].items()):
         for who, style in (("project", "-"), ("stock", "--")):
             times, accuracies = zip(*outcome[who], strict=True)
             label = f"{who}, {minutes} min"
-            axes.plot([t / 60 for t in times], accuracies, style, color=f"C{colour}", marker="o", label=label)
+            axes.plot([t / 60 for t in times], accuracies, style, color=f"C{color}", marker="o", label=label)
     axes.set(xlabel="minutes of training", ylabel="validation accuracy")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -283,14 +283,14 @@ def find_pooling(model: nn.Module, image_size: int) -> str:
 
 
 def _name_pooling(maps: list[torch.Tensor], feature: torch.Tensor) -> str:
-    def normalised(values):
+    def normalized(values):
         return F.layer_norm(values, values.shape[-1:], eps=1e-12)
 
     for tokens in reversed(maps):
         for name, pooled in _pooled(tokens):
             if pooled.shape == feature.shape and torch.allclose(pooled, feature, atol=1e-5):
                 return name
-            if pooled.shape == feature.shape and torch.allclose(normalised(pooled), feature, atol=1e-3):
+            if pooled.shape == feature.shape and torch.allclose(normalized(pooled), feature, atol=1e-3):
                 return f"{name}, normalized"
     raise AssertionError("the head's input comes from nowhere")
 
@@ -320,7 +320,7 @@ def _classifier_of(kind: str) -> type:
     return became.get(kind) or getattr(hf, FAMILIES[kind].model.__name__.replace("Model", "ForImageClassification"))
 
 
-def _name_normalisation(geometry: ImageGeometry) -> str:
+def _name_normalization(geometry: ImageGeometry) -> str:
     known = {(IMAGENET_DEFAULT_MEAN[0], IMAGENET_DEFAULT_STD[0]): "ImageNet", (0.5, 0.5): "0.5 / 0.5", (0, 1): "none"}
     known |= {(OPENAI_CLIP_MEAN[0], OPENAI_CLIP_STD[0]): "CLIP"}
     name = known[geometry.mean[0], round(geometry.std[0], 8 if geometry.std[0] == OPENAI_CLIP_STD[0] else 3)]
@@ -337,7 +337,7 @@ def describe_families(poolings: dict[str, str]) -> list[str]:
         view = f"{geometry.crop[0]}" + (f" of {edge}" if edge != geometry.crop[0] else "")
         rows.append(
             f"| {kind} | `{FAMILIES[kind].checkpoint}` | {view} "
-            f"| {_name_normalisation(geometry)} | {pooling} | {levels} over {blocks} blocks |"
+            f"| {_name_normalization(geometry)} | {pooling} | {levels} over {blocks} blocks |"
         )
     return rows
 

@@ -27,7 +27,7 @@ from hub_server import TOKEN, running_hub  # noqa: E402
 
 WNIDS = ["n00000030", "n00000010", "n00000040", "n00000020"]  # not sorted, as the competition's are
 GLOSSES = {"n00000030": "red thing, ruby", "n00000010": "green thing", "n00000040": "blue thing", "n00000020": "grey"}
-COLOURS = {
+COLORS = {
     "n00000030": (220, 40, 40),
     "n00000010": (40, 200, 40),
     "n00000040": (40, 60, 220),
@@ -47,7 +47,7 @@ def draw_picture(wnid: str, seed: int, size: tuple[int, int] = (32, 32)) -> Imag
     """A picture of one class: its color with noise, a gradient and a dark bar."""
     rng = np.random.default_rng([int(wnid[1:]), seed])
     width, height = size
-    pixels = np.array(COLOURS[wnid]) + rng.normal(0, 25, (height, width, 3))
+    pixels = np.array(COLORS[wnid]) + rng.normal(0, 25, (height, width, 3))
     pixels += np.linspace(-30, 30, width)[None, :, None] * rng.choice([-1, 1])
     pixels[rng.integers(height) :, : rng.integers(1, width)] -= 40
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

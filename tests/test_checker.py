@@ -197,6 +197,20 @@ def test_the_way_labels_are_written_can_be_given(tmp_path, capsys):
     assert "labels written as integers 0 to 2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--submission_labels", "name"], "list them with --classes_file"),
+        (["--submission_labels", "name", "--num_classes", "3"], "cannot be combined"),
+    ],
+)
+def test_the_way_labels_are_written_is_never_ignored(flags, message, tmp_path, capsys):
+    template = write_case(tmp_path / "data", "alone")
+    with pytest.raises(SystemExit) as end:
+        submission.main([str(template), "--template", str(template), *flags])
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_classes_of_the_data_below_a_template_are_known(tmp_path, capsys):
     template = write_case(tmp_path / "up" / "dataset", "one_based")
     template = template.rename(tmp_path / "up" / template.name)

@@ -17,7 +17,7 @@ from scipy.special import softmax
 
 from transfer.errors import UserError
 from transfer.evaluation.predictions import Predictions, average_probabilities, choose_views
-from transfer.runs.repeats import choose_submission, summarise
+from transfer.runs.repeats import choose_submission, summarize
 from transfer.training.linear_probe import fit_head
 
 LEARNING = {"learning_rate": "1e-2", "layer_decay": 1, "min_crop_scale": 0.8}
@@ -32,7 +32,7 @@ def test_mean_and_standard_deviation_are_those_of_a_sample():
     runs = [
         dataclasses.replace(run, train=dataclasses.replace(run.train, loss=run.validation.accuracy)) for run in runs
     ]
-    mean, std = summarise(runs).values()
+    mean, std = summarize(runs).values()
     assert vars(mean.validation) == {"accuracy": pytest.approx(0.75), "loss": 1.5}
     assert vars(std.validation) == {"accuracy": pytest.approx(0.1 / np.sqrt(2)), "loss": 0.0}
     assert std.train.loss == pytest.approx(0.1 / np.sqrt(2))

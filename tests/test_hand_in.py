@@ -149,4 +149,4 @@ def test_a_run_packs_itself_when_asked(pristine_data, checkpoints, finetune, tmp
     ],
 )
 def test_places_lose_their_folders_and_everything_else_stays(text, expected):
-    assert files.anonymise(text) == expected
+    assert files.anonymize(text) == expected

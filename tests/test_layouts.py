@@ -285,7 +285,7 @@ def test_validation_images_that_are_also_in_train_are_reported(tmp_path, capsys)
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return write_parquet(tmp_path / "me" / "colours", make_hub_splits())
+    return write_parquet(tmp_path / "me" / "colors", make_hub_splits())
 
 
 def test_a_hub_data_set_keeps_its_labels_and_its_images_bytes(hub):
@@ -425,7 +425,7 @@ def only_test(splits):
     ("change", "label", "message"),
     [
         (None, None, "has several label columns, fine and coarse; choose one with --label_column_name"),
-        (None, "colour", "--label_column_name colour: is not among the label columns of"),
+        (None, "color", "--label_column_name color: is not among the label columns of"),
         (without_labels, None, "no column of img is a ClassLabel or has strings or integers; make one with"),
         (without_images, "fine", "has 0 image columns among fine, coarse; expected one"),
         (hidden_labels, "fine", "row 0 of train has no label"),

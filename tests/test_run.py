@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import COLOURS, ROOT, WNIDS
+from conftest import COLORS, ROOT, WNIDS
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, TrainerCallback, pipeline
@@ -98,8 +98,8 @@ def test_the_model_learns_the_right_labels_for_unsorted_wnids(pristine_data, che
     )
     assert json.loads((out / "metrics.json").read_text())["validation"]["accuracy"] > 0.9
     for image_id, label in labels_of(out / "submission.csv").items():
-        colour = np.asarray(Image.open(pristine_data / "test" / "images" / f"{image_id}.JPEG")).mean((0, 1))
-        nearest = min(COLOURS, key=lambda wnid: np.abs(colour + 15 - COLOURS[wnid]).sum())
+        color = np.asarray(Image.open(pristine_data / "test" / "images" / f"{image_id}.JPEG")).mean((0, 1))
+        nearest = min(COLORS, key=lambda wnid: np.abs(color + 15 - COLORS[wnid]).sum())
         assert WNIDS[label] == nearest
     config = AutoModelForImageClassification.from_pretrained(out / "model").config
     assert config.id2label == {0: "red thing", 1: "green thing", 2: "blue thing", 3: "grey"}
@@ -338,7 +338,8 @@ def test_a_list_in_a_recipe_is_emptied_by_its_flag_or_by_an_empty_list(tmp_path,
     assert run.tta == args.report_to == []
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "To empty a list, give its flag without a value" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "To empty a list, give its flag without a value, such as `--tta`, or set it to [] in the recipe." in printed
 
 
 def test_help_teaches_without_loading_anything(capsys):

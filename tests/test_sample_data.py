@@ -125,7 +125,7 @@ def test_images_of_one_class_differ_a_lot(pattern):
     assert np.mean(differences) > 40
 
 
-def test_the_mean_colour_does_not_give_the_class_away():
+def test_the_mean_color_does_not_give_the_class_away():
     means = np.array(
         [[_pixels(shape, "plain", [i, k]).mean((0, 1)) for k in range(12)] for i, shape in enumerate(SHAPES)]
     )  # (10 shapes, 12 images, 3)

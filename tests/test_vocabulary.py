@@ -17,13 +17,13 @@ from transfer.evaluation.predictions import Predictions, average_probabilities, 
 from transfer.submission import Classes, decide_form, form_of
 
 ANIMALS = ["bee", "lion", "wolf"]
-COLOURS = [(230, 20, 20), (20, 200, 20), (20, 20, 230)]
+COLORS = [(230, 20, 20), (20, 200, 20), (20, 20, 230)]
 
 
 def save(path: Path, label: int, seed: int = 0) -> None:
     noise = np.random.default_rng([label, seed]).normal(0, 6, (32, 32, 3))
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((COLOURS[label % 3] + noise).clip(0, 255).astype(np.uint8)).save(path)
+    Image.fromarray((COLORS[label % 3] + noise).clip(0, 255).astype(np.uint8)).save(path)
 
 
 def write_data(root: Path, folders, template: str | None = None, images=None, per_class: int = 6) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transfer.errors import UserError, exits_cleanly
 from transfer.evaluation.metrics import RunMetrics
-from transfer.files import PROJECT, anonymise, hide_home, read_json, refuse_secrets, run_git, write_atomically
+from transfer.files import PROJECT, anonymize, hide_home, read_json, refuse_secrets, run_git, write_atomically
 
 # The project's files, where git cannot list them.
 SOURCES = (
@@ -93,7 +93,7 @@ def _write_cover(record: Mapping, metrics: RunMetrics, title: str, files: Sequen
         commit=(code["commit"] or "no git") + (" with changes.patch" if "changes.patch" in files else ""),
         device=record["device"],
         contents="\n".join(listed),
-        command=anonymise(record["command"]),
+        command=anonymize(record["command"]),
     )
 
 
@@ -102,7 +102,7 @@ def collect(output_dir: Path) -> dict[str, bytes]:
     record = read_json(output_dir / "run.json", "give the folder of a finished run, such as outputs/sample")
     metrics = RunMetrics.read(output_dir)
     files = {name: (output_dir / name).read_bytes() for name in CONTENTS if (output_dir / name).is_file()}
-    files["run.json"] = anonymise(files["run.json"].decode()).encode()
+    files["run.json"] = anonymize(files["run.json"].decode()).encode()
     if "report.html" in files:
         files["report.html"] = hide_home(files["report.html"].decode()).encode()
     commit = record["code"]["commit"]

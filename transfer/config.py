@@ -109,8 +109,8 @@ class RunArguments:
     classes_file: str | None = option(
         None, "Train only on the classes in this file: one class per line, in label order.", DATA)
     template: str | None = option(
-        None, "Template of the submission [the csv named sample or template in or above the data set].", DATA)
-    submission_labels: str | None = option(None, "How the submission writes labels [as its template shows].",
+        None, "Template of the submission. [the csv named sample or template in or above the dataset]", DATA)
+    submission_labels: str | None = option(None, "How the submission writes labels. [as its template shows]",
         DATA, choices=SUBMISSION_LABELS)
     labels_csv: str | None = option(None, "Table of image names and labels, if several files could be it.", DATA)
     image_column: str | None = option(None, "Column of that table that names the images.", DATA)

@@ -183,7 +183,7 @@ def hide_home(text: str) -> str:
     return re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text) if len(home) > 1 else text
 
 
-def anonymise(text: str) -> str:
+def anonymize(text: str) -> str:
     """The text with absolute paths cut to their last part, the home folder to "~" and the user's name to "user".
 
     Web addresses stay, since the owner of a pushed model is public. For prose and json, not for encoded pictures.
@@ -195,10 +195,10 @@ def anonymise(text: str) -> str:
     return re.sub(rf"(https?://\S+)|(?<=/){re.escape(user)}(?![\w.-])", lambda found: found[1] or "user", text)
 
 
-def anonymise_file(path: Path) -> None:
-    """Apply `anonymise` to a text file, if it exists."""
+def anonymize_file(path: Path) -> None:
+    """Apply `anonymize` to a text file, if it exists."""
     if path.is_file():
-        write_atomically(path, anonymise(path.read_text(encoding="utf-8")))
+        write_atomically(path, anonymize(path.read_text(encoding="utf-8")))
 
 
 def leave_out_places(command: str) -> str:

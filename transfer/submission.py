@@ -47,7 +47,7 @@ from transfer.data.layouts import (
 from transfer.errors import UserError, exits_cleanly
 from transfer.evaluation.predictions import balance_warning
 
-COMPETITION_CLASSES = 100  # where nothing beside the template tells the classes
+COMPETITION_CLASSES = 100  # if nothing beside the template shows the classes
 
 WAY_OUT = "say how labels are written with --submission_labels index, folder, name, wnid or probability"
 UNDECIDED = {"", "0"}  # what a template has in its label column where it shows no label
@@ -343,6 +343,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     root = _find_data(args.template)
     classes = _read_classes(root, args.classes_file)
+    if args.submission_labels and args.num_classes is not None:
+        raise UserError("--submission_labels and --num_classes cannot be combined; leave one of them out")
+    if args.submission_labels and classes is None:
+        raise UserError(
+            f"--submission_labels {args.submission_labels}: the classes are unknown, since no dataset lies beside "
+            f"{args.template}; list them with --classes_file"
+        )
     if args.num_classes is not None:
         form: LabelForm = index_form(args.num_classes)
     elif classes is None:

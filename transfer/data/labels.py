@@ -292,9 +292,10 @@ def match_ids(files: Sequence[str], ids: Set[str]) -> dict[str, str]:
 
 
 def name_test_images(root: Path, files: Sequence[str], template_ids: Set[str] = frozenset()) -> list[str]:
-    """The id of every test image: the one in the template, or its file name as the template writes others.
+    """The id of every test image: the one that the template has for it, or else its file name.
 
-    That is without the extension, unless the template has all ids with it or images differ in it, or in their folder.
+    The file name loses its extension, unless all of the template's ids have one or names then appear twice. If file
+    names appear twice, the id is the path below the test folder.
     """
     ways: list[Callable[[str], str]] = [image_id_of, file_name, _below]
     if template_ids and template_ids <= set(map(file_name, files)):

@@ -95,7 +95,7 @@ PATTERNS = {
 }
 
 
-def _colour(rng, luminance: float) -> np.ndarray:
+def _color(rng, luminance: float) -> np.ndarray:
     """A random RGB color, (3,) in 0..255, of a luminance in 0..1, which grayscale keeps."""
     chroma = rng.uniform(-1, 1, 3)
     chroma -= chroma @ LUMA
@@ -108,8 +108,8 @@ def _place(rng) -> np.ndarray:
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     squeeze = np.array([[rng.uniform(0.85, 1.1), rng.uniform(-0.12, 0.12)], [0, rng.uniform(0.85, 1.1)]])
     radius = CANVAS_SIZE * rng.uniform(0.27, 0.44)
-    centre = CANVAS_SIZE * (0.5 + rng.uniform(-0.13, 0.13, 2))
-    return np.column_stack([radius * rotation @ squeeze, centre])
+    center = CANVAS_SIZE * (0.5 + rng.uniform(-0.13, 0.13, 2))
+    return np.column_stack([radius * rotation @ squeeze, center])
 
 
 def _mask(shape: str, place: np.ndarray) -> Image.Image:
@@ -121,7 +121,7 @@ def _mask(shape: str, place: np.ndarray) -> Image.Image:
     return mask
 
 
-def _texture(pattern: str, place: np.ndarray, colours, rng) -> Image.Image:
+def _texture(pattern: str, place: np.ndarray, colors, rng) -> Image.Image:
     """The pattern in two colors over the whole canvas, randomly turned and shifted in the shape's frame."""
     angle = rng.uniform(-0.5, 0.5) + rng.integers(4) * np.pi / 2
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
@@ -132,7 +132,7 @@ def _texture(pattern: str, place: np.ndarray, colours, rng) -> Image.Image:
     u = a * columns + b * rows + shift_u  # (S, S)
     v = c * columns + d * rows + shift_v
     second = PATTERNS[pattern](u, v, rng.uniform(9, 13), rng)
-    return Image.fromarray(np.array(colours, np.uint8)[second.astype(np.intp)])  # (S, S, 3)
+    return Image.fromarray(np.array(colors, np.uint8)[second.astype(np.intp)])  # (S, S, 3)
 
 
 def _clutter(draw: ImageDraw.ImageDraw, luminance: float, n: int, rng) -> None:
@@ -140,7 +140,7 @@ def _clutter(draw: ImageDraw.ImageDraw, luminance: float, n: int, rng) -> None:
     for kind, (x, y), (w, h) in zip(
         rng.integers(3, size=n), rng.uniform(0, CANVAS_SIZE, (n, 2)), rng.uniform(6, 30, (n, 2)), strict=True
     ):
-        fill = tuple(_colour(rng, luminance + rng.uniform(-0.1, 0.1)).astype(int))
+        fill = tuple(_color(rng, luminance + rng.uniform(-0.1, 0.1)).astype(int))
         if kind == 0:
             draw.ellipse((x - w, y - h, x + w, y + h), fill=fill)
         elif kind == 1:
@@ -151,7 +151,7 @@ def _clutter(draw: ImageDraw.ImageDraw, luminance: float, n: int, rng) -> None:
 
 def _background(luminance: float, rng) -> Image.Image:
     """A blend of four random corner colors, with clutter on it."""
-    corners = [[_colour(rng, luminance + rng.uniform(-0.07, 0.07)) for _ in range(2)] for _ in range(2)]
+    corners = [[_color(rng, luminance + rng.uniform(-0.07, 0.07)) for _ in range(2)] for _ in range(2)]
     canvas = Image.fromarray(np.array(corners, np.uint8))  # (2, 2, 3)
     canvas = canvas.resize((CANVAS_SIZE, CANVAS_SIZE), Image.Resampling.BILINEAR)
     _clutter(ImageDraw.Draw(canvas), luminance, rng.integers(3, 9), rng)
@@ -164,7 +164,7 @@ def _occlude(canvas: Image.Image, place: np.ndarray, luminance: float, rng) -> N
     along, across = np.array([np.cos(angle), np.sin(angle)]), np.array([-np.sin(angle), np.cos(angle)])
     middle = place[:, 2] + across * CANVAS_SIZE * rng.uniform(0.15, 0.32)
     ends = np.concatenate([middle - 2 * CANVAS_SIZE * along, middle + 2 * CANVAS_SIZE * along])
-    fill = tuple(_colour(rng, luminance).astype(int))
+    fill = tuple(_color(rng, luminance).astype(int))
     ImageDraw.Draw(canvas).line(ends.tolist(), fill=fill, width=int(rng.integers(6, 15)))
 
 
@@ -187,7 +187,7 @@ def draw_image(shape: str, pattern: str, rng: np.random.Generator) -> tuple[Imag
     place = _place(rng)
     mask = _mask(shape, place)
     canvas = _background(levels[2], rng)
-    canvas.paste(_texture(pattern, place, [_colour(rng, level) for level in levels[:2]], rng), mask=mask)
+    canvas.paste(_texture(pattern, place, [_color(rng, level) for level in levels[:2]], rng), mask=mask)
     if rng.random() < 0.3:
         _occlude(canvas, place, levels[2], rng)
     image = _photograph(canvas, rng)

@@ -133,7 +133,7 @@ def resize_input(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
     return resized
 
 
-def normalise_label(label: str) -> str:
+def normalize_label(label: str) -> str:
     """Return a label in lower case, with single spaces for underscores and repeated spaces."""
     return " ".join(label.lower().replace("_", " ").split())
 
@@ -152,9 +152,9 @@ def match_labels(
     Names are compared in this order: class id, all synonyms ("goldfish, Carassius auratus"), first synonym. A name of
     two classes, on either side, matches nothing.
     """
-    ours = [list(class_ids), [normalise_label(names) for names in synonyms]]
+    ours = [list(class_ids), [normalize_label(names) for names in synonyms]]
     ours.append([synonym.split(",")[0] for synonym in ours[1]])
-    theirs = [normalise_label(label) for label in known_labels]
+    theirs = [normalize_label(label) for label in known_labels]
     first = _unambiguous([label.split(",")[0] for label in theirs])
     tables = [_unambiguous(list(known_class_ids) or theirs), _unambiguous(theirs), first]
     matches: dict[int, int] = {}

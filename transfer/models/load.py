@@ -43,7 +43,7 @@ INTERPOLATION_ADVICE = "use a checkpoint with nearest, bilinear or bicubic inter
 ImageProcessor: TypeAlias = Any
 
 
-def _read_normalisation(processor: ImageProcessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _read_normalization(processor: ImageProcessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std); MobileViT's processor does not normalize, EfficientNet's divides by std twice."""
     if not processor.do_normalize:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -98,7 +98,7 @@ def read_geometry(processor: ImageProcessor) -> ImageGeometry:
     if interpolation is None:
         name = type(processor).__name__
         raise UserError(f"{name}: resample {processor.resample} is not supported; {INTERPOLATION_ADVICE}")
-    mean, std = _read_normalisation(processor)
+    mean, std = _read_normalization(processor)
     bgr = bool(getattr(processor, "do_flip_channel_order", False))
     return ImageGeometry(resize, crop, interpolation, mean, std, bgr)
 

@@ -103,7 +103,7 @@ class Series:
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    colour: int = 0
+    color: int = 0
     dots: bool = field(default=False, kw_only=True)
 
 
@@ -185,11 +185,11 @@ def draw_lines(series: Sequence[Series], x_label: str, y_label: str, shares: boo
     for s in series:
         points = list(zip(map(plane.x, s.x), map(plane.y, s.y), s.x, s.y, strict=True))
         path = "M" + "L".join(f"{x} {y}" for x, y, _, _ in points)
-        plane.mark('<path class="line line-{}" d="{}"><title>{}</title></path>', s.colour, path, s.name)
+        plane.mark('<path class="line line-{}" d="{}"><title>{}</title></path>', s.color, path, s.name)
         for x, y, at, value in points if s.dots else []:
             note = f"{s.name}: {note_text(value)} at {plain_tick(round(at, 2))} {x_label}"
             dot = '<circle class="dot dot-{}" cx="{}" cy="{}" r="3.2"><title>{}</title></circle>'
-            plane.mark(dot, s.colour, x, y, note)
+            plane.mark(dot, s.color, x, y, note)
     return plane.draw()
 
 

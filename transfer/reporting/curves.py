@@ -131,20 +131,20 @@ def _series(histories: Mapping[str, Sequence[Mapping]], x: str, names: Mapping[s
     """One line for each log and each name in it that has finite values; x is multiplied by `scale`."""
     lines = []
     for number, (seed, history) in enumerate(histories.items()):
-        for colour, (y, name) in enumerate(names.items()):
+        for color, (y, name) in enumerate(names.items()):
             entries = [entry for entry in history if _is_number(entry.get(x)) and _is_number(entry.get(y))]
             if entries:
                 line = f"{name}, {seed}" if seed else name
-                shade = colour if len(names) > 1 else number % 4
+                shade = color if len(names) > 1 else number % 4
                 xs, ys = [entry[x] * scale for entry in entries], [entry[y] for entry in entries]
                 lines.append(Series(line, xs, ys, shade, dots=y.startswith("eval_")))
     return lines
 
 
 def _curve(title: str, series: Sequence[Series], x_label: str, y_label: str, **options) -> Curve:
-    legend = {s.colour: s.name.partition(",")[0] for s in series}
+    legend = {s.color: s.name.partition(",")[0] for s in series}
     if len({s.name.partition(",")[0] for s in series}) == 1 and len(series) > 1:
-        legend = {s.colour: s.name.partition(", ")[2] for s in series}
+        legend = {s.color: s.name.partition(", ")[2] for s in series}
     entries = list(legend.items()) if len(legend) > 1 else []
     return Curve(title, draw_lines(series, x_label, y_label, **options), entries)
 

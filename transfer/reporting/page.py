@@ -12,7 +12,7 @@ from transfer.errors import UserError
 from transfer.evaluation.comparison import RunResults, base_model_name
 from transfer.evaluation.metrics import RunMetrics, score_interval
 from transfer.evaluation.predictions import CALIBRATION_BINS, measure_reliability, order_classes
-from transfer.files import anonymise, leave_out_places, write_atomically
+from transfer.files import anonymize, leave_out_places, write_atomically
 from transfer.reporting.charts import choose_classes, draw_matrix, draw_reliability, percent
 from transfer.reporting.curves import draw_curves, list_repeats, list_steps, start_histories
 from transfer.reporting.findings import (
@@ -198,7 +198,7 @@ def render_page(run: RunResults, album: Album, without_pictures: str | None = No
             reliability_chart=draw_reliability(reliability),
             bins=CALIBRATION_BINS,
             test=show_test(found, album),
-            without_pictures=without_pictures and anonymise(without_pictures),
+            without_pictures=without_pictures and anonymize(without_pictures),
             **_show_script(),
             **_show_training(run),
             **_show_confusions(found, album),

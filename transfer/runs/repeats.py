@@ -61,18 +61,10 @@ class EnsembleResult:
 # The trainings
 
 
-def seed_arguments(args: FinetuningArguments, seed: int) -> FinetuningArguments:
-    """The arguments of one of several trainings: its seed and its folder."""
+def part_arguments(args: FinetuningArguments, name: str) -> FinetuningArguments:
+    """The arguments of one of several trainings, with its own folder `name`."""
     args = copy.copy(args)
-    args.seed = seed
-    args.output_dir = str(Path(args.output_dir) / f"seed-{seed}")
-    return args
-
-
-def fold_arguments(args: FinetuningArguments, fold: int) -> FinetuningArguments:
-    """The arguments of one fold of a cross-validation: its folder."""
-    args = copy.copy(args)
-    args.output_dir = str(Path(args.output_dir) / f"fold-{fold}")
+    args.output_dir = str(Path(args.output_dir) / name)
     return args
 
 
@@ -80,7 +72,8 @@ def list_seeds(context: RunContext, args: FinetuningArguments) -> list[tuple[Run
     """A training for every seed, in a folder of its own."""
     trainings = []
     for seed in context.run.seeds:
-        own = seed_arguments(args, seed)
+        own = part_arguments(args, f"seed-{seed}")
+        own.seed = seed
         arguments = context.arguments | {"seeds": [], "output_dir": own.output_dir}
         trainings.append((replace(context, arguments=arguments, parent_split=context.dataset), own))
     return trainings
@@ -92,7 +85,7 @@ def list_folds(
     """A training for every fold, on its own split and in a folder of its own."""
     trainings = []
     for fold in range(1, (context.run.kfold or 0) + 1):
-        own, run = fold_arguments(args, fold), replace(context.run, fold=fold)
+        own, run = part_arguments(args, f"fold-{fold}"), replace(context.run, fold=fold)
         arguments = context.arguments | {"fold": fold, "output_dir": own.output_dir}
         dataset = split_data(run, context.data)
         part = replace(context, run=run, arguments=arguments, dataset=dataset, parent_split=context.dataset)
@@ -170,7 +163,7 @@ def best_of(folders: Sequence[Path]) -> Path:
     return folders[int(np.argmax([plain_accuracy(RunMetrics.read(folder)) for folder in folders]))]
 
 
-def summarise(runs: Sequence[RunMetrics]) -> dict[str, SplitScores]:
+def summarize(runs: Sequence[RunMetrics]) -> dict[str, SplitScores]:
     """Mean, and standard deviation with n - 1 degrees of freedom, of accuracy and loss over several trainings."""
 
     def over_runs(statistic: Callable) -> SplitScores:
@@ -265,7 +258,7 @@ def combine_seeds(context: RunContext, trainer: FinetuningTrainer, folders: Sequ
     source = choose_submission({name: accuracy for name, (accuracy, *_) in candidates.items()})
     accuracy, scores, validated = candidates[source]
     metrics = RunMetrics(
-        **(stages | summarise(runs)),
+        **(stages | summarize(runs)),
         seeds=runs,
         soup=soup,
         ensemble=ensemble,
@@ -293,7 +286,7 @@ def combine_folds(folders: Sequence[Path]) -> EnsembleResult:
     """
     runs = [RunMetrics.read(folder) for folder in folders]
     predictions = join_folds([Predictions.load(folder) for folder in folders])
-    summary = summarise(runs)
+    summary = summarize(runs)
     stages: dict = {
         "validation": measure(predictions.validation_logits, predictions.validation_labels),
         "calibration": measure_calibration(predictions.validation_logits, predictions.validation_labels),

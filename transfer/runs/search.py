@@ -199,9 +199,9 @@ def search(
         return report.accuracy
 
     left = max(0, trials - count_finished(study))
-    optimised = import_optuna().create_study(**study, direction="maximize")
-    optimised.optimize(run_trial, n_trials=left, gc_after_trial=True)
-    return optimised.best_trial.params, optimised.best_trial.value
+    optimized = import_optuna().create_study(**study, direction="maximize")
+    optimized.optimize(run_trial, n_trials=left, gc_after_trial=True)
+    return optimized.best_trial.params, optimized.best_trial.value
 
 
 def write_best(out: Path, recipe: Mapping, accuracy: float) -> str:

@@ -32,7 +32,7 @@ from transfer.evaluation.metrics import (
 from transfer.evaluation.predictions import Predictions, average_views, choose_views, measure_calibration
 from transfer.export import check_export, export_onnx
 from transfer.files import (
-    anonymise_file,
+    anonymize_file,
     claim_output_dir,
     digest_of_folder,
     write_atomically,
@@ -250,7 +250,7 @@ def write_results(
         write_card(out / "model", metrics, record, data.class_names, data.class_ids, predictions)
     else:
         keep_card(Path(arguments["model_name_or_path"]).expanduser(), out / "model", arguments["hub_model_id"])
-    anonymise_file(out / "model" / "README.md")  # it is what gets pushed
+    anonymize_file(out / "model" / "README.md")  # it is what gets pushed
     metrics.write(out)
     record = record | {
         "optimizer_steps": trainer.state.global_step,

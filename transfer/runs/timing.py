@@ -93,9 +93,7 @@ class Estimate:
     prediction: float
     peak_memory: int
     memory: int
-    largest_batch: (
-        int | None
-    )  # images per device, extrapolated from two batch sizes; None where they differ too little
+    largest_batch: int | None  # images per device, extrapolated from two sizes; None if they differ too little
 
 
 def leave_no_traces(args: TrainingArguments) -> None:

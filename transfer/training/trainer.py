@@ -121,7 +121,7 @@ class FinetuningTrainer(Trainer):
         self.plain_class = type(classifier.model)  # FSDP makes another class of it
         model: nn.Module = classifier.model
         super().__init__(
-            model=model.to(memory_format=layout),  # type: ignore[call-overload]  # torch documents it, its stub lacks it
+            model=model.to(memory_format=layout),  # type: ignore[call-overload]  # missing in torch's stub
             args=args,
             data_collator=identity_collate,  # type: ignore[arg-type]  # batches come gathered, not as lists
             train_dataset=train_dataset,

@@ -41,7 +41,7 @@ class EvaluationTransform(nn.Module):
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("offset", -mean / std, persistent=False)
 
-    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Normalize pixels in 0..255, red first; the channels come out in the model's order."""
         images = torch.addcmul(self.offset, images, self.scale)
         return images.flip(1) if self.geometry.bgr else images
@@ -49,13 +49,13 @@ class EvaluationTransform(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[-2:]
         if self.cropped and (height, width) == self.geometry.crop:
-            return self.normalise(images.float())
+            return self.normalize(images.float())
         size = self.geometry.crop if self.cropped else self.geometry.resized(height, width)
         if (height, width) != size:
             images = resize_as_pil(images, size, self.geometry.interpolation)
         top, left = self.geometry.corner(*size)
         images = images[..., top : top + self.geometry.crop[0], left : left + self.geometry.crop[1]]
-        return self.normalise(images.float())
+        return self.normalize(images.float())
 
 
 MARGIN = 1 / 8  # of the side, that zoomed TTA leaves out

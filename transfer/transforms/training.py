@@ -32,10 +32,10 @@ def draw_ratio(alpha: float, generator: torch.Generator) -> float:
 def draw_box(height: int, width: int, area: float, generator: torch.Generator) -> tuple[slice, slice]:
     """Return rows and columns of a box with this fraction of the area, centered uniformly and clipped at the edges."""
     side = area**0.5
-    centres = torch.rand(2, generator=generator).tolist()
+    centers = torch.rand(2, generator=generator).tolist()
     sides = []
-    for length, centre in zip((height, width), centres, strict=True):
-        half, middle = round(side * length / 2), int(centre * length)
+    for length, center in zip((height, width), centers, strict=True):
+        half, middle = round(side * length / 2), int(center * length)
         sides.append(slice(max(0, middle - half), min(length, middle + half)))
     return sides[0], sides[1]
 
@@ -148,8 +148,8 @@ def resampling_weights(start: torch.Tensor, length: torch.Tensor, source: int, t
     negative length reads backwards. Every row sums to one.
     """
     step = length[:, None, None] / target
-    centre = start[:, None, None] + (torch.arange(target, device=start.device)[None, :, None] + 0.5) * step - 0.5
-    distance = centre.clamp(0, source - 1) - torch.arange(source, device=start.device)
+    center = start[:, None, None] + (torch.arange(target, device=start.device)[None, :, None] + 0.5) * step - 0.5
+    distance = center.clamp(0, source - 1) - torch.arange(source, device=start.device)
     weights = (1 - distance.abs() / step.abs().clamp(min=1)).clamp(min=0)
     return weights / weights.sum(-1, keepdim=True)
 
@@ -233,7 +233,7 @@ class TrainTransform(nn.Module):
         rows = resampling_weights(top, height, h, size)
         columns = resampling_weights(left, width, w, size)
         # Normalizing first gives the same values, on fewer pixels where a crop is enlarged.
-        pixel_values = resample(self.evaluation.normalise(images), rows, columns)
+        pixel_values = resample(self.evaluation.normalize(images), rows, columns)
         if self.erasing and augments:
             pixel_values = self.erasing(pixel_values, generator)
         if self.mixing and augments:
