@@ -35,7 +35,14 @@ from transfer.data.layouts import (
     name_test_images,
 )
 from transfer.data.sources import extract_zip, open_hub_data
-from transfer.data.splits import split_fold, split_validation, take_evenly
+from transfer.data.splits import (
+    count_copies,
+    describe_small_classes,
+    find_contents,
+    split_fold,
+    split_validation,
+    take_evenly,
+)
 from transfer.data.tiny_imagenet import make_100, sample_data
 from transfer.errors import UserError, exits_cleanly
 
@@ -122,15 +129,16 @@ def draw_splits(
 ) -> dict[str, tuple[list[str], list[int]]]:
     """(files, labels) of train and validation, where validation is the published one or is held out of train."""
     files, labels = data.train_files, data.train_labels
+    contents = find_contents(data.root, files)  # copies of an image must not be trained on and validated on
     held_out: list[int] = []
     if fold and data.validation_files:
         raise UserError("--kfold: this dataset has its own validation images, on which every run is measured")
     if fold:
-        train, held_out = split_fold(files, labels, *fold, split_seed)
+        train, held_out = split_fold(files, labels, *fold, split_seed, contents)
     elif data.validation_files:
         train = list(range(len(files)))
     else:
-        train, held_out = split_validation(files, labels, validation_fraction, split_seed)
+        train, held_out = split_validation(files, labels, validation_fraction, split_seed, contents)
     if max_train_samples is not None:
         train = take_evenly(train, files, labels, max_train_samples)
 
@@ -249,6 +257,13 @@ def describe_splits(dataset: datasets.DatasetDict) -> str:
     return ", ".join(f"{name} {len(split)}" for name, split in dataset.items())
 
 
+def describe_quirks(run: RunArguments, data: DatasetFiles, dataset: datasets.DatasetDict) -> list[str]:
+    """Lines about byte-identical copies and about classes that are too small; none if there are none."""
+    copies = count_copies(data, run.validation_fraction, run.split_seed, is_split=not run.kfold)
+    lines = [f"copies      {copies.text}"] if copies else []
+    return lines + describe_small_classes(data.class_ids, dataset)
+
+
 def describe_duplicates(digests: dict[str, str], data: DatasetFiles) -> str:
     """How many images repeat another one byte for byte, within train and between train and the other splits."""
     train = {digests[file] for file in data.train_files}
@@ -282,8 +297,12 @@ def describe_images(data: DatasetFiles) -> list[str]:
 
 def check_data(data_dir: str, classes_file: str | None = None) -> None:
     """Print what was found in a folder or zip after decoding every image. Raises `UserError`."""
-    data = open_data(data_dir, classes_file)
+    run = RunArguments(data_dir=data_dir, classes_file=classes_file)
+    data = find_data(run)
     for line in describe_layout(data) + describe_images(data):
+        print(line)
+    dataset = split_data(run, data)
+    for line in [f"splits      {describe_splits(dataset)}", *describe_quirks(run, data, dataset)]:
         print(line)
     print("ok          this dataset can be used")
 

@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
     dataset = data_loading.split_data(run, data)
     if not run.kfold or run.fold:  # else each fold has its own
         say(f"splits      {data_loading.describe_splits(dataset)}")
+    say(*data_loading.describe_quirks(run, data, dataset))
     ends_by = started + 60 * run.max_minutes if run.max_minutes else None
     context = RunContext(run, arguments, precision, data, dataset, ends_by)
 

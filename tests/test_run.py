@@ -456,3 +456,13 @@ def test_every_core_is_used_where_the_launcher_allows_one(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     use_all_cores()
     assert asked == [3] and torch.get_num_threads() == before
+
+
+def test_copies_are_counted_in_the_output_the_metrics_the_report_and_the_card(data, checkpoints, finetune, capsys):
+    images = data / "train" / WNIDS[0] / "images"
+    (images / f"{WNIDS[0]}_3.JPEG").write_bytes((images / f"{WNIDS[0]}_4.JPEG").read_bytes())
+    out = finetune(data, checkpoints("convnext"), num_train_epochs=1)
+    text = "1 picture stands more than once in train (2 images), 0 of them under several labels"
+    assert text in capsys.readouterr().out
+    assert json.loads((out / "metrics.json").read_text())["copies"]["images"] == 2
+    assert text in (out / "report.html").read_text() and text in (out / "model" / "README.md").read_text()

@@ -13,6 +13,7 @@ from scipy.special import log_softmax
 from scipy.stats import betabinom, binomtest
 from sklearn.metrics import f1_score, top_k_accuracy_score
 
+from transfer.data.splits import CopyCounts
 from transfer.errors import UserError
 from transfer.files import read_json, write_atomically
 
@@ -208,6 +209,7 @@ class RunMetrics:
     soup: SoupMetrics | None = None
     ensemble: ClassificationMetrics | None = None
     submission: SubmissionSource | None = None
+    copies: CopyCounts | None = None  # None where no image is byte-identical to another
 
     @property
     def repeats(self) -> "list[RunMetrics]":
@@ -244,6 +246,7 @@ class RunMetrics:
             soup=stage("soup", SoupMetrics),
             ensemble=stage("ensemble", ClassificationMetrics),
             submission=stage("submission", SubmissionSource),
+            copies=stage("copies", CopyCounts),
         )
 
     def write(self, folder: Path) -> None:

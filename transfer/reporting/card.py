@@ -139,6 +139,8 @@ def _remarks(metrics: RunMetrics) -> str:
     lines += _describe_model(metrics)
     if metrics.calibration:
         lines.append(_describe_calibration(metrics.calibration))
+    if metrics.copies:
+        lines.append(f"- Copies: {metrics.copies.text}.")
     lines.append("- The epoch was chosen on the validation images, so their accuracy is slightly optimistic.")
     return "\n".join(lines)
 

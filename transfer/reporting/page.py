@@ -193,6 +193,7 @@ def render_page(run: RunResults, album: Album, without_pictures: str | None = No
             tiles=list_tiles(run.metrics, reliability.ece, leaderboard),
             leaderboard=leaderboard,
             submission=run.metrics.submission,
+            copies=run.metrics.copies and run.metrics.copies.text,
             calibration=run.metrics.calibration,
             reliability=reliability,
             reliability_chart=draw_reliability(reliability),

@@ -18,7 +18,7 @@ from transfer.config import FinetuningArguments, RunArguments, training_only_nam
 from transfer.data.images import PixelDataset, PixelStore, open_pixel_store
 from transfer.data.labels import open_template, render_submission
 from transfer.data.layouts import DatasetFiles
-from transfer.data.splits import split_fingerprint, take_evenly
+from transfer.data.splits import count_copies, split_fingerprint, take_evenly
 from transfer.errors import UserError
 from transfer.evaluation.metrics import (
     ClassificationMetrics,
@@ -246,7 +246,9 @@ def write_results(
     scores: np.ndarray | None = None,
 ) -> None:
     """Write everything that a run leaves, submission.csv last: the model's own labels, or those of `scores`."""
-    out, arguments, data = Path(trainer.args.output_dir), record["arguments"], context.data
+    out, arguments, data, run = Path(trainer.args.output_dir), record["arguments"], context.data, context.run
+    copies = count_copies(data, run.validation_fraction, run.split_seed, is_split=not run.kfold)
+    metrics = dataclasses.replace(metrics, copies=copies)
     save_model(trainer, out / "model")
     predictions.save(out)
     if metrics.train is not None:
