@@ -276,19 +276,26 @@ def describe_duplicates(digests: dict[str, str], data: DatasetFiles) -> str:
 
 
 def describe_images(data: DatasetFiles) -> list[str]:
-    """What decoding every image shows, as lines to print. Raises `UserError` naming the unreadable images."""
+    """What decoding every image shows, as lines to print.
+
+    Raises `UserError` naming the unreadable images, unless they are test images alone.
+    """
     records = list(scan_images(data.root, data.files, show_progress=True))
+    tested = set(data.test_files)
     faults = [f"{data.root / r.file}: {r.fault}" for r in records if r.fault]
-    if faults:
+    if any(r.fault and r.file not in tested for r in records):
         more = f": {'; '.join(faults[1:10])}" if len(faults) > 1 else ""
         raise UserError(f"{faults[0]}; {len(faults)} of {len(records)} images cannot be read{more}")
-    modes = ", ".join(f"{n} {mode}" for mode, n in Counter(r.mode for r in records).most_common())
-    sizes = Counter(f"{r.size[0]}x{r.size[1]}" for r in records).most_common()
+    unread = f"{len(faults)} test images cannot be read" if faults else "every image decodes"
+    readable = [r for r in records if not r.fault]
+    modes = ", ".join(f"{n} {mode}" for mode, n in Counter(r.mode for r in readable).most_common())
+    sizes = Counter(f"{r.size[0]}x{r.size[1]}" for r in readable).most_common()
     more = f", {len(sizes) - 5} more sizes" if len(sizes) > 5 else ""
     return [
-        f"pixels      every image decodes; modes {modes} (all become RGB); "
+        f"pixels      {unread}; modes {modes} (all become RGB); "
         f"sizes {', '.join(f'{n} of {size}' for size, n in sizes[:5])}{more}",
         f"duplicates  {describe_duplicates({r.file: r.digest for r in records}, data)} (identical bytes)",
+        *(f"warning     {fault}; its row in the csv will have the commonest class" for fault in faults[:10]),
     ]
 
 

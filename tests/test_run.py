@@ -15,8 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, TrainerCallback, pipeline
 
+import data_loading
+from data_loading import open_data
 from finetune_vit import main
 from transfer import runtime
+from transfer.data.images import ImageGeometry, open_pixel_store
+from transfer.errors import UserError
 from transfer.training import trainer
 
 
@@ -466,3 +470,35 @@ def test_copies_are_counted_in_the_output_the_metrics_the_report_and_the_card(da
     assert text in capsys.readouterr().out
     assert json.loads((out / "metrics.json").read_text())["copies"]["images"] == 2
     assert text in (out / "report.html").read_text() and text in (out / "model" / "README.md").read_text()
+
+
+def test_an_unreadable_test_image_gets_the_commonest_class_and_a_warning(data, checkpoints, finetune, capsys):
+    for i in range(3):  # the third class is the largest
+        (data / "train" / WNIDS[2] / "images" / f"{WNIDS[2]}_{i}.JPEG").rename(data / "train" / WNIDS[2] / f"{i}.jpg")
+    for wnid in (WNIDS[0], WNIDS[1], WNIDS[3]):
+        (data / "train" / wnid / "images" / f"{wnid}_7.JPEG").unlink()
+    ids = [line.split(",")[0] for line in (data / "submission_sample.csv").read_text().split()[1:]]
+    broken = data / "test" / "images" / f"{ids[4]}.JPEG"
+    whole = finetune(data, checkpoints("convnext"), output_dir="whole", num_train_epochs=1)
+    broken.write_bytes(broken.read_bytes()[:300])
+    for name in ("cold", "warm"):
+        capsys.readouterr()
+        out = finetune(data, checkpoints("convnext"), output_dir=name, num_train_epochs=1)
+        said = capsys.readouterr().out
+        assert "1 of 10 test images cannot be read; each gets the commonest class of the training images, blue" in said
+        assert str(broken) in said
+        labels, others = labels_of(out / "submission.csv"), labels_of(whole / "submission.csv")
+        assert labels.pop(ids[4]) == 2 and labels.items() <= others.items() and len(labels) == 9
+    data_loading.main([str(data)])
+    said = capsys.readouterr().out
+    assert "1 test images cannot be read" in said and str(broken) in said and "ok " in said
+
+
+def test_a_store_built_with_an_unreadable_test_image_does_not_serve_a_run_that_needs_it(data, tmp_path):
+    folder = open_data(str(data))
+    (data / folder.test_files[0]).write_bytes(b"broken")
+    geometry = ImageGeometry((32, 32), (32, 32), "bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
+    store = open_pixel_store(data, folder.files, geometry, tmp_path / "store", folder.test_files)
+    assert list(store.unreadable) == folder.test_files[:1] and not store.pixels[store.rows[folder.test_files[0]]].any()
+    with pytest.raises(UserError, match=r"cannot be read as an image.*1 of 58 images cannot be used"):
+        open_pixel_store(data, folder.files, geometry, tmp_path / "store")
