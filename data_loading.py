@@ -29,8 +29,10 @@ from transfer.data.layouts import (
     find_template,
     list_class_images,
     list_folder,
+    list_labelled_test_images,
     list_test_images,
     list_validation_images,
+    name_labelled_test_images,
     name_layout,
     name_test_images,
 )
@@ -49,16 +51,25 @@ from transfer.errors import UserError, exits_cleanly
 # From a path to the files of a dataset
 
 
-def open_test(root: Path, template_path: Path | None, ignored: Counter[str]) -> tuple[list[str], list[str]]:
-    """(test files, their ids), checked against the template. Raises `UserError`."""
-    files = list_test_images(root, ignored)
+def open_test(
+    root: Path, template_path: Path | None, class_ids: Sequence[str], ignored: Counter[str]
+) -> tuple[list[str], list[str], list[int]]:
+    """(test files, their ids, their labels if they lie in class folders), checked against the template.
+
+    Raises `UserError`.
+    """
+    labelled = list_labelled_test_images(root, class_ids, ignored)
+    files, labels = [file for file, _ in labelled], [label for _, label in labelled]
+    if labelled and template_path is None:
+        return files, name_labelled_test_images(root, files), labels
+    files = files or list_test_images(root, ignored)
     if template_path is None:
-        return files, name_test_images(root, files)
+        return files, name_test_images(root, files), labels
     template = read_template(template_path)
     ids = name_test_images(root, files, set(template.iloc[:, 0]))
     # The template of a later year lacked rows that its grader wanted; the competition's is complete.
     check_template(template, ids, template_path, may_be_short=not (root / WNIDS_NAME).is_file())
-    return files, ids
+    return files, ids, labels
 
 
 def open_folder(path: Path, classes_file: Path | None = None) -> DatasetFiles:
@@ -77,7 +88,8 @@ def open_folder(path: Path, classes_file: Path | None = None) -> DatasetFiles:
     ignored = Counter(list_folder(root / "train")[0])
     by_class = [list_class_images(root, class_id, ignored, label_order) for class_id in class_ids]
     validation = list_validation_images(root, class_ids, left_out, ignored)
-    test_files, test_ids = ([], []) if left_out else open_test(root, template_path, ignored)
+    test = ([], [], []) if left_out else open_test(root, template_path, class_ids, ignored)
+    test_files, test_ids, test_labels = test
     synonyms = read_synonyms(root, class_ids, label_order)
     return DatasetFiles(
         kind=name_layout(root, class_ids),
@@ -95,6 +107,7 @@ def open_folder(path: Path, classes_file: Path | None = None) -> DatasetFiles:
         template_path=template_path,
         left_out=len(left_out),
         ignored=ignored,
+        test_labels=test_labels,
     )
 
 
@@ -213,10 +226,12 @@ def _describe_classes(data: DatasetFiles) -> str:
 
 
 def _describe_counts(data: DatasetFiles) -> str:
-    train, published, tested = len(data.train_files), len(data.validation_files), len(data.test_files)
+    train, published, tested = len(data.train_files), len(data.validation_files), f"{len(data.test_files)} to predict"
+    if data.test_labels:
+        tested += " and to measure the test accuracy on, after training"
     if not published:
-        return f"{train} to train and validate, {tested} to predict"
-    return f"{train} to train, {published} to validate (as published, none are held out of train), {tested} to predict"
+        return f"{train} to train and validate, {tested}"
+    return f"{train} to train, {published} to validate (as published, none are held out of train), {tested}"
 
 
 def _describe_template(data: DatasetFiles) -> str:

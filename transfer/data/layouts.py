@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transfer.errors import UserError
@@ -41,6 +41,7 @@ class DatasetFiles:
     template_path: Path | None
     left_out: int  # number of class folders in train/ that a classes file leaves out
     ignored: Counter[str]  # other files and folders that were found -> how many
+    test_labels: list[int] = field(default_factory=list)  # of each test file; empty if they are unknown
 
     @property
     def files(self) -> list[str]:
@@ -195,6 +196,32 @@ def list_test_images(root: Path, ignored: Counter[str]) -> list[str]:
     """Test images, test/images/* and test/*; empty if there is no test folder."""
     files = list_images_here_or_below(root, "test", ignored) if (root / "test").is_dir() else []
     return files if (root / WNIDS_NAME).is_file() else sorted(files, key=natural_key)
+
+
+def list_labelled_test_images(root: Path, class_ids: Sequence[str], ignored: Counter[str]) -> list[tuple[str, int]]:
+    """(file, label) of test/<class>/*; empty unless every folder in test/ is a class and holds images."""
+    split = next((name for name in list_folder(root)[1] if name.lower() == "test"), None)
+    folders = list_class_folders(root, split) if split else []
+    if not folders or not set(folders) <= set(class_ids):
+        return []
+    beside: Counter[str] = Counter()
+    if list_images(root, f"{split}", beside):
+        return []
+    found = {name: list_images_here_or_below(root, f"{split}/{name}", beside) for name in folders}
+    if not all(found.values()):
+        return []
+    ignored.update({name: count for name, count in beside.items() if name.removesuffix("/") not in folders})
+    labels = {class_id: label for label, class_id in enumerate(class_ids)}
+    return [(file, labels[name]) for name in sorted(folders, key=labels.__getitem__) for file in found[name]]
+
+
+def name_labelled_test_images(root: Path, files: Sequence[str]) -> list[str]:
+    """The id of every image in test/<class>/*: its file name, or <class>/<file name> where classes share names."""
+    names = [image_id_of(file) for file in files]
+    if len(set(names)) == len(names):
+        return name_test_images(root, files)
+    paths = [str(Path(*Path(file).parts[1:]).with_suffix("").as_posix()) for file in files]
+    return paths if len(set(paths)) == len(paths) else [file.partition("/")[2] for file in files]
 
 
 def image_id_of(file: str) -> str:

@@ -209,6 +209,7 @@ class RunMetrics:
     soup: SoupMetrics | None = None
     ensemble: ClassificationMetrics | None = None
     submission: SubmissionSource | None = None
+    test: ClassificationMetrics | None = None  # of labelled test images, which choose nothing
     copies: CopyCounts | None = None  # None where no image is byte-identical to another
 
     @property
@@ -246,6 +247,7 @@ class RunMetrics:
             soup=stage("soup", SoupMetrics),
             ensemble=stage("ensemble", ClassificationMetrics),
             submission=stage("submission", SubmissionSource),
+            test=stage("test", ClassificationMetrics),
             copies=stage("copies", CopyCounts),
         )
 
@@ -286,4 +288,9 @@ def describe_metrics(metrics: RunMetrics) -> list[str]:
     validation = metrics.validation
     low, high = validation.accuracy_ci95
     lines.append(f"{label} {validation.accuracy:.4f} (95% interval {low:.4f} to {high:.4f}, n={validation.n})")
+    if metrics.test:
+        low, high = metrics.test.accuracy_ci95
+        lines.append(
+            f"test accuracy {metrics.test.accuracy:.4f} (95% interval {low:.4f} to {high:.4f}, n={metrics.test.n})"
+        )
     return lines

@@ -236,6 +236,8 @@ def write_card(
     title = Path(arguments["hub_model_id"] or arguments["output_dir"]).name
     base = base_model_name(record)
     rows = [_row("validation", metrics.validation)]
+    if metrics.test:
+        rows.append(_row("test", metrics.test))
     if isinstance(metrics.train, ClassificationMetrics):
         rows.append(_row("training images, not augmented", metrics.train))
     text = CARD.format(

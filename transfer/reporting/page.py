@@ -63,6 +63,8 @@ def list_tiles(metrics: RunMetrics, ece: float, leaderboard: Mapping | None) -> 
         ("loss", f"{validation.loss:.3f}"),
         ("calibration error", percent(ece)),
     ]
+    if metrics.test:
+        tiles.insert(0, ("test accuracy", percent(metrics.test.accuracy)))
     if metrics.train:
         tiles.append(("training accuracy", percent(metrics.train.accuracy)))
     if metrics.zero_epoch:

@@ -224,6 +224,8 @@ def predict_and_measure(context: RunContext, trainer: FinetuningTrainer) -> tupl
         images = PixelDataset(held_out.store, dataset["test"])
         tested = average_views([predict_view(trainer, images, name, "test") for name in kept])
         tested = fill_unreadable(context, held_out.store, tested)
+        if context.data.test_labels:
+            stages["test"] = measure(tested, np.array(context.data.test_labels))
         ids, seconds = np.array(dataset["test"]["image_id"][:], dtype=np.str_), time.perf_counter() - start
         stages["prediction"] = Speed(len(ids) / seconds, seconds)
     files = np.array(dataset["validation"]["file"][:], dtype=np.str_)
