@@ -39,6 +39,7 @@ from transfer.data.layouts import (
 from transfer.data.sources import extract_zip, open_hub_data
 from transfer.data.splits import (
     count_copies,
+    describe_imbalance,
     describe_small_classes,
     find_contents,
     split_fold,
@@ -273,9 +274,10 @@ def describe_splits(dataset: datasets.DatasetDict) -> str:
 
 
 def describe_quirks(run: RunArguments, data: DatasetFiles, dataset: datasets.DatasetDict) -> list[str]:
-    """Lines about byte-identical copies and about classes that are too small; none if there are none."""
+    """Lines about byte-identical copies and about uneven and too small classes; none if there are none."""
     copies = count_copies(data, run.validation_fraction, run.split_seed, is_split=not run.kfold)
     lines = [f"copies      {copies.text}"] if copies else []
+    lines += describe_imbalance(data.class_ids, dataset["train"]["label"][:])
     return lines + describe_small_classes(data.class_ids, dataset)
 
 

@@ -219,6 +219,20 @@ def split_fold(
     return [p for p in order if fold_of[p] != fold], [p for p in order if fold_of[p] == fold]
 
 
+IMBALANCE = 10  # the largest class's size over the smallest one's, above which it is said
+
+
+def describe_imbalance(class_ids: Sequence[str], labels: Sequence[int]) -> list[str]:
+    """A line about classes of very different sizes, with a remedy; nothing if they are not."""
+    (largest, most), *_, (smallest, least) = Counter(labels).most_common()
+    if most <= IMBALANCE * least:
+        return []
+    return [
+        f"imbalance   class {class_ids[largest]} has {most} training images, {class_ids[smallest]} has {least}: "
+        "consider --class_weights balanced and --metric_for_best_model macro_f1"
+    ]
+
+
 def describe_small_classes(class_ids: Sequence[str], dataset: datasets.DatasetDict) -> list[str]:
     """A warning about classes that have no validation image, with a remedy; nothing if there are none."""
     train, validation = (Counter(dataset[split]["label"][:]) for split in ("train", "validation"))

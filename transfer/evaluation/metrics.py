@@ -25,6 +25,11 @@ def find_hits(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return logits.argmax(-1) == labels
 
 
+def macro_f1(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean F1 score over the classes that labels (N,) have, of logits (N, classes)."""
+    return float(f1_score(labels, logits.argmax(-1), labels=np.unique(labels), average="macro"))
+
+
 def accuracy_interval(hits: int, images: int) -> tuple[float, float]:
     """95% interval of an accuracy over the choice of images (Wilson 1927)."""
     interval = binomtest(hits, images).proportion_ci(method="wilson")
@@ -78,7 +83,7 @@ class ImageClassificationMetric(evaluate.Metric):
             "accuracy": hits / images,
             "accuracy_ci95": list(accuracy_interval(hits, images)),
             "top5_accuracy": float(top5),
-            "macro_f1": float(f1_score(labels, logits.argmax(-1), labels=np.unique(labels), average="macro")),
+            "macro_f1": macro_f1(logits, labels),
             "loss": float(-log_softmax(logits, axis=-1)[np.arange(images), labels].mean()),
             "n": images,
         }

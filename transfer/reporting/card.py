@@ -16,6 +16,7 @@ from transfer.files import leave_out_places
 from transfer.reporting.curves import list_stages
 
 UNPUSHED = "path/to/model"  # the name of a model that is not on the Hub
+OFF: tuple = (None, False, 0, "none", [])  # values of an ingredient that a run does not use
 WORST_CLASSES, CONFUSED_PAIRS = 5, 5
 
 CARD = """---
@@ -167,7 +168,7 @@ def _training_table(metrics: RunMetrics, record: Mapping) -> str:
     settings = [
         (n, arguments[n]) for n in card_names("setting") if arguments.get(n) not in (None, []) and n not in repeated
     ]
-    settings += [(name, arguments[name]) for name in card_names("ingredient") if arguments.get(name)]
+    settings += [(name, arguments[name]) for name in card_names("ingredient") if arguments.get(name) not in OFF]
     settings.insert(0, ("base model", base_model_name(record)))
     settings.append(("precision", record["precision"].removeprefix("precision: ")))
     settings.append(("hardware", record["device"]))
