@@ -47,6 +47,7 @@ from transfer.data.layouts import (
     list_class_folders,
     list_class_images,
     list_folder,
+    list_labelled_test_images,
     list_test_images,
     list_validation_images,
     name_layout,
@@ -54,7 +55,16 @@ from transfer.data.layouts import (
     normal_name,
 )
 from transfer.data.sources import extract_zip, open_hub_data
-from transfer.data.splits import split_fold, split_validation, take_evenly
+from transfer.data.splits import (
+    count_copies,
+    describe_imbalance,
+    describe_small_classes,
+    describe_splits,
+    find_contents,
+    split_fold,
+    split_validation,
+    take_evenly,
+)
 from transfer.data.tiny_imagenet import make_100, sample_data
 from transfer.errors import UserError, exits_cleanly
 from transfer.submission import form_of
@@ -198,6 +208,8 @@ def open_folder(
     if not (root / WNIDS_NAME).is_file():
         check_folder_labels(root, {f: class_id for class_id, fs in zip(class_ids, by_class, strict=True) for f in fs})
     validation = list_validation_images(root, class_ids, left_out, ignored)
+    labelled_test = list_labelled_test_images(root, class_ids, ignored)
+    test_files, test_labels = labelled_test if labelled_test[0] else (list_test_images(root, ignored), [])
     synonyms = read_synonyms(root, class_ids, label_order)
     data = DatasetFiles(
         kind=name_layout(root, class_ids),
@@ -211,12 +223,13 @@ def open_folder(
         validation_files=[file for file, _ in validation],
         validation_labels=[label for _, label in validation],
         # It is unknown which test images show the classes that are used.
-        test_files=[] if left_out else list_test_images(root, ignored),
+        test_files=[] if left_out else test_files,
         test_ids=[],
         template_path=None,
         left_out=len(left_out),
         ignored=ignored,
         submission_labels=submission_labels,
+        test_labels=[] if left_out else test_labels,
     )
     return data if left_out else join_template(data, template)
 
@@ -260,15 +273,16 @@ def draw_splits(
 ) -> dict[str, tuple[list[str], list[int]]]:
     """(files, labels) of train and validation; validation images are the published ones, or are held out of train."""
     files, labels = data.train_files, data.train_labels
+    contents = find_contents(data.root, files)  # copies of an image must not be trained on and validated on
     held_out: list[int] = []
     if fold and data.validation_files:
         raise UserError("--kfold: this dataset has its own validation images, on which every run is measured")
     if fold:
-        train, held_out = split_fold(files, labels, *fold, split_seed)
+        train, held_out = split_fold(files, labels, *fold, split_seed, contents)
     elif data.validation_files:
         train = list(range(len(files)))
     else:
-        train, held_out = split_validation(files, labels, validation_fraction, split_seed)
+        train, held_out = split_validation(files, labels, validation_fraction, split_seed, contents)
     if max_train_samples is not None:
         train = take_evenly(train, files, labels, max_train_samples)
 
@@ -346,10 +360,12 @@ def _describe_classes(data: DatasetFiles) -> str:
 
 
 def _describe_counts(data: DatasetFiles) -> str:
-    train, published, tested = len(data.train_files), len(data.validation_files), len(data.test_files)
+    train, published, tested = len(data.train_files), len(data.validation_files), f"{len(data.test_files)} to predict"
+    if data.test_labels:
+        tested += " and to measure the test accuracy on, after training"
     if not published:
-        return f"{train} to train and validate, {tested} to predict"
-    return f"{train} to train, {published} to validate (as published, none are held out of train), {tested} to predict"
+        return f"{train} to train and validate, {tested}"
+    return f"{train} to train, {published} to validate (as published, none are held out of train), {tested}"
 
 
 def _describe_template(data: DatasetFiles) -> str:
@@ -399,6 +415,14 @@ def describe_layout(data: DatasetFiles) -> list[str]:
     ]
 
 
+def describe_warnings(run: RunArguments, data: DatasetFiles, dataset: datasets.DatasetDict) -> list[str]:
+    """Lines about byte-identical copies and about uneven and too small classes; none if there are none."""
+    copies = count_copies(data, run.validation_fraction, run.split_seed, is_split=not run.kfold)
+    lines = [f"copies      {copies.text}"] if copies else []
+    lines += describe_imbalance(data.class_ids, dataset["train"]["label"][:])
+    return lines + describe_small_classes(data.class_ids, dataset)
+
+
 def describe_duplicates(digests: dict[str, str], data: DatasetFiles) -> str:
     """How many images repeat another one byte for byte, within train and between train and the other splits."""
     train = {digests[file] for file in data.train_files}
@@ -411,35 +435,39 @@ def describe_duplicates(digests: dict[str, str], data: DatasetFiles) -> str:
 
 
 def describe_images(data: DatasetFiles) -> list[str]:
-    """What decoding every image shows, as lines to print. Raises `UserError` naming the unreadable images."""
+    """What decoding every image shows, as lines to print.
+
+    Raises `UserError` naming the unreadable images, unless they are test images alone.
+    """
     records = list(scan_images(data.root, data.files, show_progress=True))
+    tested = set(data.test_files)
     faults = [f"{data.root / r.file}: {r.fault}" for r in records if r.fault]
-    if faults:
+    if any(r.fault and r.file not in tested for r in records):
         more = f": {'; '.join(faults[1:10])}" if len(faults) > 1 else ""
         raise UserError(f"{faults[0]}; {len(faults)} of {len(records)} images cannot be read{more}")
-    modes = ", ".join(f"{n} {mode}" for mode, n in Counter(r.mode for r in records).most_common())
-    sizes = Counter(f"{r.size[0]}x{r.size[1]}" for r in records).most_common()
+    unread = f"{len(faults)} test images cannot be read" if faults else "every image decodes"
+    readable = [r for r in records if not r.fault]
+    modes = ", ".join(f"{n} {mode}" for mode, n in Counter(r.mode for r in readable).most_common())
+    sizes = Counter(f"{r.size[0]}x{r.size[1]}" for r in readable).most_common()
     more = f", {len(sizes) - 5} more sizes" if len(sizes) > 5 else ""
     return [
-        f"pixels      every image decodes; modes {modes} (all are converted to RGB); "
+        f"pixels      {unread}; modes {modes} (all are converted to RGB); "
         f"sizes {', '.join(f'{n} of {size}' for size, n in sizes[:5])}{more}",
         f"duplicates  {describe_duplicates({r.file: r.digest for r in records}, data)} (identical bytes)",
+        *(f"warning     {fault}; its row in the csv will have the commonest class" for fault in faults[:10]),
     ]
 
 
 # The command
 
 
-def check_data(
-    data_dir: str,
-    classes_file: str | None = None,
-    template: str | None = None,
-    submission_labels: str | None = None,
-    options: LabelOptions | None = None,
-) -> None:
-    """Print what was found in a folder or zip after decoding every image. Raises `UserError`."""
-    data = open_data(data_dir, classes_file, template, submission_labels, options)
+def check_data(run: RunArguments) -> None:
+    """Print what was found in a dataset after decoding every image, and how a run splits it. Raises `UserError`."""
+    data = find_data(run)
     for line in describe_layout(data) + describe_images(data):
+        print(line)
+    dataset = split_data(run, data)
+    for line in [f"splits      {describe_splits(dataset)}", *describe_warnings(run, data, dataset)]:
         print(line)
     print("ok          this dataset can be used")
 
@@ -459,9 +487,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = [field.name for field in fields(LabelOptions)]
     for name in names:
         parser.add_argument(f"--{name}", help="as in finetune_vit.py")
+    names += ["classes_file", "template", "submission_labels"]
     given = parser.parse_args(argv)
-    options = LabelOptions(*(getattr(given, name) for name in names))
-    check_data(given.path, given.classes_file, given.template, given.submission_labels, options)
+    check_data(RunArguments(data_dir=given.path, **{name: getattr(given, name) for name in names}))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from transfer.runs.record import report_reproduction
 from transfer.runtime import say, set_up_runtime, share_steps
 from transfer.training.averaging import WeightAveraging
 from transfer.training.checkpoints import find_checkpoint
-from transfer.training.trainer import FinetuningTrainer
+from transfer.training.trainer import FinetuningTrainer, balance_classes
 from transfer.transforms.evaluation import EvaluationTransform
 from transfer.transforms.training import make_train_transform
 
@@ -40,7 +40,10 @@ def make_trainer(context: RunContext, args: FinetuningArguments, classifier: Cla
     eval_transform = EvaluationTransform(classifier.geometry, images.cropped)  # the checkpoint's own preprocessing
     train_transform = make_train_transform(run, eval_transform, classes)  # augmentation
     train, validation = (PixelDataset(images, context.dataset[name]) for name in ("train", "validation"))
-    trainer = FinetuningTrainer(classifier, args, eval_transform, train_transform, train, validation, run.layer_decay)
+    weights = balance_classes(single.labels_of(train), classes) if run.class_weights == "balanced" else None
+    trainer = FinetuningTrainer(
+        classifier, args, eval_transform, train_transform, train, validation, run.layer_decay, weights
+    )
     if run.ema_decay:
         trainer.add_callback(WeightAveraging(trainer, run.ema_decay))
     return trainer
@@ -79,8 +82,10 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
     dataset = data_loading.split_data(run, data)
     if not run.kfold or run.fold:  # otherwise each fold has its own split
         say(f"splits      {describe_splits(dataset)}")
+    say(*data_loading.describe_warnings(run, data, dataset))
     ends_by = started + 60 * run.max_minutes if run.max_minutes else None
     context = RunContext(run, arguments, precision, data, dataset, ends_by)
+    say(*context.describe_shortage(args))
 
     if run.estimate:
         return timing.estimate_run(context, args, make_trainer)

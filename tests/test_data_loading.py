@@ -6,12 +6,12 @@ import sys
 import zipfile
 
 import pytest
-from conftest import ROOT, WNIDS, write_data_set
+from conftest import COLORS, ROOT, WNIDS, draw_picture, write_data_set
 from PIL import Image
 
 from data_loading import load_dataset, main, open_data
 from transfer.data.layouts import image_id_of
-from transfer.data.splits import split_fingerprint
+from transfer.data.splits import CopyCounts, count_copies, split_fingerprint, split_validation
 from transfer.errors import UserError
 
 
@@ -56,7 +56,7 @@ def test_boxes_and_other_files_are_ignored_and_counted(data):
 def test_the_split_is_stratified_and_depends_on_names_and_its_own_seed_alone(pristine_data, tmp_path):
     elsewhere = shutil.copytree(pristine_data, tmp_path / "elsewhere")
     for wnid in WNIDS:  # other bytes, other times, same names
-        Image.new("RGB", (8, 8)).save(elsewhere / "train" / wnid / "images" / f"{wnid}_5.JPEG")
+        Image.new("RGB", (8, 8), COLORS[wnid]).save(elsewhere / "train" / wnid / "images" / f"{wnid}_5.JPEG")
 
     def held_out(place, seed):
         return load_dataset(open_data(str(place)), 0.25, seed)["validation"]
@@ -184,10 +184,75 @@ def test_unreadable_images_are_all_named(data, capsys):
     assert f"{WNIDS[0]}_2.JPEG" in error and "2 of 58 images" in error
 
 
-def test_a_single_image_class_cannot_be_split(tmp_path):
+def test_copies_stay_on_one_side_of_the_split_and_of_every_fold(tmp_path, capsys):
+    root = write_data_set(tmp_path, per_class=10)
+    for wnid in WNIDS:
+        images = root / "train" / wnid / "images"
+        for i in range(10):
+            for copy in range(4):
+                shutil.copy(images / f"{wnid}_{i}.JPEG", images / f"copy{copy}_{i}.JPEG")
+    data = open_data(str(root))
+    for fold in (None, (1, 3), (3, 3)):
+        splits = load_dataset(data, 0.2, fold=fold)
+        held_out, kept = (
+            {(root / file).read_bytes() for file in splits[name]["file"]} for name in ("validation", "train")
+        )
+        assert held_out and kept and not held_out & kept and len(held_out | kept) == 40
+    assert [load_dataset(data, 0.2)["validation"]["label"].count(label) for label in range(4)] == [10] * 4
+    main([str(root)])
+    assert "40 pictures stand more than once in train (200 images), 0 of them under several" in capsys.readouterr().out
+
+
+def test_a_copy_under_another_label_moves_alone_and_all_else_stays_where_it_was(data):
+    before = load_dataset(open_data(str(data)), 0.25)
+    held_out = next(file for file in before["validation"]["file"] if WNIDS[0] in file)
+    trained = next(file for file in before["train"]["file"] if WNIDS[1] in file)
+    shutil.copy(data / held_out, data / trained)
+    after = load_dataset(open_data(str(data)), 0.25)
+    moved = set(after["validation"]["file"]) ^ set(before["validation"]["file"])
+    assert moved in ({held_out}, {trained})
+    copies = count_copies(open_data(str(data)), 0.25, 0)
+    assert copies == CopyCounts(pictures=1, images=2, with_several_labels=1, moved=1, published=0)
+
+
+def test_a_split_without_straddling_copies_is_that_of_the_names_alone():
+    files = [f"{number}.jpg" for number in range(40)]
+    labels = [number % 2 for number in range(40)]
+    for seed in range(20):
+        train, validation = split_validation(files, labels, 0.3, seed)
+        contents = list(files)
+        for side in (train, validation):  # pairs of one class, and of two
+            contents[side[0]] = contents[next(p for p in side[1:] if labels[p] == labels[side[0]])]
+            contents[side[-1]] = contents[next(p for p in side if labels[p] != labels[side[-1]])]
+        assert split_validation(files, labels, 0.3, seed, contents) == (train, validation)
+
+
+def test_one_picture_that_makes_up_most_of_a_class_is_trained_on():
+    files = [f"{number}.jpg" for number in range(20)]
+    contents = ["same"] * 15 + files[15:]
+    train, validation = split_validation(files, [0] * 20, 0.2, 0, contents)
+    assert set(range(15)) <= set(train) and len(validation) == 4
+
+
+def test_a_class_with_a_single_image_is_trained_on_and_the_check_says_what_the_run_says(data, capsys):
+    shutil.rmtree(data / "train" / WNIDS[0] / "images")
+    (data / "train" / WNIDS[0] / "images").mkdir()
+    draw_picture(WNIDS[0], 0).save(data / "train" / WNIDS[0] / "images" / "only.JPEG")
+    main([str(data)])
+    said = capsys.readouterr().out
+    assert "ok " in said and "1 class has too few images to validate on: n00000030 (1)" in said
+    splits = load_dataset(open_data(str(data)))
+    assert splits["train"]["label"].count(0) == 1 and 0 not in splits["validation"]["label"]
+
+
+def test_classes_of_single_images_alone_are_refused_by_the_check_and_the_run_alike(tmp_path, capsys):
     root = write_data_set(tmp_path, per_class=1)
-    with pytest.raises(UserError, match="is the only image of its class; a class needs at least two"):
+    message = "is the only image of its class, as in every class"
+    with pytest.raises(UserError, match=message):
         load_dataset(open_data(str(root)))
+    with pytest.raises(SystemExit):
+        main([str(root)])
+    assert message in capsys.readouterr().err
 
 
 def test_the_command_prints_what_it_found(data):

@@ -279,6 +279,43 @@ def test_validation_images_that_are_also_in_train_are_reported(tmp_path, capsys)
     assert "1 validation images also in train" in capsys.readouterr().out
 
 
+def test_labelled_test_images_are_measured_after_training_and_choose_nothing(tmp_path, checkpoints, finetune, capsys):
+    root = write_class_folders(tmp_path / "things")
+    whole = finetune(root, checkpoints("convnext"), output_dir="unlabelled", num_train_epochs=2, **QUICK)
+    shutil.rmtree(root / "test")
+    for label, name in enumerate(["class 2", "class 9", "class 10"], start=2):
+        for i in range(2):
+            save(paint(label, 70 + i), root / "Test" / name / f"{i}.png")  # the classes share file names
+    capsys.readouterr()
+    out = finetune(root, checkpoints("convnext"), output_dir="labelled", num_train_epochs=2, **QUICK)
+    metrics, predicted = json.loads((out / "metrics.json").read_text()), labels_of(out / "submission.csv")
+    assert sorted(predicted) == sorted(f"{name}/{i}" for name in ("class 2", "class 9", "class 10") for i in range(2))
+    names = ["class 2", "class 9", "class 10"]
+    hits = sum(names[label] == image_id.rpartition("/")[0] for image_id, label in predicted.items())
+    assert metrics["test"]["n"] == 6 and metrics["test"]["accuracy"] == hits / 6
+    said = capsys.readouterr().out
+    assert f"test accuracy {hits / 6:.4f} (95% interval" in said and "to measure the test accuracy on" in said
+    assert "| test | 6 |" in (out / "model" / "README.md").read_text()
+    assert "test accuracy" in (out / "report.html").read_text()
+    assert "test" not in json.loads((whole / "metrics.json").read_text())
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (whole, out)]
+    assert weights[0] == weights[1]
+
+
+def test_test_folders_that_are_no_classes_or_hold_no_images_tell_no_labels(tmp_path):
+    root = write_class_folders(tmp_path / "things")
+    save(paint(2, 0), root / "test" / "class 2" / "0.png")
+    assert open_data(str(root)).test_labels == []  # images lie beside the folder
+    for file in (root / "test").glob("*.png"):
+        file.unlink()
+    assert open_data(str(root)).test_labels == [0]
+    (root / "test" / "class 9").mkdir()
+    assert open_data(str(root)).test_labels == []
+    save(paint(2, 0), root / "test" / "class 9" / "0.png")
+    save(paint(2, 0), root / "test" / "other" / "0.png")
+    assert open_data(str(root)).test_labels == []
+
+
 # a Hub dataset
 
 

@@ -10,13 +10,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import COLORS, ROOT, WNIDS
+from conftest import COLORS, ROOT, WNIDS, write_data_set
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, TrainerCallback, pipeline
 
+import data_loading
+from data_loading import open_data
 from finetune_vit import main
 from transfer import runtime
+from transfer.data.images import ImageGeometry, open_pixel_store
+from transfer.errors import UserError
 from transfer.training import trainer
 
 
@@ -271,7 +275,7 @@ def test_a_bad_image_stops_the_run_before_training_and_leaves_nothing(data, chec
         (["RECIPE", "--data_dir", "DATA", "--resume_from_checkpoint", "true"], "holds no checkpoint"),
         (["RECIPE", "--hub_token", "hf_x"], "tokens do not belong on a command line"),
         (["RECIPE", "--dataloader_drop_last", "true"], "every image counts"),
-        (["RECIPE", "--data_dir", "DATA", "--metric_for_best_model", "f1"], "must be accuracy or loss"),
+        (["RECIPE", "--data_dir", "DATA", "--metric_for_best_model", "f1"], "must be accuracy, macro_f1 or loss"),
         (["RECIPE", "--data_dir", "DATA", "--per_device_train_batch_size", "0"], "must be at least 1"),
         (["RECIPE", "--data_dir", "DATA", "--seed", "-1"], "must be at least 0"),
         (["RECIPE", "--data_dir", "DATA", "--learning_rate", "nan"], "must be above 0"),
@@ -460,3 +464,124 @@ def test_every_core_is_used_where_the_launcher_allows_one(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     use_all_cores()
     assert asked == [3] and torch.get_num_threads() == before
+
+
+def test_copies_are_counted_in_the_output_the_metrics_the_report_and_the_card(data, checkpoints, finetune, capsys):
+    images = data / "train" / WNIDS[0] / "images"
+    (images / f"{WNIDS[0]}_3.JPEG").write_bytes((images / f"{WNIDS[0]}_4.JPEG").read_bytes())
+    out = finetune(data, checkpoints("convnext"), num_train_epochs=1)
+    text = "1 picture stands more than once in train (2 images), 0 of them under several labels"
+    assert text in capsys.readouterr().out
+    assert json.loads((out / "metrics.json").read_text())["copies"]["images"] == 2
+    assert text in (out / "report.html").read_text() and text in (out / "model" / "README.md").read_text()
+
+
+def test_an_unreadable_test_image_gets_the_commonest_class_and_a_warning(data, checkpoints, finetune, capsys):
+    for i in range(3):  # the third class is the largest
+        (data / "train" / WNIDS[2] / "images" / f"{WNIDS[2]}_{i}.JPEG").rename(data / "train" / WNIDS[2] / f"{i}.jpg")
+    for wnid in (WNIDS[0], WNIDS[1], WNIDS[3]):
+        (data / "train" / wnid / "images" / f"{wnid}_7.JPEG").unlink()
+    ids = [line.split(",")[0] for line in (data / "submission_sample.csv").read_text().split()[1:]]
+    broken = data / "test" / "images" / f"{ids[4]}.JPEG"
+    whole = finetune(data, checkpoints("convnext"), output_dir="whole", num_train_epochs=1)
+    broken.write_bytes(broken.read_bytes()[:300])
+    for name in ("cold", "warm"):
+        capsys.readouterr()
+        out = finetune(data, checkpoints("convnext"), output_dir=name, num_train_epochs=1)
+        said = capsys.readouterr().out
+        assert "1 of 10 test images cannot be read; each gets the commonest class of the training images, blue" in said
+        assert str(broken) in said
+        labels, others = labels_of(out / "submission.csv"), labels_of(whole / "submission.csv")
+        assert labels.pop(ids[4]) == 2 and labels.items() <= others.items() and len(labels) == 9
+    data_loading.main([str(data)])
+    said = capsys.readouterr().out
+    assert "1 test images cannot be read" in said and str(broken) in said and "ok " in said
+
+
+def test_a_store_built_with_an_unreadable_test_image_does_not_serve_a_run_that_needs_it(data, tmp_path):
+    folder = open_data(str(data))
+    (data / folder.test_files[0]).write_bytes(b"broken")
+    geometry = ImageGeometry((32, 32), (32, 32), "bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
+    store = open_pixel_store(data, folder.files, geometry, tmp_path / "store", folder.test_files)
+    assert list(store.unreadable) == folder.test_files[:1] and not store.pixels[store.rows[folder.test_files[0]]].any()
+    with pytest.raises(UserError, match=r"cannot be read as an image.*1 of 58 images cannot be used"):
+        open_pixel_store(data, folder.files, geometry, tmp_path / "store")
+
+
+def thin_out(data, kept: int = 1) -> None:
+    """Leave a few images of the last class."""
+    for path in sorted((data / "train" / WNIDS[3] / "images").iterdir())[kept:]:
+        path.unlink()
+
+
+def test_class_weights_change_the_training_only_where_they_are_asked_for(data, checkpoints, finetune):
+    thin_out(data, kept=3)
+    plain, none, balanced = (
+        finetune(data, checkpoints("convnext"), output_dir=f"run{i}", num_train_epochs=1, **words)
+        for i, words in enumerate([{}, {"class_weights": "none"}, {"class_weights": "balanced"}])
+    )
+    weights = [(out / "model" / "model.safetensors").read_bytes() for out in (plain, none, balanced)]
+    assert weights[0] == weights[1] != weights[2]
+    assert "| class_weights | balanced |" in (balanced / "model" / "README.md").read_text()
+    assert "| class_weights |" not in (plain / "model" / "README.md").read_text()
+
+
+def test_the_check_and_the_run_say_which_classes_are_uneven(data, checkpoints, finetune, capsys):
+    thin_out(data)
+    for i in range(3):
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(data / "train" / WNIDS[0] / "images" / f"more_{i}.JPEG")
+    data_loading.main([str(data)])
+    assert f"class {WNIDS[0]} has 13 training images, {WNIDS[3]} has 1: consider" in capsys.readouterr().out
+    finetune(data, checkpoints("convnext"), num_train_epochs=1)
+    assert f"class {WNIDS[0]} has 11 training images, {WNIDS[3]} has 1: consider" in capsys.readouterr().out
+
+
+def test_class_weights_make_every_class_count_alike():
+    labels = np.array([0] * 8 + [1] * 2)
+    weights = trainer.balance_classes(labels, 3)
+    assert torch.equal(weights[:2] * torch.tensor([8.0, 2.0]), torch.tensor([5.0, 5.0]))
+    assert float(weights[torch.from_numpy(labels)].mean()) == pytest.approx(1)
+
+
+def test_balanced_class_weights_reach_the_linear_probe(data, checkpoints, finetune):
+    thin_out(data, kept=3)
+    runs = [
+        finetune(data, checkpoints("convnext"), output_dir=name, class_weights=name, linear_probe_only="true")
+        for name in ("none", "balanced")
+    ]
+    assert len({(out / "model" / "model.safetensors").read_bytes() for out in runs}) == 2
+
+
+def test_choosing_by_macro_f1_keeps_the_highest(pristine_data, checkpoints, finetune):
+    out = finetune(
+        pristine_data, checkpoints("convnext"), metric_for_best_model="macro_f1", learning_rate="5e-3", ema_decay=0.9
+    )
+    log = json.loads((out / "trainer_state.json").read_text())
+    scores = [entry.get(name) for entry in log["log_history"] for name in ("eval_macro_f1", "eval_ema_macro_f1")]
+    assert log["best_metric"] == max(score for score in scores if score is not None)
+    assert json.loads((out / "metrics.json").read_text())["validation"]["macro_f1"] == log["best_metric"]
+
+
+def test_a_run_of_few_steps_and_few_validation_images_says_so_before_training(data, checkpoints, finetune, capsys):
+    def warnings_of(name, **words):
+        finetune(data, checkpoints("convnext"), output_dir=name, **words)
+        before = capsys.readouterr().out.partition("zero epoch")[0]
+        return [line for line in before.splitlines() if line.startswith("warning ")]
+
+    (said,) = warnings_of("short")
+    assert "10 optimizer steps are few: try --linear_probe_only true" in said
+    assert "12 validation images are few" in said and "--kfold 5" in said
+    (said,) = warnings_of("probe", linear_probe_only="true")
+    assert "optimizer steps" not in said and "12 validation images are few" in said
+
+
+def test_the_foreseen_steps_are_those_of_the_trainer(pristine_data, checkpoints, finetune, capsys):
+    out = finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1.5, gradient_accumulation_steps=2)
+    steps = json.loads((out / "trainer_state.json").read_text())["global_step"]
+    assert f"{steps} optimizer steps are few" in capsys.readouterr().out
+
+
+def test_a_run_with_enough_steps_and_validation_images_warns_of_nothing(tmp_path, checkpoints, finetune, capsys):
+    root = write_data_set(tmp_path, per_class=52)
+    finetune(root, checkpoints("convnext"), num_train_epochs=3, per_device_train_batch_size=4)
+    assert "are few" not in capsys.readouterr().out

@@ -162,6 +162,10 @@ class RunArguments:
         0.0, "Decay of a moving average of the weights, e.g. 0.999, kept if it is better; 0 disables it.",
         OPTIMIZER, at_least=0, below=1, on_card="ingredient")
 
+    class_weights: str = option(
+        "none", "`balanced` weights the training loss of each class by the inverse of its number of images.",
+        OPTIMIZER, choices=("none", "balanced"), on_card="ingredient")
+
     mixup_alpha: float = option(
         0.0, "Mixup: blend pairs of images with a ratio from Beta(alpha, alpha); 0 disables it.",
         AUGMENTATION, at_least=0, on_card="ingredient")
@@ -245,8 +249,9 @@ class FinetuningArguments(TrainingArguments):
     gradient_accumulation_steps: int = option(1, "Number of batches per optimizer step.",
         OPTIMIZER, at_least=1, on_card="setting")
 
-    metric_for_best_model: str = option("accuracy", "Validation metric that chooses the best epoch: accuracy or loss.",
-        EVALUATION, choices=("accuracy", "loss"))
+    metric_for_best_model: str = option(
+        "accuracy", "Validation metric that chooses the best epoch: accuracy, macro_f1 or loss.",
+        EVALUATION, choices=("accuracy", "macro_f1", "loss"))
     per_device_eval_batch_size: int = option(256, "Evaluation batch size per device.", EVALUATION, at_least=1)
     eval_strategy: str = option("epoch", "Evaluate after each `epoch`, or every eval_steps `steps`.")
     load_best_model_at_end: bool = option(True, "Keep the epoch with the best validation metric.")

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,12 +176,14 @@ class PixelStore:
     """Decoded images: `pixels` is (N, H, W, 3) uint8, memory-mapped; `rows` maps a file to its row.
 
     `data_fingerprint` is a hash of the files' names and bytes. `cropped` says that the images were resized and cropped
-    by a geometry before they were stored.
+    by a geometry before they were stored. `unreadable` maps each file that could not be decoded to its fault; its
+    pixels are black.
     """
 
     def __init__(self, folder: Path, files: Sequence[str]):
         description = read_json(folder / "store.json")
         self.data_fingerprint, self.cropped = description["data_fingerprint"], description["cropped"]
+        self.unreadable: dict[str, str] = description.get("unreadable", {})
         # Read-only and shared: all processes and workers see the same pages of memory.
         self.pixels = np.load(folder / "pixels.npy", mmap_mode="r")
         self.rows = {file: row for row, file in enumerate(files)}
@@ -234,11 +236,17 @@ class _MixedSizes(Exception):
 
 
 def _fill(
-    folder: Path, root: Path, files: Sequence[str], size: tuple[int, int], geometry: ImageGeometry | None
+    folder: Path,
+    root: Path,
+    files: Sequence[str],
+    size: tuple[int, int],
+    geometry: ImageGeometry | None,
+    may_fail: Set[str],
 ) -> None:
     """Decode all files into folder/pixels.npy, as they are or by the geometry, and describe them in store.json.
 
-    Raises `UserError` for bad images, and `_MixedSizes` for an image of another size if there is no geometry.
+    Raises `UserError` for bad images, except those in `may_fail`, and `_MixedSizes` for an image of another size if
+    there is no geometry.
     """
     path = folder / "pixels.npy"
     needed = len(files) * size[0] * size[1] * 3
@@ -251,14 +259,18 @@ def _fill(
         if geometry is None and not record.fault and record.size != (size[1], size[0]):
             raise _MixedSizes
         records.append(record)
-    _refuse_faults(root, records)
+    _refuse_faults(root, [record for record in records if record.file not in may_fail])
     named = sorted(f"{record.file} {record.digest}" for record in records)
     fingerprint = hashlib.sha256("\n".join(named).encode()).hexdigest()
-    description = {"data_fingerprint": fingerprint, "images": len(files), "cropped": geometry is not None}
+    description: dict = {"data_fingerprint": fingerprint, "images": len(files), "cropped": geometry is not None}
+    if unreadable := {record.file: record.fault for record in records if record.fault}:
+        description["unreadable"] = unreadable
     (folder / "store.json").write_text(json.dumps(description))
 
 
-def _find_or_build(cache_dir: Path, root: Path, files: Sequence[str], geometry: ImageGeometry) -> Path:
+def _find_or_build(
+    cache_dir: Path, root: Path, files: Sequence[str], geometry: ImageGeometry, may_fail: Set[str]
+) -> Path:
     """The folder of the store: of images as they are if all have the first one's size, else of cropped ones."""
     key = listing_key(root, files)
     size = _kept_size(root, files, geometry)
@@ -266,22 +278,35 @@ def _find_or_build(cache_dir: Path, root: Path, files: Sequence[str], geometry: 
     cropped = cache_dir / f"{key}-{hashlib.sha256(geometry.rule.encode()).hexdigest()[:8]}"
     if size and not cropped.is_dir():
         try:
-            return build_folder_once(kept, lambda f: _fill(f, root, files, size, None), "HF_DATASETS_CACHE")
+            return build_folder_once(kept, lambda f: _fill(f, root, files, size, None, may_fail), "HF_DATASETS_CACHE")
         except _MixedSizes:
             pass
-    return build_folder_once(cropped, lambda f: _fill(f, root, files, geometry.crop, geometry), "HF_DATASETS_CACHE")
+
+    def build(folder: Path) -> None:
+        _fill(folder, root, files, geometry.crop, geometry, may_fail)
+
+    return build_folder_once(cropped, build, "HF_DATASETS_CACHE")
 
 
 def open_pixel_store(
-    root: Path, files: Sequence[str], geometry: ImageGeometry, cache_dir: Path | None = None
+    root: Path,
+    files: Sequence[str],
+    geometry: ImageGeometry,
+    cache_dir: Path | None = None,
+    may_fail: Sequence[str] = (),
 ) -> PixelStore:
     """Open the store of these files in the datasets cache; it is built first if it is missing or the files changed.
 
     Images that all have the same, small size are stored as they are; others are resized and cropped by the geometry.
-    Raises `UserError` for the first image that cannot be read. Processes that ask at the same time build it once.
+    Raises `UserError` for the first image that cannot be read and is not in `may_fail`. Processes that ask at the same
+    time build it once.
     """
     cache_dir = cache_dir or datasets_cache("pixels")
-    return PixelStore(_find_or_build(cache_dir, root, files, geometry), files)
+    store = PixelStore(_find_or_build(cache_dir, root, files, geometry, frozenset(may_fail)), files)
+    # The store may have been built for a run that could do without other files.
+    faults = {file: fault for file, fault in store.unreadable.items() if file not in may_fail}
+    _refuse_faults(root, [ImageRecord(file, fault=faults.get(file)) for file in files] if faults else [])
+    return store
 
 
 # Batches

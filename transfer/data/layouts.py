@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -63,6 +63,7 @@ class DatasetFiles:
     left_out: int  # number of class folders in train/ that a classes file leaves out
     ignored: Counter[str]  # other files and folders that were found -> how many
     submission_labels: str | None = None  # how the submission writes labels, if that was asked for
+    test_labels: list[int] = field(default_factory=list)  # of each test file; empty if they are unknown
 
     @property
     def files(self) -> list[str]:
@@ -324,6 +325,26 @@ def list_test_images(root: Path, ignored: Counter[str]) -> list[str]:
         folder = f"{folder}/{inside[0]}"
     files = list_images_here_or_below(root, folder, ignored)
     return files if (root / WNIDS_NAME).is_file() else sorted(files, key=natural_key)
+
+
+def list_labelled_test_images(
+    root: Path, class_ids: Sequence[str], ignored: Counter[str]
+) -> tuple[list[str], list[int]]:
+    """(files, labels) of test/<class>/*; empty unless every folder in test/ is a class and holds images."""
+    split, folders = find_split_folder(root, "test"), find_class_folders(root, "test")
+    if split is None or not folders or not set(folders) <= set(class_ids) or has_images(root / split):
+        return [], []
+    beside = Counter(list_folder(root / split)[0])
+    found = {
+        class_id: [file for place in places for file in list_images_here_or_below(root, place, beside)]
+        for class_id, places in folders.items()
+    }
+    if not all(found.values()):
+        return [], []
+    ignored.update(beside)
+    order = [class_id for class_id in class_ids if class_id in found]
+    labels = [class_ids.index(class_id) for class_id in order for _ in found[class_id]]
+    return [file for class_id in order for file in found[class_id]], labels
 
 
 def list_all_images(root: Path, without: str | None, ignored: Counter[str]) -> list[str]:

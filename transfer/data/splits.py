@@ -1,14 +1,20 @@
 """Splits: which images are held out, and which are taken if fewer are wanted.
 
-Every function depends on file names, labels and a seed alone, so that a split is the same on every machine.
+Every split depends on file names, their bytes, labels and a seed alone, so that it is the same on every machine.
 """
 
+import functools
 import hashlib
-from collections import defaultdict
-from collections.abc import Sequence
+import os
+from collections import Counter, defaultdict
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 
+from transfer.data.images import listing_key
+from transfer.data.layouts import DatasetFiles
 from transfer.errors import UserError
 
 
@@ -29,47 +35,216 @@ def positions_by_class(labels: Sequence[int]) -> list[list[int]]:
     return [positions[label] for label in sorted(positions)]
 
 
-def split_validation(
-    files: Sequence[str], labels: Sequence[int], fraction: float, split_seed: int
-) -> tuple[list[int], list[int]]:
-    """Positions (train, validation) of a stratified split.
+def find_contents(root: Path, files: Sequence[str]) -> list[str]:
+    """A key of each file's bytes: two files have the same key only if they are byte-identical copies.
 
-    Every class gives round(fraction * its size) images to validation, at least one, and keeps at least one. Raises
-    `UserError` for a class with a single image.
+    Only files of equal size are read. The files are hashed once per process unless they change.
     """
-    train, validation = [], []
+    return list(_find_contents(root, tuple(files), listing_key(root, files)))
+
+
+@functools.lru_cache(maxsize=2)
+def _find_contents(root: Path, files: tuple[str, ...], key: str) -> list[str]:
+    del key  # of the cache: it changes with the sizes and times of the files
+    sizes = [_size_of(f"{root}/{file}") for file in files]
+    shared = {size for size, count in Counter(sizes).items() if count > 1}
+    return [
+        _digest_of(f"{root}/{file}") or file if size in shared else file
+        for file, size in zip(files, sizes, strict=True)
+    ]
+
+
+def _size_of(path: str) -> int:
+    try:
+        return os.stat(path).st_size  # noqa: PTH116 - Path.stat of 50,000 files takes a second longer
+    except OSError:
+        return -1  # reported, with the reason, when the image is decoded
+
+
+def _digest_of(path: str) -> str | None:
+    try:
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - as above
+            return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
+    except OSError:
+        return None
+
+
+def find_copies(contents: Sequence[str]) -> list[list[int]]:
+    """Positions of the files that have the same content, for every content that more than one file has."""
+    positions = defaultdict(list)
+    for position, content in enumerate(contents):
+        positions[content].append(position)
+    return [group for group in positions.values() if len(group) > 1]
+
+
+def find_straddling(copies: Sequence[Sequence[int]], held_out: Set[int]) -> list[Sequence[int]]:
+    """The groups of copies that have members on both sides of a split."""
+    return [group for group in copies if 0 < sum(p in held_out for p in group) < len(group)]
+
+
+@dataclass(frozen=True)
+class CopyCounts:
+    """Pictures that byte-identical training images show, and what the split does with them."""
+
+    pictures: int  # that stand more than once
+    images: int  # that show them
+    with_several_labels: int  # of the pictures
+    moved: int  # pictures whose copies a split by file names alone would have put on both sides
+    published: int  # validation images, as published, that are also training images
+
+    @property
+    def text(self) -> str:
+        """The counts in words."""
+        parts = [
+            f"{self.pictures} picture{'s stand' if self.pictures != 1 else ' stands'} more than once in train "
+            f"({self.images} images), "
+            f"{self.with_several_labels} of them under several labels"
+        ]
+        if self.moved:
+            parts.append(f"{self.moved} would have been in train and validation: moved to one side")
+        if self.published:
+            parts.append(f"{self.published} validation images are also in train")
+        return "; ".join(parts)
+
+
+def count_copies(data: DatasetFiles, fraction: float, split_seed: int, is_split: bool = True) -> CopyCounts | None:
+    """Count byte-identical images of a dataset; None if there are none. `is_split`: one split is held out of train."""
+    files, labels = data.train_files, data.train_labels
+    contents = find_contents(data.root, files + data.validation_files)
+    train, published = contents[: len(files)], contents[len(files) :]
+    known = set(train)
+    copies, repeated = find_copies(train), sum(content in known for content in published)
+    if not copies and not repeated:
+        return None
+    moved: list = []
+    if is_split and not published:
+        moved = find_straddling(copies, set(split_validation(files, labels, fraction, split_seed)[1]))
+    several = sum(len({labels[p] for p in group}) > 1 for group in copies)
+    return CopyCounts(len(copies), sum(map(len, copies)), several, len(moved), repeated)
+
+
+def _hold_out_of_class(
+    files: Sequence[str], contents: Sequence[str], positions: Sequence[int], count: int, seed: int
+) -> list[int]:
+    """The positions of one class that are held out: about `count`, copies together, never all of them."""
+    units: dict[str, list[int]] = {}  # by content, in the order in which their first members are drawn
+    for i in draw_order([files[p] for p in positions], seed):
+        units.setdefault(contents[positions[i]], []).append(positions[i])
+    taken: list[int] = []
+    for unit in list(units.values())[:-1]:  # the last one is trained on
+        if len(taken) + len(unit) <= count:
+            taken += unit
+    if not taken and len(units) > 1:
+        taken = min(units.values(), key=len)
+    return taken
+
+
+def _join_labels(
+    files: Sequence[str], labels: Sequence[int], contents: Sequence[str], held_out: set[int], seed: int
+) -> None:
+    """Move copies that stand under several labels to the side of the one that is drawn first.
+
+    They go to the training side where a class would have no other image there.
+    """
+    trained = Counter(label for position, label in enumerate(labels) if position not in held_out)
+    for group in find_straddling(find_copies(contents), held_out):
+        first = group[draw_order([files[p] for p in group], seed)[0]]
+        moved = Counter(labels[p] for p in group if p not in held_out)
+        if first in held_out and all(trained[label] > count for label, count in moved.items()):
+            held_out.update(group)
+            trained -= moved
+        else:
+            trained.update(labels[p] for p in group if p in held_out)
+            held_out.difference_update(group)
+
+
+def split_validation(
+    files: Sequence[str],
+    labels: Sequence[int],
+    fraction: float,
+    split_seed: int,
+    contents: Sequence[str] | None = None,
+) -> tuple[list[int], list[int]]:
+    """Positions (train, validation) of a stratified split; files of the same content are on one side of it.
+
+    Every class gives round(fraction * its size) images to validation, at least one, and keeps at least one. A class
+    with a single image, or with copies of one image alone, keeps it. Raises `UserError` if there is no other class.
+    """
+    contents = files if contents is None else contents
+    held_out: set[int] = set()
     for positions in positions_by_class(labels):
-        drawn = [positions[i] for i in draw_order([files[p] for p in positions], split_seed)]
-        if len(drawn) < 2:
-            raise UserError(
-                f"{files[drawn[0]]}: is the only image of its class; a class needs at least two, one to train on and "
-                "one to validate on"
-            )
-        held_out = min(max(1, round(fraction * len(drawn))), len(drawn) - 1)
-        validation += drawn[:held_out]
-        train += drawn[held_out:]
-    return sorted(train), sorted(validation)
+        count = max(1, round(fraction * len(positions)))
+        held_out.update(_hold_out_of_class(files, contents, positions, count, split_seed))
+    _join_labels(files, labels, contents, held_out, split_seed)
+    if not held_out:
+        raise UserError(
+            f"{files[0]}: is the only image of its class, as in every class, so that none can be held out to validate "
+            "on; add images, or a folder val/<class>/*"
+        )
+    return [p for p in range(len(files)) if p not in held_out], sorted(held_out)
 
 
 def split_fold(
-    files: Sequence[str], labels: Sequence[int], fold: int, folds: int, split_seed: int
+    files: Sequence[str],
+    labels: Sequence[int],
+    fold: int,
+    folds: int,
+    split_seed: int,
+    contents: Sequence[str] | None = None,
 ) -> tuple[list[int], list[int]]:
     """Positions (train, validation) of one fold, 1 to `folds`, of a stratified cross-validation.
 
-    Every image is in the validation part of exactly one fold. Raises `UserError` for a class with fewer images than
-    folds.
+    Every image is in the validation part of exactly one fold, and copies are in the same one. Raises `UserError` for
+    a class with fewer images than folds, and for one whose images are all in one fold.
     """
-    train, validation = [], []
+    fold_of: dict[int, int] = {}
     for positions in positions_by_class(labels):
         if len(positions) < folds:
             raise UserError(
                 f"--kfold {folds}: the class of {files[positions[0]]} has only {len(positions)} images; every fold "
                 "needs one image of each class"
             )
-        drawn = [positions[i] for i in draw_order([files[p] for p in positions], split_seed)]
-        validation += drawn[fold - 1 :: folds]
-        train += [p for turn, p in enumerate(drawn) if turn % folds != fold - 1]
-    return sorted(train), sorted(validation)
+        drawn = draw_order([files[p] for p in positions], split_seed)
+        fold_of |= {positions[i]: turn % folds + 1 for turn, i in enumerate(drawn)}
+    for group in find_copies(files if contents is None else contents):
+        first = group[draw_order([files[p] for p in group], split_seed)[0]]
+        fold_of |= dict.fromkeys(group, fold_of[first])
+    for positions in positions_by_class(labels):
+        if len({fold_of[p] for p in positions}) == 1:
+            raise UserError(
+                f"--kfold {folds}: almost all images of the class of {files[positions[0]]} are copies of each other, "
+                "so that one fold would hold them all; remove copies"
+            )
+    order = range(len(files))
+    return [p for p in order if fold_of[p] != fold], [p for p in order if fold_of[p] == fold]
+
+
+IMBALANCE = 10  # the largest class's size over the smallest one's, above which it is said
+
+
+def describe_imbalance(class_ids: Sequence[str], labels: Sequence[int]) -> list[str]:
+    """A line about classes of very different sizes, with a remedy; nothing if they are not."""
+    (largest, most), *_, (smallest, least) = Counter(labels).most_common()
+    if most <= IMBALANCE * least:
+        return []
+    return [
+        f"imbalance   class {class_ids[largest]} has {most} training images, {class_ids[smallest]} has {least}: "
+        "consider --class_weights balanced and --metric_for_best_model macro_f1"
+    ]
+
+
+def describe_small_classes(class_ids: Sequence[str], dataset: datasets.DatasetDict) -> list[str]:
+    """A warning about classes that have no validation image, with a remedy; nothing if there are none."""
+    train, validation = (Counter(dataset[split]["label"][:]) for split in ("train", "validation"))
+    unseen = [f"{name} ({train[label]})" for label, name in enumerate(class_ids) if not validation[label]]
+    if not unseen:
+        return []
+    number = f"{len(unseen)} classes have" if len(unseen) > 1 else "1 class has"
+    shown = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
+    return [
+        f"warning     {number} too few images to validate on: {shown}; trained on, but how well is not measured: "
+        "add images"
+    ]
 
 
 def take_evenly(positions: Sequence[int], files: Sequence[str], labels: Sequence[int], count: int) -> list[int]:

@@ -13,6 +13,7 @@ from scipy.special import log_softmax
 from scipy.stats import betabinom, binomtest
 from sklearn.metrics import f1_score, top_k_accuracy_score
 
+from transfer.data.splits import CopyCounts
 from transfer.errors import UserError
 from transfer.files import read_json, write_atomically
 
@@ -22,6 +23,11 @@ FILE_NAME = "metrics.json"
 def find_hits(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """(N,) bool: whether the highest logit of each image, of (N, classes), is that of its label (N,)."""
     return logits.argmax(-1) == labels
+
+
+def macro_f1(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean F1 score over the classes that labels (N,) have, of logits (N, classes)."""
+    return float(f1_score(labels, logits.argmax(-1), labels=np.unique(labels), average="macro"))
 
 
 def accuracy_interval(hits: int, images: int) -> tuple[float, float]:
@@ -77,7 +83,7 @@ class ImageClassificationMetric(evaluate.Metric):
             "accuracy": hits / images,
             "accuracy_ci95": list(accuracy_interval(hits, images)),
             "top5_accuracy": float(top5),
-            "macro_f1": float(f1_score(labels, logits.argmax(-1), labels=np.unique(labels), average="macro")),
+            "macro_f1": macro_f1(logits, labels),
             "loss": float(-log_softmax(logits, axis=-1)[np.arange(images), labels].mean()),
             "n": images,
         }
@@ -208,6 +214,8 @@ class RunMetrics:
     soup: SoupMetrics | None = None
     ensemble: ClassificationMetrics | None = None
     submission: SubmissionSource | None = None
+    test: ClassificationMetrics | None = None  # of labelled test images, which choose nothing
+    copies: CopyCounts | None = None  # None where no image is byte-identical to another
 
     @property
     def repeats(self) -> "list[RunMetrics]":
@@ -244,6 +252,8 @@ class RunMetrics:
             soup=stage("soup", SoupMetrics),
             ensemble=stage("ensemble", ClassificationMetrics),
             submission=stage("submission", SubmissionSource),
+            test=stage("test", ClassificationMetrics),
+            copies=stage("copies", CopyCounts),
         )
 
     def write(self, folder: Path) -> None:
@@ -283,4 +293,9 @@ def describe_metrics(metrics: RunMetrics) -> list[str]:
     validation = metrics.validation
     low, high = validation.accuracy_ci95
     lines.append(f"{label} {validation.accuracy:.4f} (95% interval {low:.4f} to {high:.4f}, n={validation.n})")
+    if metrics.test:
+        low, high = metrics.test.accuracy_ci95
+        lines.append(
+            f"test accuracy {metrics.test.accuracy:.4f} (95% interval {low:.4f} to {high:.4f}, n={metrics.test.n})"
+        )
     return lines

@@ -16,6 +16,7 @@ from transfer.files import leave_out_places
 from transfer.reporting.curves import list_stages
 
 UNPUSHED = "path/to/model"  # the name of a model that is not on the Hub
+OFF: tuple = (None, False, 0, "none", [])  # values of an ingredient that a run does not use
 WORST_CLASSES, CONFUSED_PAIRS = 5, 5
 
 CARD = """---
@@ -139,6 +140,8 @@ def _remarks(metrics: RunMetrics) -> str:
     lines += _describe_model(metrics)
     if metrics.calibration:
         lines.append(_describe_calibration(metrics.calibration))
+    if metrics.copies:
+        lines.append(f"- Copies: {metrics.copies.text}.")
     lines.append("- The epoch was chosen on the validation images, so their accuracy is slightly optimistic.")
     return "\n".join(lines)
 
@@ -165,7 +168,7 @@ def _training_table(metrics: RunMetrics, record: Mapping) -> str:
     settings = [
         (n, arguments[n]) for n in card_names("setting") if arguments.get(n) not in (None, []) and n not in repeated
     ]
-    settings += [(name, arguments[name]) for name in card_names("ingredient") if arguments.get(name)]
+    settings += [(name, arguments[name]) for name in card_names("ingredient") if arguments.get(name) not in OFF]
     settings.insert(0, ("base model", base_model_name(record)))
     settings.append(("precision", record["precision"].removeprefix("precision: ")))
     settings.append(("hardware", record["device"]))
@@ -234,6 +237,8 @@ def write_card(
     title = Path(arguments["hub_model_id"] or arguments["output_dir"]).name
     base = base_model_name(record)
     rows = [_row("validation", metrics.validation)]
+    if metrics.test:
+        rows.append(_row("test", metrics.test))
     if isinstance(metrics.train, ClassificationMetrics):
         rows.append(_row("training images, not augmented", metrics.train))
     text = CARD.format(

@@ -63,6 +63,8 @@ def list_tiles(metrics: RunMetrics, ece: float, leaderboard: Mapping | None) -> 
         ("loss", f"{validation.loss:.3f}"),
         ("calibration error", percent(ece)),
     ]
+    if metrics.test:
+        tiles.insert(0, ("test accuracy", percent(metrics.test.accuracy)))
     if metrics.train:
         tiles.append(("training accuracy", percent(metrics.train.accuracy)))
     if metrics.zero_epoch:
@@ -193,6 +195,7 @@ def render_page(run: RunResults, album: Album, without_pictures: str | None = No
             tiles=list_tiles(run.metrics, reliability.ece, leaderboard),
             leaderboard=leaderboard,
             submission=run.metrics.submission,
+            copies=run.metrics.copies and run.metrics.copies.text,
             calibration=run.metrics.calibration,
             reliability=reliability,
             reliability_chart=draw_reliability(reliability),

@@ -139,7 +139,11 @@ def combine(
     best = load_trained(str(best_of(folders) / "model"), context.data.class_ids)
     trainer = make_trainer(context, args, best)
     record = start_record(context, trainer) | {"start_fingerprint": start_of(folders)}
-    result = combine_folds(folders) if context.run.kfold else combine_seeds(context, trainer, folders)
+    result = (
+        combine_folds(folders, context.data.test_labels)
+        if context.run.kfold
+        else combine_seeds(context, trainer, folders)
+    )
     if trainer.is_world_process_zero():
         write_results(
             context, trainer, record, result.metrics, result.predictions, result.test_scores, result.temperature
@@ -278,7 +282,7 @@ def join_folds(members: Sequence[Predictions]) -> Predictions:
     )
 
 
-def combine_folds(folders: Sequence[Path]) -> EnsembleResult:
+def combine_folds(folders: Sequence[Path], test_labels: Sequence[int] = ()) -> EnsembleResult:
     """The metrics of a cross-validation, and the ensemble of its folds, which makes the submission.
 
     The accuracy is that of the folds on the images that each left out. It cannot be measured for the ensemble, which
@@ -296,6 +300,8 @@ def combine_folds(folders: Sequence[Path]) -> EnsembleResult:
     if len(predictions.test_ids):
         seconds = sum(run.prediction.seconds for run in runs if run.prediction)
         stages["prediction"] = Speed(len(predictions.test_ids) / seconds, seconds)
+    if test_labels:
+        stages["test"] = measure(predictions.test_logits, np.array(test_labels))
     source = SubmissionSource(f"ensemble of {len(runs)} folds")
     metrics = RunMetrics(**(stages | summary), folds=runs, submission=source)
     return EnsembleResult(metrics, predictions, predictions.test_logits, stages["calibration"].temperature)

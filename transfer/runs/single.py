@@ -1,6 +1,7 @@
 """The steps of one run, from the checks before it to the files that it leaves; finetune_vit.py has their order."""
 
 import dataclasses
+import itertools
 import logging
 import shlex
 import time
@@ -15,9 +16,9 @@ from safetensors.torch import load_file
 
 from transfer.bundle import check_target, pack
 from transfer.config import FinetuningArguments, RunArguments, training_only_names
-from transfer.data.images import PixelDataset, PixelStore, open_pixel_store
+from transfer.data.images import PixelDataset, PixelStore, open_pixel_store, read_image
 from transfer.data.layouts import DatasetFiles
-from transfer.data.splits import split_fingerprint, take_evenly
+from transfer.data.splits import count_copies, split_fingerprint, take_evenly
 from transfer.errors import UserError
 from transfer.evaluation.metrics import (
     ClassificationMetrics,
@@ -30,7 +31,7 @@ from transfer.evaluation.metrics import (
     measure,
 )
 from transfer.evaluation.predictions import Predictions, average_views, choose_views, measure_calibration
-from transfer.export import check_export, export_onnx
+from transfer.export import CHECKED_IMAGES, check_export, export_onnx
 from transfer.files import (
     anonymize_file,
     claim_output_dir,
@@ -92,7 +93,7 @@ def decode_images(args: FinetuningArguments, data: DatasetFiles, classifier: Cla
     geometry = classifier.geometry
     check_transform(classifier.processor, EvaluationTransform(geometry))
     with args.main_process_first(local=True, desc="decoding images"):
-        return open_pixel_store(data.root, data.files, geometry)
+        return open_pixel_store(data.root, data.files, geometry, may_fail=data.test_files)
 
 
 def start_record(context: RunContext, trainer: FinetuningTrainer, checkpoint: str | None = None) -> dict:
@@ -178,6 +179,26 @@ def predict_view(trainer: FinetuningTrainer, split: PixelDataset, name: str, wha
     )
 
 
+def fill_unreadable(context: RunContext, store: PixelStore, logits: np.ndarray) -> np.ndarray:
+    """The logits (M, classes) of the test images, where those that cannot be read have the training classes' shares.
+
+    A warning names these files: the csv needs a row for each of them.
+    """
+    files = context.dataset["test"]["file"][:]
+    rows = [row for row, file in enumerate(files) if file in store.unreadable]
+    if not rows:
+        return logits
+    counts = np.bincount(context.dataset["train"]["label"][:], minlength=logits.shape[1]) + 1.0
+    filled = logits.copy()
+    filled[rows] = np.log(counts / counts.sum())
+    shown = "; ".join(f"{context.data.root / files[row]}: {store.unreadable[files[row]]}" for row in rows[:5])
+    say(
+        f"warning     {len(rows)} of {len(files)} test images cannot be read; each gets the commonest class of the "
+        f"training images, {context.data.class_names[int(counts.argmax())]}: {shown}{'; ...' if len(rows) > 5 else ''}"
+    )
+    return filled
+
+
 def predict_and_measure(context: RunContext, trainer: FinetuningTrainer) -> tuple[Predictions, dict]:
     """Logits of the validation and test images, and the stages of `RunMetrics` that are measured on them.
 
@@ -201,6 +222,9 @@ def predict_and_measure(context: RunContext, trainer: FinetuningTrainer) -> tupl
         start = time.perf_counter()
         images = PixelDataset(held_out.store, dataset["test"])
         tested = average_views([predict_view(trainer, images, name, "test") for name in kept])
+        tested = fill_unreadable(context, held_out.store, tested)
+        if context.data.test_labels:
+            stages["test"] = measure(tested, np.array(context.data.test_labels))
         ids, seconds = np.array(dataset["test"]["image_id"][:], dtype=np.str_), time.perf_counter() - start
         stages["prediction"] = Speed(len(ids) / seconds, seconds)
     files = np.array(dataset["validation"]["file"][:], dtype=np.str_)
@@ -243,7 +267,9 @@ def write_results(
 
     The probabilities of a submission are calibrated by the metrics' temperature, or that of `scores`.
     """
-    out, arguments, data = Path(trainer.args.output_dir), record["arguments"], context.data
+    out, arguments, data, run = Path(trainer.args.output_dir), record["arguments"], context.data, context.run
+    copies = count_copies(data, run.validation_fraction, run.split_seed, is_split=not run.kfold)
+    metrics = dataclasses.replace(metrics, copies=copies)
     save_model(trainer, out / "model")
     predictions.save(out)
     if metrics.train is not None:
@@ -298,12 +324,19 @@ def push_results(context: RunContext, args: FinetuningArguments, images: Sequenc
         raise UserError(f"{fault}; the run is finished and complete, push it again with: {advice}") from None
 
 
+def readable_images(data: DatasetFiles) -> list[Path]:
+    """The first images to predict, or to train on, that can be read; at most as many as an export is checked on."""
+    files = data.test_files or data.train_files
+    readable = (data.root / file for file in files if read_image(data.root, file)[1] is not None)
+    return list(itertools.islice(readable, CHECKED_IMAGES))
+
+
 def share_results(context: RunContext, args: FinetuningArguments) -> None:
     """Push, pack and export, if asked for, in this order: the zip holds the link of the pushed model."""
     if args.process_index != 0:
         return
     run, data, out = context.run, context.data, Path(args.output_dir)
-    images = [data.root / file for file in data.test_files or data.train_files]  # to check copies of the model
+    images = readable_images(data) if args.push_to_hub or run.export else []  # to check copies of the model
     if args.push_to_hub:
         push_results(context, args, images[:READ_BACK_IMAGES])
     if run.hand_in:

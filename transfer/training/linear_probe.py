@@ -70,12 +70,17 @@ def extract_features(
 
 
 def fit_head(
-    features: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, penalty: float
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    penalty: float,
+    class_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight (classes, D) and bias (classes,) of the logistic head with the least loss on features (N, D).
 
-    The loss is the mean cross-entropy and `penalty` times the squared distance of the weight from the one given, so
-    that a head which already knows the classes is not forgotten.
+    The loss is the mean cross-entropy, weighted by class if weights are given, and `penalty` times the squared
+    distance of the weight from the one given, so that a head which already knows the classes is not forgotten.
     """
     start = weight.detach()
     weight, bias = (values.detach().clone().requires_grad_() for values in (weight, bias))
@@ -83,7 +88,8 @@ def fit_head(
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        total = F.cross_entropy(F.linear(features, weight, bias), labels) + penalty * (weight - start).square().sum()
+        total = F.cross_entropy(F.linear(features, weight, bias), labels, class_weights)
+        total = total + penalty * (weight - start).square().sum()
         total.backward()
         return total
 
@@ -91,13 +97,19 @@ def fit_head(
     return weight.detach(), bias.detach()
 
 
-def choose_penalty(features: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> float:
+def choose_penalty(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    class_weights: torch.Tensor | None = None,
+) -> float:
     """The penalty whose head, fitted on the other images, has the least loss on every tenth."""
     held_out = torch.arange(len(features), device=features.device) % HELD_OUT == 0
     losses = []
     for penalty in PENALTIES:
-        head = fit_head(features[~held_out], labels[~held_out], weight, bias, penalty)
-        losses.append(float(F.cross_entropy(F.linear(features[held_out], *head), labels[held_out])))
+        head = fit_head(features[~held_out], labels[~held_out], weight, bias, penalty, class_weights)
+        losses.append(float(F.cross_entropy(F.linear(features[held_out], *head), labels[held_out], class_weights)))
     return PENALTIES[int(np.argmin(losses))]
 
 
@@ -113,8 +125,8 @@ def fit_probe(trainer: FinetuningTrainer, store: PixelStore, split: datasets.Dat
     weight = torch.stack([head.weight for head in heads]).mean(0)
     bias = torch.stack([head.bias for head in heads]).mean(0)
     with torch.enable_grad():
-        penalty = choose_penalty(features, labels, weight, bias)
-        head = fit_head(features, labels, weight, bias, penalty)
+        penalty = choose_penalty(features, labels, weight, bias, trainer.class_weights)
+        head = fit_head(features, labels, weight, bias, penalty, trainer.class_weights)
     weight, bias = broadcast(list(head))  # rounding differs by process on a GPU, and the model must not
     with torch.no_grad():
         for layer in heads:

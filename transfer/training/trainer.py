@@ -26,7 +26,7 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 from transfer.config import FinetuningArguments
 from transfer.data.images import PixelDataset, identity_collate
 from transfer.errors import UserError
-from transfer.evaluation.metrics import find_hits
+from transfer.evaluation.metrics import find_hits, macro_f1
 from transfer.models.build import Classifier
 from transfer.models.layers import find_blocks, parameter_groups
 from transfer.models.load import load_complete
@@ -51,15 +51,26 @@ if TYPE_CHECKING:
 
 
 def logits_to_metrics(outcome: EvalPrediction) -> dict[str, float]:
-    """Accuracy and loss, one of which chooses the epoch.
+    """Accuracy, macro F1 and loss, one of which chooses the epoch.
 
     With several processes the parent's own loss counts the images twice that fill up the last batch.
     """
     logits, labels = torch.from_numpy(outcome.predictions), torch.from_numpy(outcome.label_ids)
     return {
         "accuracy": float(find_hits(logits.numpy(), labels.numpy()).mean()),
+        "macro_f1": macro_f1(logits.numpy(), labels.numpy()),
         "loss": float(F.cross_entropy(logits.float(), labels)),
     }
+
+
+def balance_classes(labels: np.ndarray, classes: int) -> torch.Tensor:
+    """(classes,) float32 weights of the loss, in inverse proportion to the classes' numbers of images in labels (N,).
+
+    Their mean over the images is 1, so that the learning rate keeps its meaning.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    weights = len(labels) / ((counts > 0).sum() * np.maximum(counts, 1))
+    return torch.tensor(weights, dtype=torch.float32)
 
 
 def identity(images: torch.Tensor) -> torch.Tensor:
@@ -110,6 +121,7 @@ class FinetuningTrainer(Trainer):
         train_dataset: PixelDataset,
         eval_dataset: PixelDataset,
         layer_decay: float = 1.0,
+        class_weights: torch.Tensor | None = None,
     ):
         args = copy.copy(args)
         args.push_to_hub = False  # it would upload the whole output folder
@@ -133,6 +145,7 @@ class FinetuningTrainer(Trainer):
         )
         self.eval_transform, self.train_transform = eval_transform.to(args.device), train_transform.to(args.device)
         self.layer_decay = layer_decay
+        self.class_weights = None if class_weights is None else class_weights.to(args.device)  # (classes,)
         self.saved_beside: dict[str, Callable[[Path], object]] = {}
         self.resumed_from: Path | None = None
         self.writing: Path | None = None  # the checkpoint that is being written
@@ -151,9 +164,11 @@ class FinetuningTrainer(Trainer):
         return done / self.state.max_steps
 
     def classification_loss(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-        """Cross-entropy over the whole accumulated batch; smoothed in training only."""
-        smoothing = self.args.label_smoothing_factor if self.model.training else 0.0
-        total = F.cross_entropy(outputs["logits"].float(), labels, label_smoothing=smoothing, reduction="sum")
+        """Cross-entropy over the whole accumulated batch; smoothed and weighted by class in training only."""
+        smoothing, weights = 0.0, None
+        if self.model.training:
+            smoothing, weights = self.args.label_smoothing_factor, self.class_weights
+        total = F.cross_entropy(outputs["logits"].float(), labels, weights, label_smoothing=smoothing, reduction="sum")
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
     def create_optimizer(self, model=None):
