@@ -11,7 +11,7 @@ wnids.txt. `read_class_order` decides the order once, for every split and for th
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -19,39 +19,17 @@ import datasets
 
 from transfer.config import SUBMISSION_LABELS, RunArguments
 from transfer.data.images import scan_images
-from transfer.data.label_tables import LabelOptions, check_folder_labels, find_label_tables, label_images
-from transfer.data.labels import (
-    check_template,
-    find_template_above,
-    name_classes,
-    name_test_images,
-    order_labels,
-    read_class_list,
-    read_class_order,
-    read_synonyms,
-    read_template,
-)
-from transfer.data.layouts import (
-    EXPECTED,
-    NATURALLY,
+from transfer.data.label_tables import DataOptions
+from transfer.data.labels import check_template, find_template_above, name_test_images, read_template
+from transfer.data.layouts import DatasetFiles, find_layout
+from transfer.data.listing import (
     TEMPLATE_NAME,
     WNIDS_NAME,
-    DatasetFiles,
-    check_class_folders,
     file_name,
-    find_class_folders,
-    find_root,
-    find_split_folder,
     find_template,
-    list_all_images,
-    list_class_folders,
-    list_class_images,
     list_folder,
-    list_labelled_test_images,
-    list_test_images,
-    list_validation_images,
-    name_layout,
-    natural_key,
+    list_templates,
+    list_unused,
     normal_name,
 )
 from transfer.data.sources import extract_zip, open_hub_data
@@ -60,7 +38,7 @@ from transfer.data.splits import (
     describe_imbalance,
     describe_small_classes,
     describe_splits,
-    find_contents,
+    find_units,
     split_fold,
     split_validation,
     take_evenly,
@@ -68,6 +46,8 @@ from transfer.data.splits import (
 from transfer.data.tiny_imagenet import make_100, sample_data
 from transfer.errors import UserError, exits_cleanly
 from transfer.submission import form_of
+
+UNUSED_SHOWN = 5  # folders of unused images that are named
 
 # From a path to the files of a dataset
 
@@ -80,7 +60,7 @@ def join_template(data: DatasetFiles, template_path: Path | None) -> DatasetFile
     files = data.test_files
     path = template_path or find_template(data.root)
     if path is None and files:
-        path = find_template_above(data.root, files, data.ignored)
+        path = find_template_above(data.root, files)
     if path is None:
         data = replace(data, test_ids=name_test_images(data.root, files))
     else:
@@ -95,170 +75,54 @@ def join_template(data: DatasetFiles, template_path: Path | None) -> DatasetFile
     return data
 
 
-def has_label_table(root: Path) -> bool:
-    """Whether a csv in a folder names images that lie in it."""
-    return bool(find_label_tables(root, list_all_images(root, find_split_folder(root, "test"), Counter())))
+def list_ignored(data: DatasetFiles, path: Path, options: DataOptions) -> DatasetFiles:
+    """The dataset with everything in `path` and in the folder above that it does not use."""
+    read = [*data.sources, *filter(None, [options.classes_path, data.template_path])]
+    known, root = {file.absolute() for file in read}, data.root.absolute()
+    used = {*data.files, *(file.relative_to(root).as_posix() for file in known if file.is_relative_to(root))}
+    ignored, images = list_unused(root, used)
+    if data.left_out:  # not by mistake
+        ignored["images of other classes"], images = images.total(), Counter()
+    above = root.parent
+    # Without --data_dir naming it, the folder above may hold anything.
+    near = list_folder(above)[0] if above.is_relative_to(path.absolute()) else [t.name for t in list_templates(above)]
+    unread = [name for name in near if name.endswith((".csv", ".tsv")) and above / name not in known]
+    templates = {template.name for template in list_templates(above)}
+    ignored.update(f"../{name}" + " (lists other images)" * (name in templates) for name in unread)
+    return replace(data, ignored=+ignored, unused_images=images)
 
 
-def list_labelled(root: Path, options: LabelOptions, ignored: Counter[str]) -> list[str]:
-    """The images that labels are wanted for: all but those of test/."""
-    files = list_all_images(root, find_split_folder(root, "test"), ignored)
-    if not options.label_pattern or find_split_folder(root, "train") is None:
-        return files
-    # A csv names its images, but a pattern may match any: only those of train/ and val/ are meant.
-    starts = tuple(f"{folder}/" for split in ("train", "val") if (folder := find_split_folder(root, split)))
-    ignored.update(f"{file.rpartition('/')[0]}/*" for file in files if not file.startswith(starts))
-    return [file for file in files if file.startswith(starts)]
-
-
-def list_labelled_test(
-    root: Path, template: Path | None, ignored: Counter[str], unlabelled: Sequence[str], source: str
-) -> list[str]:
-    """Test files; without a test folder, the unlabelled images if there is a template. Raises `UserError`."""
-    if not unlabelled:
-        return list_test_images(root, ignored)
-    if find_split_folder(root, "test") is None and template:
-        return sorted(unlabelled, key=natural_key)
-    raise UserError(
-        f"{root / unlabelled[0]}: has no label in {source} ({len(unlabelled)} images have none); add rows for "
-        "them, or move them into test/ or out of the dataset"
-    )
-
-
-def order_used_labels(root: Path, labels: Set[str], classes_file: Path | None, source: str) -> list[str]:
-    """The labels in class order, or those of `classes_file`. Raises `UserError`."""
-    class_ids = read_class_list(classes_file) if classes_file else order_labels(labels)
-    unknown = [class_id for class_id in class_ids if class_id not in labels]
-    if unknown or len(class_ids) < 2:
-        what = f"no image has the class {unknown[0]} of the classes file" if unknown else "fewer than two classes"
-        raise UserError(f"{root}: labels from {source}: {what}")
-    return class_ids
-
-
-def open_labelled(
-    root: Path,
-    classes_file: Path | None,
-    template: Path | None,
-    submission_labels: str | None,
-    options: LabelOptions,
-) -> DatasetFiles:
-    """Recognize and check a dataset whose labels are in a csv or in file names. Raises `UserError`."""
-    template, ignored = template or find_template(root), Counter[str]()
-    files = list_labelled(root, options, ignored)
-    label_of, source, tables = label_images(root, files, options)
-    ignored -= Counter(path.name for path in [*tables, *filter(None, [template])])
-    class_ids = order_used_labels(root, set(label_of.values()), classes_file, source)
-    left_out = set(label_of.values()) - set(class_ids)
-    unlabelled = [file for file in files if file not in label_of]
-    test_files = list_labelled_test(root, template, ignored, unlabelled, source)
-    number = {class_id: label for label, class_id in enumerate(class_ids)}
-    validation = find_split_folder(root, "val")
-    used = [file for file in files if label_of.get(file) in number]
-    held_out = [file for file in used if validation and file.startswith(f"{validation}/")]
-    train = sorted(set(used) - set(held_out))
-    data = DatasetFiles(
-        kind="labels in file names" if options.label_pattern else "labels in a csv",
-        root=root,
-        class_ids=class_ids,
-        synonyms=list(class_ids),
-        class_names=list(class_ids),
-        label_order=classes_file.name if classes_file else f"{source} {NATURALLY}",
-        train_files=train,
-        train_labels=[number[label_of[file]] for file in train],
-        validation_files=held_out,
-        validation_labels=[number[label_of[file]] for file in held_out],
-        # It is unknown which test images show the classes that are used.
-        test_files=[] if left_out else test_files,
-        test_ids=[],
-        template_path=None,
-        left_out=len(left_out),
-        ignored=ignored,
-        submission_labels=submission_labels,
-    )
-    return data if left_out else join_template(data, template)
-
-
-def open_folder(
-    path: Path,
-    classes_file: Path | None = None,
-    template: Path | None = None,
-    submission_labels: str | None = None,
-    options: LabelOptions | None = None,
-) -> DatasetFiles:
+def open_folder(path: Path, options: DataOptions | None = None) -> DatasetFiles:
     """Recognize and check a dataset's folder. Only names are read: images are checked when they are decoded.
 
     Raises `UserError`.
     """
-    options = options or LabelOptions()
-    is_chosen = options != LabelOptions()
-    root = find_root(path, (lambda folder: folder == path) if is_chosen else has_label_table)
-    # Folders in train/ are classes before a csv is; folders in the root may as well be parts of its images.
-    in_train = find_split_folder(root, "train") is not None and len(list_class_folders(root, "train")) > 1
-    by_folder = (root / WNIDS_NAME).is_file() or in_train
-    if is_chosen or (not by_folder and has_label_table(root)):
-        return open_labelled(root, classes_file, template, submission_labels, options)
-    train_folder = find_split_folder(root, "train")
-    if train_folder is None and (root / WNIDS_NAME).is_file():
-        raise UserError(f"{root}: has no train folder; expected {EXPECTED}")
-    class_ids, label_order = read_class_order(root, classes_file)
-    left_out = check_class_folders(root, class_ids, label_order, is_subset=classes_file is not None)
-    ignored = Counter(list_folder(root / (train_folder or ""))[0])
-    folders = find_class_folders(root, "train")
-    by_class = [list_class_images(root, folders[class_id], ignored, label_order) for class_id in class_ids]
-    if not (root / WNIDS_NAME).is_file():
-        check_folder_labels(root, {f: class_id for class_id, fs in zip(class_ids, by_class, strict=True) for f in fs})
-    validation = list_validation_images(root, class_ids, left_out, ignored)
-    labelled_test = list_labelled_test_images(root, class_ids, ignored)
-    test_files, test_labels = labelled_test if labelled_test[0] else (list_test_images(root, ignored), [])
-    synonyms = read_synonyms(root, class_ids, label_order)
-    data = DatasetFiles(
-        kind=name_layout(root, class_ids),
-        root=root,
-        class_ids=class_ids,
-        synonyms=synonyms,
-        class_names=name_classes(class_ids, synonyms),
-        label_order=label_order,
-        train_files=[file for files in by_class for file in files],
-        train_labels=[label for label, files in enumerate(by_class) for _ in files],
-        validation_files=[file for file, _ in validation],
-        validation_labels=[label for _, label in validation],
-        # It is unknown which test images show the classes that are used.
-        test_files=[] if left_out else test_files,
-        test_ids=[],
-        template_path=None,
-        left_out=len(left_out),
-        ignored=ignored,
-        submission_labels=submission_labels,
-        test_labels=[] if left_out else test_labels,
-    )
-    return data if left_out else join_template(data, template)
+    options = options or DataOptions()
+    root, layout = find_layout(path, options)
+    data = replace(layout.read(root, options), submission_labels=options.submission_labels)
+    if data.left_out:  # it is unknown which test images show the classes that are used
+        data = replace(data, test_files=[], test_labels=[])
+    else:
+        data = join_template(data, options.template_path)
+    return list_ignored(data, path, options)
 
 
-def open_data(
-    data_dir: str,
-    classes_file: str | None = None,
-    template: str | None = None,
-    submission_labels: str | None = None,
-    options: LabelOptions | None = None,
-) -> DatasetFiles:
+def open_data(data_dir: str, **options: str | None) -> DatasetFiles:
     """Recognize and check the dataset of `--data_dir`: a folder, a zip as downloaded, or `sample`.
 
-    `classes_file` lists the classes to use, one per line, in label order; `options` say where labels stand if they
-    are not folder names. Raises `UserError`.
+    The options are those of `DataOptions`, such as `classes_file`. Raises `UserError`.
     """
-    classes, given = (Path(file).expanduser() if file else None for file in (classes_file, template))
     path = sample_data() if data_dir == "sample" else Path(data_dir).expanduser()
-    return open_folder(extract_zip(path) if path.is_file() else path, classes, given, submission_labels, options)
+    return open_folder(extract_zip(path) if path.is_file() else path, DataOptions(**options))
 
 
 def find_data(run: RunArguments) -> DatasetFiles:
     """Recognize and check the dataset of `--data_dir` or `--dataset_name`. Raises `UserError`."""
-    if run.dataset_name:
-        data = open_hub_data(run.dataset_name, run.dataset_config_name, run.label_column_name)
-        template = Path(run.template).expanduser() if run.template else None
-        return join_template(replace(data, submission_labels=run.submission_labels), template)
-    options = LabelOptions(run.labels_csv, run.image_column, run.label_column, run.label_pattern)
-    return open_data(run.data_dir or "", run.classes_file, run.template, run.submission_labels, options)
+    given = {option.name: getattr(run, option.name) for option in fields(DataOptions)}
+    if not run.dataset_name:
+        return open_data(run.data_dir or "", **given)
+    data = open_hub_data(run.dataset_name, run.dataset_config_name, run.label_column_name)
+    return join_template(replace(data, submission_labels=run.submission_labels), DataOptions(**given).template_path)
 
 
 # From the files to a DatasetDict
@@ -273,16 +137,16 @@ def draw_splits(
 ) -> dict[str, tuple[list[str], list[int]]]:
     """(files, labels) of train and validation; validation images are the published ones, or are held out of train."""
     files, labels = data.train_files, data.train_labels
-    contents = find_contents(data.root, files)  # copies of an image must not be trained on and validated on
+    units = find_units(data)  # copies of an image must not be trained on and validated on
     held_out: list[int] = []
     if fold and data.validation_files:
         raise UserError("--kfold: this dataset has its own validation images, on which every run is measured")
     if fold:
-        train, held_out = split_fold(files, labels, *fold, split_seed, contents)
+        train, held_out = split_fold(files, labels, *fold, split_seed, units)
     elif data.validation_files:
         train = list(range(len(files)))
     else:
-        train, held_out = split_validation(files, labels, validation_fraction, split_seed, contents)
+        train, held_out = split_validation(files, labels, validation_fraction, split_seed, units)
     if max_train_samples is not None:
         train = take_evenly(train, files, labels, max_train_samples)
 
@@ -395,6 +259,18 @@ def _describe_labels(data: DatasetFiles) -> str:
     return f"written as {form_of(data).what}, {origin}"
 
 
+def _describe_unused(images: Counter[str]) -> list[str]:
+    """Warnings about folders of images that are not used."""
+    shown = images.most_common(UNUSED_SHOWN)
+    lines = [
+        f"warning     {count} images in {folder}/ are not used: they are in no class folder, and not in val/ or test/"
+        for folder, count in shown
+    ]
+    if rest := images.total() - sum(count for _, count in shown):
+        lines.append(f"warning     {rest} more images in {len(images) - len(shown)} other folders are not used")
+    return lines
+
+
 def describe_layout(data: DatasetFiles) -> list[str]:
     """What the file names show about a dataset, as lines to print."""
     kind = f"{data.kind}: " if data.kind else ""
@@ -410,15 +286,18 @@ def describe_layout(data: DatasetFiles) -> list[str]:
         f"labels      {', '.join(labels[:3])}{', ...' * (len(labels) > 3)}",
         f"images      {_describe_counts(data)}",
         f"ignored     {ignored}",
+        *_describe_unused(data.unused_images),
         f"template    {_describe_template(data)}",
         f"labels      {_describe_labels(data)}",
     ]
 
 
-def describe_warnings(run: RunArguments, data: DatasetFiles, dataset: datasets.DatasetDict) -> list[str]:
-    """Lines about byte-identical copies and about uneven and too small classes; none if there are none."""
+def describe_split(run: RunArguments, data: DatasetFiles, dataset: datasets.DatasetDict) -> list[str]:
+    """Lines about the split, about byte-identical copies, and about uneven and too small classes."""
+    has_own_split = not run.kfold or run.fold  # otherwise, each fold has one
+    lines = [f"splits      {describe_splits(dataset)}"] if has_own_split else []
     copies = count_copies(data, run.validation_fraction, run.split_seed, is_split=not run.kfold)
-    lines = [f"copies      {copies.text}"] if copies else []
+    lines += [f"copies      {copies.text}"] if copies else []
     lines += describe_imbalance(data.class_ids, dataset["train"]["label"][:])
     return lines + describe_small_classes(data.class_ids, dataset)
 
@@ -467,7 +346,7 @@ def check_data(run: RunArguments) -> None:
     for line in describe_layout(data) + describe_images(data):
         print(line)
     dataset = split_data(run, data)
-    for line in [f"splits      {describe_splits(dataset)}", *describe_warnings(run, data, dataset)]:
+    for line in describe_split(run, data, dataset):
         print(line)
     print("ok          this dataset can be used")
 
@@ -484,10 +363,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--classes_file", metavar="FILE", help="use only these classes, one per line in label order")
     parser.add_argument("--template", metavar="FILE", help="the submission's template")
     parser.add_argument("--submission_labels", choices=SUBMISSION_LABELS, help="how the submission writes labels")
-    names = [field.name for field in fields(LabelOptions)]
-    for name in names:
+    names = [option.name for option in fields(DataOptions)]
+    for name in names[3:]:
         parser.add_argument(f"--{name}", help="as in finetune_vit.py")
-    names += ["classes_file", "template", "submission_labels"]
     given = parser.parse_args(argv)
     check_data(RunArguments(data_dir=given.path, **{name: getattr(given, name) for name in names}))
 

@@ -19,7 +19,6 @@ import data_loading
 from transfer.cli import parse_command_line
 from transfer.config import FinetuningArguments, describe_arguments
 from transfer.data.images import PixelDataset
-from transfer.data.splits import describe_splits
 from transfer.errors import exits_cleanly
 from transfer.evaluation.metrics import RunMetrics, describe_metrics
 from transfer.models.build import Classifier, prepare_model
@@ -80,9 +79,7 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
     data = data_loading.find_data(run)
     say(*data_loading.describe_layout(data))
     dataset = data_loading.split_data(run, data)
-    if not run.kfold or run.fold:  # otherwise each fold has its own split
-        say(f"splits      {describe_splits(dataset)}")
-    say(*data_loading.describe_warnings(run, data, dataset))
+    say(*data_loading.describe_split(run, data, dataset))
     ends_by = started + 60 * run.max_minutes if run.max_minutes else None
     context = RunContext(run, arguments, precision, data, dataset, ends_by)
     say(*context.describe_shortage(args))

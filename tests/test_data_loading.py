@@ -10,7 +10,7 @@ from conftest import COLORS, ROOT, WNIDS, draw_picture, write_data_set
 from PIL import Image
 
 from data_loading import load_dataset, main, open_data
-from transfer.data.layouts import image_id_of
+from transfer.data.listing import image_id_of
 from transfer.data.splits import CopyCounts, count_copies, split_fingerprint, split_validation
 from transfer.errors import UserError
 

@@ -10,7 +10,7 @@ from PIL import Image
 from test_layouts import QUICK, id2label, labels_of, paint, save, write_class_folders, write_tiny_imagenet
 
 from data_loading import describe_layout, load_dataset, main, open_data
-from transfer.data.layouts import IMAGE_SUFFIXES, find_split_folder
+from transfer.data.listing import IMAGE_SUFFIXES, find_split_folder
 from transfer.errors import UserError
 
 ANIMALS = ["bee", "lion", "wolf"]
@@ -135,16 +135,21 @@ def test_folders_of_images_in_the_root_are_classes_and_validation_is_held_out(tm
     assert id2label(out) == ANIMALS and not (out / "submission.csv").exists()
 
 
-@pytest.mark.parametrize("missing", ["one class", "images", "test"])
+def test_a_test_folder_beside_class_folders_without_train_is_not_a_class(tmp_path):
+    root = write_animals(tmp_path / "animals", train=".")
+    data = open_data(str(root))
+    assert data.class_ids == ANIMALS and data.test_files == ["test/2.jpg", "test/3.jpg", "test/4.jpg"]
+
+
+@pytest.mark.parametrize("missing", ["one class", "images"])
 def test_folders_of_images_that_may_be_something_else_are_refused(missing, tmp_path):
-    root = tmp_path / "animals"
-    write_animals(root, train=".", test="test" if missing == "test" else None)
+    root = write_animals(tmp_path / "animals", train=".", test=None)
     if missing == "one class":
         shutil.rmtree(root / "lion")
         shutil.rmtree(root / "wolf")
     if missing == "images":
         (root / "bee").rename(root / "images")
-    with pytest.raises(UserError, match=r"folders? of images, no train/; "):
+    with pytest.raises(UserError, match=r"folders? of images \(.*\), no train/: "):
         open_data(str(root))
 
 
@@ -199,7 +204,7 @@ def test_names_that_differ_in_unicode_form_are_one_class(tmp_path):
     assert data.class_ids == [composed, "lion", "wolf"]
     assert data.train_labels.count(0) == 7 and data.validation_labels == [0]
     (tmp_path / "order.txt").write_text(f"wolf\nlion\n{decomposed}\n")
-    assert open_data(str(root), str(tmp_path / "order.txt")).class_ids == ["wolf", "lion", composed]
+    assert open_data(str(root), classes_file=str(tmp_path / "order.txt")).class_ids == ["wolf", "lion", composed]
     assert "<class>" in "\n".join(describe_layout(data)) and decomposed not in "\n".join(describe_layout(data))
 
 

@@ -3,6 +3,7 @@
 import re
 import shutil
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ from conftest import ROOT
 from test_layouts import QUICK, id2label, labels_of, paint, save, write_class_folders
 
 from data_loading import describe_layout, load_dataset, main, open_data
-from transfer.data.label_tables import LabelOptions
 from transfer.errors import UserError
 
 ANIMALS = ["bee", "lion", "wolf"]
@@ -178,11 +178,11 @@ def test_the_images_that_the_template_lists_are_the_test_images_of_a_common_fold
 def test_a_classes_file_chooses_and_orders_the_labels(tmp_path):
     root = write_table(tmp_path / "animals")
     (tmp_path / "two.txt").write_text("wolf\nbee\n")
-    data = open_data(str(root), str(tmp_path / "two.txt"))
+    data = open_data(str(root), classes_file=str(tmp_path / "two.txt"))
     assert data.class_ids == ["wolf", "bee"] and len(data.train_files) == 12 and data.test_files == []
     (tmp_path / "two.txt").write_text("wolf\nghost\n")
     with pytest.raises(UserError, match="no image has the class ghost"):
-        open_data(str(root), str(tmp_path / "two.txt"))
+        open_data(str(root), classes_file=str(tmp_path / "two.txt"))
 
 
 # Choices and refusals
@@ -206,11 +206,11 @@ def test_the_label_column_is_chosen_where_several_fit(tmp_path, capsys):
     add_column(root, "age", lambda i: i % 2)
     with pytest.raises(UserError, match="label, age could each be the label column; choose it with --label_column"):
         open_data(str(root))
-    assert open_data(str(root), options=LabelOptions(label_column="age")).class_ids == ["0", "1"]
+    assert open_data(str(root), label_column="age").class_ids == ["0", "1"]
     main([str(root), "--label_column", "label"])
     assert "labels from column label of train.csv" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"--label_column breed: .*train.csv has no such column, only image_id, label"):
-        open_data(str(root), options=LabelOptions(label_column="breed"))
+        open_data(str(root), label_column="breed")
 
 
 def test_the_image_column_is_chosen_where_several_fit(tmp_path):
@@ -218,7 +218,7 @@ def test_the_image_column_is_chosen_where_several_fit(tmp_path):
     add_column(root, "twin", lambda i: f"{(i + 3) % 18:03d}.jpg")
     with pytest.raises(UserError, match="image_id, twin could each be the image column; choose it with --image_col"):
         open_data(str(root))
-    assert is_right(open_data(str(root), options=LabelOptions(image_column="twin")))
+    assert is_right(open_data(str(root), image_column="twin"))
 
 
 def test_the_csv_is_chosen_where_several_fit(tmp_path):
@@ -229,9 +229,9 @@ def test_the_csv_is_chosen_where_several_fit(tmp_path):
     ):
         open_data(str(root))
     for name in ("train.csv", str(root / "train_old.csv")):
-        assert is_right(open_data(str(root), options=LabelOptions(labels_csv=name)))
+        assert is_right(open_data(str(root), labels_csv=name))
     with pytest.raises(UserError, match=r"ghost.csv: cannot be read"):
-        open_data(str(root), options=LabelOptions(labels_csv="ghost.csv"))
+        open_data(str(root), labels_csv="ghost.csv")
 
 
 def test_a_csv_that_contradicts_the_class_folders_is_used_only_if_it_is_named(tmp_path):
@@ -244,7 +244,7 @@ def test_a_csv_that_contradicts_the_class_folders_is_used_only_if_it_is_named(tm
         UserError, match=r"train.csv: sorts the images into other classes than their folders do; use it"
     ):
         open_data(str(root))
-    assert is_right(open_data(str(root), options=LabelOptions(labels_csv=str(root / "train.csv"))))
+    assert is_right(open_data(str(root), labels_csv=str(root / "train.csv")))
 
 
 def test_folders_in_the_root_are_parts_of_the_images_where_a_csv_has_the_labels(tmp_path):
@@ -263,9 +263,9 @@ def test_a_label_pattern_labels_images_of_train_alone_where_there_is_a_train_fol
         save(paint(2 + i % 2, i), tmp_path / "pets" / "train" / "train" / f"{['cat', 'dog'][i % 2]}.{i}.jpg")
         save(paint(2, 20 + i), tmp_path / "pets" / "test1" / f"{i}.jpg")
         save(paint(2, 40 + i), tmp_path / "pets" / "more" / f"{i}.jpg")
-    data = open_data(str(tmp_path / "pets"), options=LabelOptions(label_pattern=r"^(\w+)\."))
+    data = open_data(str(tmp_path / "pets"), label_pattern=r"^(\w+)\.")
     assert data.class_ids == ["cat", "dog"] and len(data.train_files) == 6 and len(data.test_files) == 6
-    assert data.ignored == {"more/*": 6}
+    assert data.unused_images == {"more": 6}
 
 
 def test_a_csv_that_agrees_with_the_class_folders_changes_nothing(tmp_path):
@@ -273,7 +273,8 @@ def test_a_csv_that_agrees_with_the_class_folders_changes_nothing(tmp_path):
     before = open_data(str(root))
     rows = [f"{file},{before.class_ids[k]}" for file, k in zip(before.train_files, before.train_labels, strict=True)]
     (root / "train.csv").write_text("path,class\n" + "\n".join(rows) + "\n")
-    assert open_data(str(root)) == before
+    after = open_data(str(root))
+    assert after.ignored == {"train.csv": 1} and replace(after, ignored=before.ignored) == before
 
 
 FAULTS = [
@@ -299,7 +300,7 @@ def test_a_ragged_table_that_is_named_is_refused(tmp_path):
     root = write_table(tmp_path / "animals")
     rewrite(root, lambda text: f"{text}1,2,3\n")
     with pytest.raises(UserError, match=r"train.csv: line 20 has 3 columns, but line 1 has 2"):
-        open_data(str(root), options=LabelOptions(labels_csv="train.csv"))
+        open_data(str(root), labels_csv="train.csv")
 
 
 def test_a_repeated_row_is_one_image(tmp_path):
@@ -321,10 +322,10 @@ def test_a_repeated_row_is_one_image(tmp_path):
 def test_a_label_pattern_is_a_regular_expression_with_one_group(pattern, message, tmp_path):
     root = write_table(tmp_path / "animals")
     if message is None:
-        assert open_data(str(root), options=LabelOptions(label_pattern=pattern)).class_ids == ["0", "1"]
+        assert open_data(str(root), label_pattern=pattern).class_ids == ["0", "1"]
         return
     with pytest.raises(UserError, match=re.escape(message)):
-        open_data(str(root), options=LabelOptions(label_pattern=pattern))
+        open_data(str(root), label_pattern=pattern)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from data_loading import describe_layout, find_data, load_dataset, main, open_da
 from transfer import submission
 from transfer.config import RunArguments
 from transfer.data import sources, tiny_imagenet
-from transfer.data.layouts import natural_key
+from transfer.data.listing import natural_key
 from transfer.data.sources import open_hub_data
 from transfer.data.splits import split_fingerprint
 from transfer.errors import UserError
@@ -134,7 +134,7 @@ def test_a_classes_file_takes_its_classes_alone_in_its_order(tmp_path):
     root = write_tiny_imagenet(tmp_path / "tiny-imagenet-200")
     chosen = tmp_path / "two.txt"
     chosen.write_text("\n".join([WNIDS[3], WNIDS[0]]))
-    folder = open_data(str(root), str(chosen))
+    folder = open_data(str(root), classes_file=str(chosen))
     assert folder.class_ids == [WNIDS[3], WNIDS[0]] and folder.test_files == []
     dataset = load_dataset(folder)
     assert {name: len(split) for name, split in dataset.items()} == {"train": 18, "validation": 6}
@@ -615,7 +615,7 @@ REFUSALS = [
         "sample_submission.csv and template.csv could each be the template; rename the right one",
     ),
     (write_few_shot, unknown_id, "1 ids have no test image ('ghost')"),
-    (write_few_shot, one_class, "train: found 1 class folders (0); expected at least two"),
+    (write_few_shot, one_class, "train: found 1 class folder (0); expected at least two"),
     (write_few_shot, flat_train, "train: found 0 class folders (none); expected at least two"),
     (write_few_shot, empty_class, "11: has no images, but every folder in train/ is a class"),
     (

@@ -11,7 +11,7 @@ from scipy.special import softmax
 from data_loading import describe_layout, main, open_data
 from transfer import submission
 from transfer.data.labels import match_ids, name_test_images
-from transfer.data.layouts import NATURAL_ORDER
+from transfer.data.listing import NATURAL_ORDER
 from transfer.errors import UserError
 from transfer.evaluation.predictions import Predictions, average_probabilities, fit_temperature
 from transfer.submission import Classes, decide_form, form_of
@@ -205,7 +205,7 @@ def test_images_that_differ_by_their_ending_are_two_ids_without_a_template_too(t
 
 def test_images_of_equal_names_in_several_folders_are_told_apart_by_their_folder(tmp_path):
     files = ["test/a/1.png", "test/b/1.png", "test/b/2.png"]
-    assert name_test_images(tmp_path, files) == ["a/1.png", "b/1.png", "b/2.png"]
+    assert name_test_images(tmp_path, files) == ["a/1", "b/1", "b/2"]
     assert name_test_images(tmp_path, files, {"b/1.png", "a/1.png", "2"}) == ["a/1.png", "b/1.png", "2"]
     assert match_ids(files, {"1", "1.png"}) == {}
 

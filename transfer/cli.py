@@ -227,7 +227,7 @@ def check_data_arguments(run: RunArguments) -> None:
     """Check that the dataset is named in exactly one way."""
     if run.data_dir is None and run.dataset_name is None:
         raise UserError("--data_dir is missing: give the dataset's folder or zip, or `sample`")
-    columns = ("labels_csv", "image_column", "label_column")
+    columns = ("labels_csv", "image_column", "label_column", "group_column")
     for other in ("data_dir", "classes_file", *columns, "label_pattern"):
         if run.dataset_name and getattr(run, other):
             raise UserError(f"--dataset_name and --{other} cannot be combined; leave one of them out")

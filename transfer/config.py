@@ -115,6 +115,8 @@ class RunArguments:
     labels_csv: str | None = option(None, "Table of image names and labels, if several files could be it.", DATA)
     image_column: str | None = option(None, "Column of that table that names the images.", DATA)
     label_column: str | None = option(None, "Column of that table that has the labels.", DATA)
+    group_column: str | None = option(
+        None, "Column of that table with a group, such as a patient, whose images stay on one side of a split.", DATA)
     label_pattern: str | None = option(
         None, "Take labels from file names: a regular expression whose only group is the label.", DATA)
 

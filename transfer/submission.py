@@ -36,14 +36,8 @@ from transfer.data.labels import (
     show_first,
     to_number,
 )
-from transfer.data.layouts import (
-    NATURALLY,
-    WNIDS_NAME,
-    DatasetFiles,
-    find_root,
-    list_test_images,
-    read_text,
-)
+from transfer.data.layouts import DatasetFiles, find_root, list_test_images
+from transfer.data.listing import NATURALLY, WNIDS_NAME, read_text
 from transfer.errors import UserError, exits_cleanly
 from transfer.evaluation.predictions import balance_warning
 
@@ -279,12 +273,14 @@ def find_faults(path: Path, template: pd.DataFrame, form: LabelForm | int) -> li
 def _find_data(template_path: Path) -> Path | None:
     """The root of the dataset beside a template, or in the folder below whose test images it lists."""
     folder = template_path.parent
+    if (folder / WNIDS_NAME).is_file():
+        return folder
     try:
         root = find_root(folder)
     except UserError:
         return None
     ids = set(read_template(template_path).iloc[:, 0])
-    return root if root == folder or match_ids(list_test_images(root, Counter()), ids) else None
+    return root if root == folder or match_ids(list_test_images(root), ids) else None
 
 
 def _read_classes(root: Path | None, classes_file: Path | None) -> Classes | None:
@@ -317,7 +313,7 @@ def _other_test_ids(root: Path | None, template_path: Path) -> list[str]:
     """Ids of the test images of a dataset whose template may leave some out; the competition's own is complete."""
     if root is None or (root / WNIDS_NAME).is_file():
         return []
-    return name_test_images(root, list_test_images(root, Counter()), set(read_template(template_path).iloc[:, 0]))
+    return name_test_images(root, list_test_images(root), set(read_template(template_path).iloc[:, 0]))
 
 
 @exits_cleanly

@@ -4,23 +4,52 @@ import csv
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from transfer.data.layouts import file_name, find_split_folder, list_folder, normal_name, read_text
+from transfer.data.listing import file_name, find_split_folder, list_folder, normal_name, read_text
 from transfer.errors import UserError
 
 MOST_TABLE_BYTES = 64 * 2**20  # a larger file is read only if --labels_csv names it
 
 
 @dataclass(frozen=True)
-class LabelOptions:
-    """What a user says about labels that are not folder names; None is decided from the files."""
+class DataOptions:
+    """What a user says about a dataset, as in `RunArguments`; None is decided from the files."""
 
+    classes_file: str | None = None
+    template: str | None = None
+    submission_labels: str | None = None
     labels_csv: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    group_column: str | None = None
     label_pattern: str | None = None
+
+    @property
+    def classes_path(self) -> Path | None:
+        """The path of the classes file."""
+        return Path(self.classes_file).expanduser() if self.classes_file else None
+
+    @property
+    def template_path(self) -> Path | None:
+        """The path of the template, if the user gives one."""
+        return Path(self.template).expanduser() if self.template else None
+
+    @property
+    def names_a_table(self) -> bool:
+        """Whether the user says that the labels are in a csv."""
+        return bool(self.labels_csv or self.image_column or self.label_column or self.group_column)
+
+
+@dataclass(frozen=True)
+class FoundLabels:
+    """The labels of a dataset that has them in a csv or in file names."""
+
+    label_of: dict[str, str]  # of every image that has one
+    source: str  # where they come from, in words
+    tables: list[Path] = field(default_factory=list)
+    group_of: dict[str, str] = field(default_factory=dict)  # of the same images, with --group_column
 
 
 class ImageNames:
@@ -141,19 +170,19 @@ def _choose_column(table: LabelTable, wanted: str | None, fitting: Sequence[str]
     return wanted or fitting[0]
 
 
-def choose_columns(table: LabelTable, options: LabelOptions) -> tuple[str, str]:
+def choose_columns(table: LabelTable, options: DataOptions) -> tuple[str, str]:
     """The names of the image and the label column. Raises `UserError` where several fit, or none."""
     images = list(table.images)
     if len(images) > 1 and all(table.images[name] == table.images[images[0]] for name in images):
         images = images[:1]  # such as an id and a path
     image = _choose_column(table, options.image_column, images, "image_column")
-    others = [name for name in table.columns if name != image and name not in table.images]
+    others = [name for name in table.columns if name not in (image, options.group_column) and name not in table.images]
     if len(others) > 1:  # a label repeats, but a row number or a note does not, and a constant tells nothing
         others = [name for name in others if 1 < len(set(table.column(name))) <= len(table.rows) / 2]
     return image, _choose_column(table, options.label_column, others, "label_column")
 
 
-def read_labels(table: LabelTable, options: LabelOptions, names: ImageNames) -> dict[str, str]:
+def read_labels(table: LabelTable, options: DataOptions, names: ImageNames) -> dict[str, str]:
     """The label of every image that a table names. Raises `UserError`."""
     image, label = choose_columns(table, options)
     values, labels = table.column(image), table.column(label)
@@ -175,7 +204,7 @@ def read_labels(table: LabelTable, options: LabelOptions, names: ImageNames) -> 
     return label_of
 
 
-def _choose_tables(root: Path, files: Sequence[str], options: LabelOptions, names: ImageNames) -> list[LabelTable]:
+def _choose_tables(root: Path, files: Sequence[str], options: DataOptions, names: ImageNames) -> list[LabelTable]:
     """The table of --labels_csv, or those found: one for all images, or one each for train and val."""
     if options.labels_csv:
         path = Path(options.labels_csv).expanduser()
@@ -210,17 +239,29 @@ def _label_by_pattern(files: Sequence[str], pattern: str) -> dict[str, str]:
     return {file: match[1] for file, match in matches.items() if match}
 
 
-def label_images(root: Path, files: Sequence[str], options: LabelOptions) -> tuple[dict[str, str], str, list[Path]]:
-    """(label of every image that has one, where the labels come from, the tables used). Raises `UserError`."""
+def _read_groups(table: LabelTable, options: DataOptions, names: ImageNames) -> dict[str, str]:
+    """The group of every image that a table names, with --group_column; without it, nothing. Raises `UserError`."""
+    if options.group_column is None:
+        return {}
+    groups = table.column(_choose_column(table, options.group_column, [], "group_column"))
+    image, _ = choose_columns(table, options)
+    found = table.images.get(image) or [names.find(value) for value in table.column(image)]
+    return {file: group for files, group in zip(found, groups, strict=True) for file in files}
+
+
+def label_images(root: Path, files: Sequence[str], options: DataOptions) -> FoundLabels:
+    """The labels of the images, from file names or from tables. Raises `UserError`."""
     if options.label_pattern:
-        return _label_by_pattern(files, options.label_pattern), f"file names by {options.label_pattern}", []
+        return FoundLabels(_label_by_pattern(files, options.label_pattern), f"file names by {options.label_pattern}")
     names = ImageNames(files)
     tables = _choose_tables(root, files, options, names)
     label_of: dict[str, str] = {}
+    group_of: dict[str, str] = {}
     for table in tables:
         label_of |= read_labels(table, options, names)
+        group_of |= _read_groups(table, options, names)
     source = " and ".join(f"column {choose_columns(table, options)[1]} of {table.path.name}" for table in tables)
-    return label_of, source, [table.path for table in tables]
+    return FoundLabels(label_of, source, [table.path for table in tables], group_of)
 
 
 def check_folder_labels(root: Path, class_of: Mapping[str, str]) -> None:
@@ -228,7 +269,7 @@ def check_folder_labels(root: Path, class_of: Mapping[str, str]) -> None:
     names = ImageNames(list(class_of))
     for table in find_label_tables(root, list(class_of)):
         try:
-            label_of = read_labels(table, LabelOptions(), names)
+            label_of = read_labels(table, DataOptions(), names)
         except UserError:  # it describes the images, but does not label them
             continue
         pairs = {(class_of[file], label) for file, label in label_of.items()}

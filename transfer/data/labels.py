@@ -15,8 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import softmax
 
-from transfer.data.layouts import (
-    EXPECTED,
+from transfer.data.listing import (
     IMAGE_SUFFIXES,
     NATURAL_ORDER,
     WNIDS_NAME,
@@ -60,7 +59,7 @@ def read_class_order(root: Path, classes_file: Path | None) -> tuple[list[str], 
         return read_class_list(root / WNIDS_NAME), WNIDS_NAME
     if (root / "words.txt").is_file():
         raise UserError(
-            f"{root}: has no wnids.txt, which gives every class its label; expected {EXPECTED}; "
+            f"{root}: has no wnids.txt, which gives every class its label, although it has a words.txt; "
             "if the class folders are not named 0 to N-1, give their order with --classes_file"
         )
     return sorted(list_class_folders(root, "train"), key=natural_key), NATURAL_ORDER
@@ -274,11 +273,16 @@ def _below(file: str) -> str:
     return file.partition("/")[2]
 
 
+def _stem_below(file: str) -> str:
+    """A test image's path below the folder of all test images, without its extension."""
+    return _below(file).rpartition(".")[0]
+
+
 def match_ids(files: Sequence[str], ids: Set[str]) -> dict[str, str]:
     """The id of each test image that one of `ids` names: exactly, without ending, or uniquely once made plain."""
     id_of: dict[str, str] = {}
     matched: set[str] = set()
-    ways: list[Callable[[str], str]] = [file_name, image_id_of, _below, str, _plain_id]
+    ways: list[Callable[[str], str]] = [file_name, image_id_of, _below, _stem_below, str, _plain_id]
     for key_of_file in ways:
         key_of_id = _plain_id if key_of_file is _plain_id else str
         file_counts, id_counts = Counter(map(key_of_file, files)), Counter(map(key_of_id, ids))
@@ -297,7 +301,7 @@ def name_test_images(root: Path, files: Sequence[str], template_ids: Set[str] = 
     The file name loses its extension, unless all of the template's ids have one or names then appear twice. If file
     names appear twice, the id is the path below the test folder.
     """
-    ways: list[Callable[[str], str]] = [image_id_of, file_name, _below]
+    ways: list[Callable[[str], str]] = [image_id_of, file_name, _stem_below, _below]
     if template_ids and template_ids <= set(map(file_name, files)):
         ways = ways[1:]
     way = next((way for way in ways if len(set(map(way, files))) == len(files)), str)
@@ -328,21 +332,19 @@ def render_submission(template: pd.DataFrame, label_of_id: Mapping[str, int]) ->
     return render_rows(template, {i: [str(operator.index(label))] for i, label in label_of_id.items()})
 
 
-def find_template_above(root: Path, files: Sequence[str], ignored: Counter[str]) -> Path | None:
-    """The only template in the folder above the root that lists test images of `files`; others count as ignored."""
+def find_template_above(root: Path, files: Sequence[str]) -> Path | None:
+    """The only template in the folder above the root that lists test images of `files`. Raises `UserError`."""
     folder = root.resolve().parent
     try:
         found = list_templates(folder)
     except UserError:  # a folder that may not be listed
         return None
     fitting = [path for path in found if match_ids(files, _ids_of(path))]
-    path = fitting[0] if len(fitting) == 1 else None
     if len(fitting) > 1:
         raise UserError(
             f"{folder}: {' and '.join(f.name for f in fitting)} each list test images; choose one with --template"
         )
-    ignored.update(f"../{other.name} (lists other images)" for other in found if other != path)
-    return path
+    return fitting[0] if fitting else None
 
 
 def _ids_of(path: Path) -> set[str]:

@@ -1,46 +1,46 @@
-"""The layout of a dataset on disk: find its root, recognize its folders and list its image files.
+"""The layouts of a dataset on disk: how each is recognized, and which files and labels it gives.
 
-docs/data.md describes the layouts. Every listing is sorted, so that two machines see the same files in the same order.
+`LAYOUTS` lists the readers in the order in which they are tried. A new layout is a class with `recognizes` and `read`,
+a line in `LAYOUTS`, and a row in docs/data.md.
 """
 
-import itertools
-import os
-import posixpath
-import re
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
-from PIL import Image
-
+from transfer.data.label_tables import DataOptions, check_folder_labels, find_label_tables, label_images
+from transfer.data.labels import name_classes, order_labels, read_class_list, read_class_order, read_synonyms
+from transfer.data.listing import (
+    NATURAL_ORDER,
+    NATURALLY,
+    TEMPLATE_NAME,
+    WNIDS_NAME,
+    file_name,
+    find_class_folders,
+    find_split_folder,
+    find_template,
+    has_images,
+    list_archives,
+    list_class_folders,
+    list_flat_classes,
+    list_images_below,
+    list_visible_folders,
+    natural_key,
+    read_lines,
+    show_names,
+)
 from transfer.errors import UserError
 
-# Formats that Pillow can open but that are not photographs: documents, films, icons and scientific arrays.
-NOT_PICTURES = frozenset(
-    {"BUFR", "CUR", "EPS", "FITS", "FLI", "GBR", "GRIB", "HDF5", "ICNS", "ICO", "IPTC", "MPEG", "PDF", "WMF"}
-)
-IMAGE_SUFFIXES = frozenset(
-    suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN and name not in NOT_PICTURES
-)
-WNIDS_NAME = "wnids.txt"
-TEMPLATE_NAME = "submission_sample.csv"
 ANNOTATIONS_NAME = "val_annotations.txt"  # Tiny ImageNet's; a line is a file name, a class id and a box
-# The folders of the splits, in any case. A folder may also be called train_images, Training Set or valid-data.
-# A digit may follow, as in test1.
-SPLIT_FOLDERS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
-JUNK_FOLDERS = frozenset({"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"})
 ROOT_DEPTH = 3  # levels below --data_dir in which a dataset's root is searched
 EXPECTED = f"{WNIDS_NAME}, train/<wnid>/images/*.JPEG, test/images/*.JPEG and {TEMPLATE_NAME}"
 ALSO_EXPECTED = "or train/<class>/*, with val/<class>/* and test/* if there are such images"
-MOVES = "move class folders into train/, give a csv with --labels_csv, or load the dataset with --dataset_name"
-NATURALLY = "in natural order"  # ends a label order that no file or column gives
-NATURAL_ORDER = f"folder names {NATURALLY}"
+WAYS_OUT = (
+    "move class folders into train/, give labels in a csv with --labels_csv or in file names with --label_pattern, or "
+    "load the dataset with --dataset_name"
+)
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,15 @@ class DatasetFiles:
     validation_files: list[str]  # as published; empty if validation images are to be held out of train
     validation_labels: list[int]
     test_files: list[str]
-    test_ids: list[str]  # of each test file, as in the template
-    template_path: Path | None
-    left_out: int  # number of class folders in train/ that a classes file leaves out
-    ignored: Counter[str]  # other files and folders that were found -> how many
-    submission_labels: str | None = None  # how the submission writes labels, if that was asked for
     test_labels: list[int] = field(default_factory=list)  # of each test file; empty if they are unknown
+    test_ids: list[str] = field(default_factory=list)  # of each test file, as in the template
+    template_path: Path | None = None
+    submission_labels: str | None = None  # how the submission writes labels, if that was asked for
+    left_out: int = 0  # number of classes that a classes file leaves out
+    train_groups: list[str] = field(default_factory=list)  # images of a group stay on one side of a split
+    sources: list[Path] = field(default_factory=list)  # files that were read besides images
+    ignored: Counter[str] = field(default_factory=Counter)  # files of other kinds that are not used -> how many
+    unused_images: Counter[str] = field(default_factory=Counter)  # folders of images that are not used -> how many
 
     @property
     def files(self) -> list[str]:
@@ -71,188 +74,17 @@ class DatasetFiles:
         return self.train_files + self.validation_files + self.test_files
 
 
-# Files and folders
+class Layout(Protocol):
+    """A reader of one layout."""
 
+    def recognizes(self, root: Path, options: DataOptions) -> bool:
+        """Whether a folder is the root of a dataset of this layout."""
 
-def read_text(path: Path) -> str:
-    """The content of a small text file, without a byte-order mark. Raises `UserError`."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as fault:
-        raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not a text file") from None
-
-
-def read_lines(path: Path) -> list[str]:
-    """The stripped, non-empty lines of a small text file. Raises `UserError`."""
-    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
-
-
-def natural_key(name: str) -> tuple:
-    """Sort key that compares numbers as numbers: 9 before 10, class2 before class10."""
-    pieces = re.split(r"([0-9]+)", name)  # text and numbers alternate, text first
-    return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)], name
-
-
-def file_name(file: str) -> str:
-    """The last part of a relative path with forward slashes."""
-    return file.rpartition("/")[2]
-
-
-def normal_name(name: str) -> str:
-    """A name in its composed Unicode form (NFC); macOS and some archives store the decomposed form."""
-    return unicodedata.normalize("NFC", name)
-
-
-def is_image(name: str) -> bool:
-    """Whether a file has the extension of an image and is not hidden."""
-    return "." + name.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not name.startswith(".")
-
-
-def list_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """(names of the files, names of the folders) directly in a folder, each sorted. Raises `UserError`."""
-    try:
-        with os.scandir(folder) as entries:
-            kinds = [(entry.name, entry.is_dir()) for entry in entries]
-    except OSError as fault:
-        raise UserError(f"{folder}: cannot be listed ({fault.strerror})") from None
-    return sorted(n for n, is_dir in kinds if not is_dir), sorted(n for n, is_dir in kinds if is_dir)
-
-
-def list_visible_folders(folder: Path) -> list[str]:
-    """Sorted names of the folders in a folder, without hidden ones and those that systems and programs leave."""
-    return [name for name in list_folder(folder)[1] if not name.startswith(".") and name not in JUNK_FOLDERS]
-
-
-def has_images(folder: Path) -> bool:
-    """Whether a folder holds images, directly or in images/."""
-    names, folders = list_folder(folder)
-    below = [list_folder(folder / name)[0] for name in folders if name.lower() == "images"]
-    return any(is_image(name) for listed in (names, *below) for name in listed)
-
-
-# The dataset's root
-
-
-def find_split_folder(root: Path, split: str) -> str | None:
-    """The folder of a split (train, val or test), relative to the root; None if there is none.
-
-    A folder that holds nothing but a folder of the same name stands for that one. Raises `UserError` if there are
-    several folders for the split.
-    """
-    stems = SPLIT_FOLDERS[split]
-    pattern = re.compile(rf"(?i)({'|'.join(stems)})([_ -]?(images|imgs|set|data))?[0-9]?")
-    found = [name for name in list_visible_folders(root) if pattern.fullmatch(name)]
-    if len(found) > 1:
-        raise UserError(
-            f"{root}: {' and '.join(found)} could each be the {split} folder; merge them, or move one elsewhere"
-        )
-    if not found:
-        return None
-    folder = found[0]
-    inside = list_visible_folders(root / folder)
-    return f"{folder}/{inside[0]}" if inside == [folder] and not has_images(root / folder) else folder
-
-
-def _list_flat_classes(root: Path) -> list[str]:
-    """Folders of images directly in a folder that has no train, val or test folder."""
-    if any(find_split_folder(root, split) for split in SPLIT_FOLDERS):
-        return []
-    names = [name for name in list_visible_folders(root) if has_images(root / name)]
-    return [] if any(name.lower() == "images" for name in names) else names
-
-
-def _marks_of(folder: Path) -> set[str]:
-    """What shows that a folder is the root of a dataset: wnids.txt, a train folder, or folders of images."""
-    marks = {split for split in ("train", "test") if find_split_folder(folder, split)}
-    marks |= {WNIDS_NAME} if (folder / WNIDS_NAME).is_file() else set()
-    return marks or ({"flat"} if len(_list_flat_classes(folder)) > 1 else set())
-
-
-def _list_candidates(path: Path) -> list[list[tuple[Path, set[str]]]]:
-    """(folder, its marks) of `path`, of the folders in it and so on; not below train or class folders."""
-    levels = [[(path, _marks_of(path))]]
-    for _ in range(ROOT_DEPTH):
-        parents = [folder for folder, marks in levels[-1] if not marks & {"train", "flat"}]
-        below = [parent / name for parent in parents for name in list_visible_folders(parent)]
-        levels.append([(folder, _marks_of(folder)) for folder in below])
-    return levels
-
-
-def find_root(path: Path, has_labels: Callable[[Path], bool] = lambda folder: False) -> Path:
-    """The root of the dataset at `path`: the folder itself, or the one folder below it that looks like a dataset.
-
-    `has_labels` recognizes a root without a train folder by the labels that lie in it.
-    """
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder or zip; --data_dir takes the dataset's folder, its zip, or `sample`")
-    levels = _list_candidates(path)
-    wanted: list[set[str]] = [{WNIDS_NAME, "train"}, {WNIDS_NAME}, {"train", "test"}, {"train"}, set(), {"flat"}]
-    for marks, level in itertools.product(wanted, levels):
-        found = [folder for folder, seen in level if (marks <= seen if marks else has_labels(folder))]
-        if len(found) > 1:
-            names = ", ".join(str(folder.relative_to(path)) for folder in found)
-            raise UserError(f"{path}: holds several datasets ({names}); choose one of them")
-        if found:
-            return found[0]
-    seen = [folder.name for level in levels for folder, _ in level if has_images(folder)]
-    listed = ", ".join(seen[:3]) + ", ..." * (len(seen) > 3)
-    found_images = f"; found {len(seen)} folder{'s' * (len(seen) > 1)} of images, no train/; {MOVES} ({listed})"
-    fault = f"is not a dataset of a known layout; expected {EXPECTED}, {ALSO_EXPECTED}"
-    raise UserError(f"{path}: {fault}{found_images if seen else ''}")
-
-
-def list_templates(folder: Path) -> list[Path]:
-    """submission_sample.csv if a folder has it, else every csv with "sample" or "template" in its name."""
-    if (folder / TEMPLATE_NAME).is_file():
-        return [folder / TEMPLATE_NAME]
-    names = list_folder(folder)[0]
-    return [folder / name for name in names if re.search(r"(?i)(sample|template).*\.[ct]sv$", name)]
-
-
-def find_template(root: Path) -> Path | None:
-    """The submission template in a dataset's root. Raises `UserError` if several files could be it."""
-    found = list_templates(root)
-    if len(found) > 1:
-        raise UserError(
-            f"{root}: {' and '.join(path.name for path in found)} could each be the template; "
-            f"rename the right one {TEMPLATE_NAME}, or choose it with --template"
-        )
-    return found[0] if found else None
-
-
-def name_layout(root: Path, class_ids: Sequence[str]) -> str:
-    """The name of a dataset's layout; empty for the competition's own."""
-    if (root / WNIDS_NAME).is_file():
-        validation = find_split_folder(root, "val")
-        is_published = validation is not None and (root / validation / ANNOTATIONS_NAME).is_file()
-        return "Tiny ImageNet as published" if is_published else ""
-    if find_split_folder(root, "train") is None:
-        return "class folders without train/"
-    return "numbered class folders" if all(class_id.isdecimal() for class_id in class_ids) else "class folders"
+    def read(self, root: Path, options: DataOptions) -> DatasetFiles:
+        """The files and labels of a dataset, without its template. Only names are read. Raises `UserError`."""
 
 
 # Class folders
-
-
-def find_class_folders(root: Path, split: str) -> dict[str, list[str]]:
-    """The folders of every class of a split, relative to the root; the name of a class is that of its folder.
-
-    Folders whose names differ only in their Unicode form are one class. Without a train folder, the folders of images
-    in the root are the classes.
-    """
-    parent = find_split_folder(root, split)
-    names = list_visible_folders(root / parent) if parent else _list_flat_classes(root) if split == "train" else []
-    folders: dict[str, list[str]] = {}
-    for name in names:
-        folders.setdefault(normal_name(name), []).append(posixpath.join(parent or "", name))
-    return folders
-
-
-def list_class_folders(root: Path, split: str) -> list[str]:
-    """Sorted names of the classes that have a folder in a split."""
-    return sorted(find_class_folders(root, split))
 
 
 def check_class_folders(root: Path, class_ids: Sequence[str], label_order: str, is_subset: bool) -> set[str]:
@@ -278,34 +110,9 @@ def check_class_folders(root: Path, class_ids: Sequence[str], label_order: str, 
     return set(extra)
 
 
-# Image files
-
-
-def list_images(root: Path, folder: str, ignored: Counter[str]) -> list[str]:
-    """Sorted image files directly in root/folder, relative to root; counts everything else in `ignored`."""
-    names, folders = list_folder(root / folder)
-    images = []
-    for name in names:
-        if not name.isprintable():
-            raise UserError(f"{root / folder}: the file name {name!r} has unprintable characters; rename the file")
-        if is_image(name):
-            images.append(f"{folder}/{name}")
-        else:
-            ignored["*_boxes.txt" if name.endswith("_boxes.txt") else name] += 1
-    ignored.update(f"{name}/" for name in folders if name.lower() != "images")
-    return images
-
-
-def list_images_here_or_below(root: Path, folder: str, ignored: Counter[str]) -> list[str]:
-    """Image files of folder/images/*, then those of folder/*."""
-    direct = list_images(root, folder, ignored)
-    names = [name for name in list_folder(root / folder)[1] if name.lower() == "images"]
-    return [file for name in names for file in list_images(root, f"{folder}/{name}", ignored)] + direct
-
-
-def list_class_images(root: Path, folders: Sequence[str], ignored: Counter[str], label_order: str) -> list[str]:
-    """Training images of one class, <folder>/images/* and <folder>/*. Raises `UserError` if it has none."""
-    files = [file for folder in folders for file in list_images_here_or_below(root, folder, ignored)]
+def list_class_images(root: Path, folders: Sequence[str], label_order: str) -> list[str]:
+    """Training images of one class, <folder>/images/*, <folder>/* and below. Raises `UserError` if it has none."""
+    files = [file for folder in folders for file in list_images_below(root, folder)]
     if not files:
         reason = (
             "every folder in train/ is a class" if label_order == NATURAL_ORDER else f"{label_order} lists the class"
@@ -314,58 +121,23 @@ def list_class_images(root: Path, folders: Sequence[str], ignored: Counter[str],
     return files
 
 
-def list_test_images(root: Path, ignored: Counter[str]) -> list[str]:
-    """Test images, test/images/* and test/*, or those of the only folder in test/; empty without a test folder."""
+def list_test_images(root: Path) -> list[str]:
+    """Images in the test folder, in natural order unless there is a wnids.txt; empty without a test folder."""
     folder = find_split_folder(root, "test")
-    if folder is None:
-        return []
-    inside = [name for name in list_visible_folders(root / folder) if name.lower() != "images"]
-    if len(inside) == 1 and not has_images(root / folder):
-        ignored.update(list_folder(root / folder)[0])
-        folder = f"{folder}/{inside[0]}"
-    files = list_images_here_or_below(root, folder, ignored)
+    files = list_images_below(root, folder) if folder else []
     return files if (root / WNIDS_NAME).is_file() else sorted(files, key=natural_key)
 
 
-def list_labelled_test_images(
-    root: Path, class_ids: Sequence[str], ignored: Counter[str]
-) -> tuple[list[str], list[int]]:
+def list_labelled_test_images(root: Path, class_ids: Sequence[str]) -> tuple[list[str], list[int]]:
     """(files, labels) of test/<class>/*; empty unless every folder in test/ is a class and holds images."""
     split, folders = find_split_folder(root, "test"), find_class_folders(root, "test")
     if split is None or not folders or not set(folders) <= set(class_ids) or has_images(root / split):
         return [], []
-    beside = Counter(list_folder(root / split)[0])
-    found = {
-        class_id: [file for place in places for file in list_images_here_or_below(root, place, beside)]
-        for class_id, places in folders.items()
-    }
+    found = {name: [f for place in places for f in list_images_below(root, place)] for name, places in folders.items()}
     if not all(found.values()):
         return [], []
-    ignored.update(beside)
-    order = [class_id for class_id in class_ids if class_id in found]
-    labels = [class_ids.index(class_id) for class_id in order for _ in found[class_id]]
-    return [file for class_id in order for file in found[class_id]], labels
-
-
-def list_all_images(root: Path, without: str | None, ignored: Counter[str]) -> list[str]:
-    """Sorted images in all folders of a root but `without`, relative to root; counts other files in `ignored`."""
-    files = []
-    for place, folders, names in os.walk(root):
-        relative = Path(place).relative_to(root).as_posix()
-        kept = set(list_visible_folders(Path(place)))
-        ignored.update(f"{name}/" for name in folders if name not in kept)
-        folders[:] = [name for name in folders if name in kept and posixpath.normpath(f"{relative}/{name}") != without]
-        files += [posixpath.normpath(f"{relative}/{name}") for name in names if is_image(name)]
-        ignored.update(name for name in names if not is_image(name))
-    return sorted(files)
-
-
-def image_id_of(file: str) -> str:
-    """The id of a test image in a template: its file name without the extension."""
-    return Path(file).stem
-
-
-# Published validation images
+    pairs = [(file, label) for label, class_id in enumerate(class_ids) for file in found.get(class_id, [])]
+    return [file for file, _ in pairs], [label for _, label in pairs]
 
 
 def _read_annotations(path: Path) -> dict[str, str]:
@@ -381,15 +153,10 @@ def _read_annotations(path: Path) -> dict[str, str]:
     return class_of
 
 
-def _list_annotated(
-    root: Path, split: str, class_ids: Sequence[str], left_out: Set[str], ignored: Counter[str]
-) -> list[tuple[str, int]]:
+def _list_annotated(root: Path, split: str, class_ids: Sequence[str], left_out: Set[str]) -> Iterator[tuple[str, int]]:
     """(file, label) of the images in split/images/*, labeled by val_annotations.txt."""
     path = root / split / ANNOTATIONS_NAME
-    label_of = {class_id: label for label, class_id in enumerate(class_ids)}
-    class_of = _read_annotations(path)
-    files = list_images_here_or_below(root, split, ignored)
-    del ignored[ANNOTATIONS_NAME]
+    class_of, files = _read_annotations(path), list_images_below(root, split)
     unlabelled = [file for file in files if file_name(file) not in class_of]
     absent = sorted(set(class_of) - {file_name(file) for file in files})
     unknown = sorted(set(class_of.values()) - set(class_ids) - left_out)
@@ -400,42 +167,266 @@ def _list_annotated(
     ):
         if faults:
             raise UserError(f"{path}: {what} {faults[0]} ({len(faults)} in all)")
-    labels = [label_of.get(class_of[file_name(file)]) for file in files]
-    return [(file, label) for file, label in zip(files, labels, strict=True) if label is not None]
+    label_of = {class_id: label for label, class_id in enumerate(class_ids)}
+    for file in files:
+        if (label := label_of.get(class_of[file_name(file)])) is not None:
+            yield file, label
 
 
-def _list_by_class(
-    root: Path, split: str, class_ids: Sequence[str], left_out: Set[str], ignored: Counter[str]
-) -> list[tuple[str, int]]:
+def _list_by_class(root: Path, split: str, class_ids: Sequence[str], left_out: Set[str]) -> Iterator[tuple[str, int]]:
     """(file, label) of the images in split/<class>/*."""
-    found_folders = find_class_folders(root, "val")
-    folders = {name: places for name, places in found_folders.items() if name != "images" or name in class_ids}
+    found = find_class_folders(root, "val")
+    folders = {name: places for name, places in found.items() if name != "images" or name in class_ids}
     unknown = sorted(set(folders) - set(class_ids) - left_out)
     if unknown or not folders:
         fault = f"{unknown[0]} is not a class of train/" if unknown else "has no class folders"
         raise UserError(f"{root / split}: {fault}; expected val/<class>/*, or val/images/* and {ANNOTATIONS_NAME}")
-    ignored.update(list_folder(root / split)[0])
-    found = [
-        (file, label)
-        for label, class_id in enumerate(class_ids)
-        for folder in folders.get(class_id, [])
-        for file in list_images_here_or_below(root, folder, ignored)
-    ]
+    for label, class_id in enumerate(class_ids):
+        for folder in folders.get(class_id, []):
+            yield from ((file, label) for file in list_images_below(root, folder))
+
+
+def list_validation_images(root: Path, class_ids: Sequence[str], left_out: Set[str]) -> list[tuple[str, int]]:
+    """(file, label) of the published validation images; empty if there is no validation folder.
+
+    They lie in val/images/*, labeled by val_annotations.txt, or in val/<class>/*, where that file may be left over.
+    Images of the classes in `left_out` are skipped. Raises `UserError`.
+    """
+    split = find_split_folder(root, "val")
+    if split is None:
+        return []
+    found = list((_list_annotated if is_annotated(root) else _list_by_class)(root, split, class_ids, left_out))
     if not found:
         raise UserError(f"{root / split}: has no images; add some, or remove the folder to hold out a part of train/")
     return found
 
 
-def list_validation_images(
-    root: Path, class_ids: Sequence[str], left_out: Set[str], ignored: Counter[str]
-) -> list[tuple[str, int]]:
-    """(file, label) of the published validation images; empty if there is no validation folder.
+def is_annotated(root: Path) -> bool:
+    """Whether val_annotations.txt has the labels of the validation images, as in Tiny ImageNet."""
+    folder = find_split_folder(root, "val")
+    return folder is not None and (root / folder / ANNOTATIONS_NAME).is_file() and has_images(root / folder)
 
-    They lie in val/images/*, labeled by val_annotations.txt, or in val/<class>/*, where that file may be left over.
-    Images of the classes in `left_out` are skipped.
+
+class ClassFolders:
+    """train/<class>/*: a folder for each class, in natural order unless --classes_file gives another one."""
+
+    def recognizes(self, root: Path, options: DataOptions) -> bool:
+        return find_split_folder(root, "train") is not None and len(list_class_folders(root, "train")) > 1
+
+    def name(self, root: Path, class_ids: Sequence[str]) -> str:
+        return "numbered class folders" if all(name.isdecimal() for name in class_ids) else "class folders"
+
+    def check_tables(self, root: Path, class_of: dict[str, str]) -> None:
+        check_folder_labels(root, class_of)
+
+    def read(self, root: Path, options: DataOptions) -> DatasetFiles:
+        class_ids, label_order = read_class_order(root, options.classes_path)
+        left_out = check_class_folders(root, class_ids, label_order, is_subset=options.classes_file is not None)
+        folders = find_class_folders(root, "train")
+        by_class = [list_class_images(root, folders[class_id], label_order) for class_id in class_ids]
+        train = [(file, label) for label, files in enumerate(by_class) for file in files]
+        self.check_tables(root, {file: class_ids[label] for file, label in train})
+        validation = list_validation_images(root, class_ids, left_out)
+        tested, test_labels = list_labelled_test_images(root, class_ids)
+        synonyms = read_synonyms(root, class_ids, label_order)
+        sources = [root / name for name in (WNIDS_NAME, "words.txt")]
+        if is_annotated(root):
+            sources.append(root / (find_split_folder(root, "val") or "") / ANNOTATIONS_NAME)
+        return DatasetFiles(
+            kind=self.name(root, class_ids),
+            root=root,
+            class_ids=class_ids,
+            synonyms=synonyms,
+            class_names=name_classes(class_ids, synonyms),
+            label_order=label_order,
+            train_files=[file for file, _ in train],
+            train_labels=[label for _, label in train],
+            validation_files=[file for file, _ in validation],
+            validation_labels=[label for _, label in validation],
+            test_files=tested or list_test_images(root),
+            test_labels=test_labels,
+            left_out=len(left_out),
+            sources=sources,
+        )
+
+
+class WnidFolders(ClassFolders):
+    """The competition's layout, and Tiny ImageNet's as published: class folders in the order of wnids.txt."""
+
+    def recognizes(self, root: Path, options: DataOptions) -> bool:
+        return (root / WNIDS_NAME).is_file() and find_split_folder(root, "train") is not None
+
+    def name(self, root: Path, class_ids: Sequence[str]) -> str:
+        return "Tiny ImageNet as published" if is_annotated(root) else ""
+
+    def check_tables(self, root: Path, class_of: dict[str, str]) -> None:
+        pass  # wnids.txt says that the folders are the classes
+
+
+class FlatClassFolders(ClassFolders):
+    """<class>/*: class folders without a train folder."""
+
+    def recognizes(self, root: Path, options: DataOptions) -> bool:
+        return len(list_flat_classes(root)) > 1
+
+    def name(self, root: Path, class_ids: Sequence[str]) -> str:
+        return "class folders without train/"
+
+
+# Labels that are not folder names
+
+
+def list_labelled(root: Path, options: DataOptions) -> list[str]:
+    """The images that labels are wanted for: all but those of test/."""
+    files = sorted(list_images_below(root, without=find_split_folder(root, "test")))
+    if not options.label_pattern or find_split_folder(root, "train") is None:
+        return files
+    # A csv names its images, but a pattern may match any: only those of train/ and val/ are meant.
+    starts = tuple(f"{folder}/" for split in ("train", "val") if (folder := find_split_folder(root, split)))
+    return [file for file in files if file.startswith(starts)]
+
+
+def list_unlabelled_test(root: Path, template: Path | None, unlabelled: Sequence[str], source: str) -> list[str]:
+    """Test files; without a test folder, the unlabelled images if there is a template. Raises `UserError`."""
+    if not unlabelled:
+        return list_test_images(root)
+    if find_split_folder(root, "test") is None and template:
+        return sorted(unlabelled, key=natural_key)
+    raise UserError(
+        f"{root / unlabelled[0]}: has no label in {source} ({len(unlabelled)} images have none); add rows for "
+        "them, or move them into test/ or out of the dataset"
+    )
+
+
+def order_used_labels(root: Path, labels: Set[str], classes_file: Path | None, source: str) -> list[str]:
+    """The labels in class order, or those of `classes_file`. Raises `UserError`."""
+    class_ids = read_class_list(classes_file) if classes_file else order_labels(labels)
+    unknown = [class_id for class_id in class_ids if class_id not in labels]
+    if unknown or len(class_ids) < 2:
+        what = f"no image has the class {unknown[0]} of the classes file" if unknown else "fewer than two classes"
+        raise UserError(f"{root}: labels from {source}: {what}")
+    return class_ids
+
+
+class LabelTables:
+    """Labels in a csv or txt whose rows name images."""
+
+    kind = "labels in a csv"
+
+    def recognizes(self, root: Path, options: DataOptions) -> bool:
+        return bool(find_label_tables(root, list_images_below(root, without=find_split_folder(root, "test"))))
+
+    def read(self, root: Path, options: DataOptions) -> DatasetFiles:
+        files, template = list_labelled(root, options), options.template_path or find_template(root)
+        labels = label_images(root, files, options)
+        label_of, classes_file = labels.label_of, options.classes_path
+        class_ids = order_used_labels(root, set(label_of.values()), classes_file, labels.source)
+        number = {class_id: label for label, class_id in enumerate(class_ids)}
+        validation = find_split_folder(root, "val")
+        used = [file for file in files if label_of.get(file) in number]
+        held_out = [file for file in used if validation and file.startswith(f"{validation}/")]
+        train = sorted(set(used) - set(held_out))
+        return DatasetFiles(
+            kind=self.kind,
+            root=root,
+            class_ids=class_ids,
+            synonyms=list(class_ids),
+            class_names=list(class_ids),
+            label_order=classes_file.name if classes_file else f"{labels.source} {NATURALLY}",
+            train_files=train,
+            train_labels=[number[label_of[file]] for file in train],
+            train_groups=[labels.group_of[file] for file in train] if labels.group_of else [],
+            validation_files=held_out,
+            validation_labels=[number[label_of[file]] for file in held_out],
+            test_files=list_unlabelled_test(root, template, [f for f in files if f not in label_of], labels.source),
+            left_out=len(set(label_of.values()) - set(class_ids)),
+            sources=labels.tables,
+        )
+
+
+class ChosenLabels(LabelTables):
+    """Labels where the user says that they are: in a csv that --labels_csv or a column's name chooses."""
+
+    def recognizes(self, root: Path, options: DataOptions) -> bool:
+        return options.label_pattern is None and options.names_a_table
+
+
+class FileNames(LabelTables):
+    """Labels in file names, from which --label_pattern takes them."""
+
+    kind = "labels in file names"
+
+    def recognizes(self, root: Path, options: DataOptions) -> bool:
+        return options.label_pattern is not None
+
+
+# The dataset's root
+
+LAYOUTS: tuple[Layout, ...] = (
+    FileNames(),
+    ChosenLabels(),
+    WnidFolders(),
+    ClassFolders(),
+    LabelTables(),
+    FlatClassFolders(),
+)
+
+
+def _list_candidates(path: Path) -> list[tuple[int, Path]]:
+    """(level, folder) of `path`, of the folders in it and so on; not below train, val, test or class folders."""
+    found, level = [(0, path)], [path]
+    for depth in range(1, ROOT_DEPTH + 1):
+        parents = [f for f in level if not (find_split_folder(f, "train") or len(list_flat_classes(f)) > 1)]
+        level = [parent / name for parent in parents for name in list_visible_folders(parent)]
+        found += [(depth, folder) for folder in level]
+    return found
+
+
+def find_layout(path: Path, options: DataOptions | None = None) -> tuple[Path, Layout]:
+    """(the root of the dataset, its layout): the folder `path` itself, or the one folder below it that is recognized.
+
+    Raises `UserError` if there is none, or several.
     """
-    split = find_split_folder(root, "val")
-    if split is None:
-        return []
-    is_annotated = (root / split / ANNOTATIONS_NAME).is_file() and has_images(root / split)
-    return (_list_annotated if is_annotated else _list_by_class)(root, split, class_ids, left_out, ignored)
+    options = options or DataOptions()
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder or zip; --data_dir takes the dataset's folder, its zip, or `sample`")
+    candidates = _list_candidates(path)
+    for layout in LAYOUTS:
+        found: dict[tuple[int, int], list[Path]] = {}
+        for level, folder in candidates:
+            if layout.recognizes(folder, options):
+                splits = sum(find_split_folder(folder, name) is not None for name in ("train", "test"))
+                found.setdefault((-splits if find_split_folder(folder, "train") else 0, level), []).append(folder)
+        if found:
+            best = found[min(found)]
+            if len(best) > 1:
+                names = ", ".join(str(folder.relative_to(path)) for folder in best)
+                raise UserError(f"{path}: holds several datasets ({names}); choose one of them")
+            return best[0], layout
+    raise UserError(_describe_unknown(path, [folder for _, folder in candidates]))
+
+
+def find_root(path: Path) -> Path:
+    """The root of the dataset at `path`. Raises `UserError`."""
+    return find_layout(path)[0]
+
+
+def _describe_unknown(path: Path, folders: Sequence[Path]) -> str:
+    """Why a folder is not a dataset, what was seen in it, and what helps."""
+    for folder in folders:
+        train = find_split_folder(folder, "train")
+        if train is None and (folder / WNIDS_NAME).is_file():
+            return f"{folder}: has no train folder; expected {EXPECTED}"
+        if train and not list_archives(folder / train):
+            classes = list_class_folders(folder, "train")
+            return (
+                f"{folder / train}: found {len(classes)} class folder{'s' * (len(classes) != 1)} "
+                f"({', '.join(classes) or 'none'}); expected at least two, as train/<class>/*, or a csv that names "
+                "the images (--labels_csv), or --label_pattern"
+            )
+    archives = [str(file.relative_to(path)) for folder in folders for file in list_archives(folder)]
+    if archives:
+        return f"{path}: holds {show_names(archives)}, which must be unpacked first; then give the folder again"
+    seen = [folder.name for folder in folders if has_images(folder)]
+    found = f"; found {len(seen)} folder{'s' * (len(seen) != 1)} of images ({show_names(seen)}), no train/: {WAYS_OUT}"
+    return f"{path}: is not a dataset of a known layout; expected {EXPECTED}, {ALSO_EXPECTED}{found if seen else ''}"

@@ -19,7 +19,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from transfer.data.labels import order_labels
-from transfer.data.layouts import NATURALLY, DatasetFiles, image_id_of, list_images, natural_key, normal_name
+from transfer.data.layouts import DatasetFiles
+from transfer.data.listing import NATURALLY, image_id_of, list_images, natural_key, normal_name
 from transfer.errors import UserError
 from transfer.files import build_folder_once, check_free_space, datasets_cache
 
@@ -316,9 +317,8 @@ def open_hub_data(name: str, config_name: str | None = None, label_column: str |
     copied, splits = splits, encode_labels(name, splits, label)
     _check_columns(name, splits, image, label)
     labels = {split: _read_labels(name, split, rows, label) for split, rows in splits.items() if split != "test"}
-    ignored: Counter[str] = Counter()
     root = copy_images(name, copied, image)
-    files = {split: sorted(list_images(root, split, ignored), key=natural_key) for split in splits}
+    files = {split: sorted(list_images(root, split), key=natural_key) for split in splits}
     is_class_label = isinstance(columns[label], datasets.ClassLabel)
     class_ids, test_files = splits["train"].features[label].names, files.get("test", [])
     return DatasetFiles(
@@ -334,7 +334,4 @@ def open_hub_data(name: str, config_name: str | None = None, label_column: str |
         validation_labels=labels.get("validation", []),
         test_files=test_files,
         test_ids=[image_id_of(file) for file in test_files],
-        template_path=None,
-        left_out=0,
-        ignored=ignored,
     )

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from transfer.data.images import listing_key
 from transfer.data.layouts import DatasetFiles
@@ -67,6 +70,22 @@ def _digest_of(path: str) -> str | None:
             return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
     except OSError:
         return None
+
+
+def find_units(data: DatasetFiles) -> list[str]:
+    """A key of each training image: images that must stay on one side of a split have the same key.
+
+    They are copies of each other, or belong to one group of the dataset's table.
+    """
+    contents = find_contents(data.root, data.train_files)
+    if not data.train_groups:
+        return contents
+    count = len(contents)
+    by_content, by_group = (np.unique(keys, return_inverse=True)[1] for keys in (contents, data.train_groups))
+    # Images are the nodes 0 to count - 1 of a graph; their contents, then their groups, follow.
+    images, keys = np.tile(np.arange(count), 2), np.concatenate([by_content + count, by_group + 2 * count])
+    graph = coo_array((np.ones(2 * count), (images, keys)), shape=(3 * count, 3 * count))
+    return [str(part) for part in connected_components(graph, directed=False)[1][:count]]
 
 
 def find_copies(contents: Sequence[str]) -> list[list[int]]:

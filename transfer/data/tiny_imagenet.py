@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm.auto import tqdm
 
 from transfer.data.labels import make_template, render_submission
-from transfer.data.layouts import TEMPLATE_NAME, WNIDS_NAME, DatasetFiles, file_name, image_id_of
+from transfer.data.layouts import DatasetFiles
+from transfer.data.listing import TEMPLATE_NAME, WNIDS_NAME, file_name, image_id_of
 from transfer.errors import UserError
 from transfer.files import build_folder_once, cache_folder, write_folder_atomically
 

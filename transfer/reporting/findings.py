@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.special import softmax
 
 from transfer.data.images import read_image
-from transfer.data.layouts import IMAGE_SUFFIXES
+from transfer.data.listing import IMAGE_SUFFIXES
 from transfer.data.sources import extract_zip
 from transfer.data.tiny_imagenet import sample_data
 from transfer.errors import UserError

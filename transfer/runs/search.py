@@ -17,7 +17,8 @@ from accelerate.utils import set_seed
 from transformers import TrainerCallback
 
 from transfer.config import FinetuningArguments, RunArguments, chosen_arguments, known_names
-from transfer.data.splits import describe_splits, find_contents, split_fingerprint, split_validation
+from transfer.data.layouts import DatasetFiles
+from transfer.data.splits import describe_splits, find_units, split_fingerprint, split_validation
 from transfer.errors import UserError
 from transfer.files import write_atomically
 from transfer.models.build import prepare_model
@@ -79,11 +80,14 @@ def _suggest(trial, name: str, values):
     return (trial.suggest_int if whole else trial.suggest_float)(name, **values)
 
 
-def hold_out_of_train(root: Path, dataset: datasets.DatasetDict, fraction: float, seed: int) -> datasets.DatasetDict:
+def hold_out_of_train(
+    data: DatasetFiles, dataset: datasets.DatasetDict, fraction: float, seed: int
+) -> datasets.DatasetDict:
     """Split the training images alone; the validation images are not used."""
     train = dataset["train"]
-    files = train["file"][:]
-    kept, held_out = split_validation(files, train["label"][:], fraction, seed, find_contents(root, files))
+    files, unit_of = train["file"][:], dict(zip(data.train_files, find_units(data), strict=True))
+    units = [unit_of[file] for file in files]
+    kept, held_out = split_validation(files, train["label"][:], fraction, seed, units)
     return datasets.DatasetDict(train=train.select(kept), validation=train.select(held_out))
 
 
@@ -223,7 +227,7 @@ def search_settings(context: RunContext, args: FinetuningArguments, make_trainer
     """Try settings on the training images, part of which is held out, and write the best ones as a recipe."""
     run, out = context.run, Path(args.output_dir)
     space = SearchSpace.read(run.search_space, known_names())
-    dataset = hold_out_of_train(context.data.root, context.dataset, run.validation_fraction, run.split_seed)
+    dataset = hold_out_of_train(context.data, context.dataset, run.validation_fraction, run.split_seed)
     identity = chosen_arguments(context.arguments) | {"ranges": space.ranges, "split": split_fingerprint(dataset)}
     study = open_study(out, identity, args.resume_from_checkpoint is not None, args.seed)
 

@@ -1,0 +1,241 @@
+"""Files and folders: names, text, and the images that lie in a folder.
+
+Every listing is sorted, so that two machines see the same files in the same order.
+"""
+
+import os
+import posixpath
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence, Set
+from pathlib import Path
+
+from PIL import Image
+
+from transfer.errors import UserError
+
+# Formats that Pillow can open but that are not photographs: documents, films, icons and scientific arrays.
+NOT_PICTURES = frozenset(
+    {"BUFR", "CUR", "EPS", "FITS", "FLI", "GBR", "GRIB", "HDF5", "ICNS", "ICO", "IPTC", "MPEG", "PDF", "WMF"}
+)
+IMAGE_SUFFIXES = frozenset(
+    suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN and name not in NOT_PICTURES
+)
+WNIDS_NAME = "wnids.txt"
+TEMPLATE_NAME = "submission_sample.csv"
+# The folders of the splits, in any case. A folder may also be called train_images, Training Set or valid-data.
+# A digit may follow, as in test1.
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+JUNK_FOLDERS = frozenset({"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"})
+NATURALLY = "in natural order"  # ends a label order that no file or column gives
+NATURAL_ORDER = f"folder names {NATURALLY}"
+
+
+# Names and text
+
+
+def read_text(path: Path) -> str:
+    """The content of a small text file, without a byte-order mark. Raises `UserError`."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as fault:
+        raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not a text file") from None
+
+
+def read_lines(path: Path) -> list[str]:
+    """The stripped, non-empty lines of a small text file. Raises `UserError`."""
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+
+
+def natural_key(name: str) -> tuple:
+    """Sort key that compares numbers as numbers: 9 before 10, class2 before class10."""
+    pieces = re.split(r"([0-9]+)", name)  # text and numbers alternate, text first
+    return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)], name
+
+
+def file_name(file: str) -> str:
+    """The last part of a relative path with forward slashes."""
+    return file.rpartition("/")[2]
+
+
+def normal_name(name: str) -> str:
+    """A name in its composed Unicode form (NFC); macOS and some archives store the decomposed form."""
+    return unicodedata.normalize("NFC", name)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file has the extension of an image and is not hidden."""
+    return "." + name.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
+def image_id_of(file: str) -> str:
+    """The id of a test image in a template: its file name without the extension."""
+    return Path(file).stem
+
+
+# Folders
+
+
+def list_folder(folder: Path) -> tuple[list[str], list[str]]:
+    """(names of the files, names of the folders) directly in a folder, each sorted. Raises `UserError`."""
+    try:
+        with os.scandir(folder) as entries:
+            kinds = [(entry.name, entry.is_dir()) for entry in entries]
+    except OSError as fault:
+        raise UserError(f"{folder}: cannot be listed ({fault.strerror})") from None
+    return sorted(n for n, is_dir in kinds if not is_dir), sorted(n for n, is_dir in kinds if is_dir)
+
+
+def list_visible_folders(folder: Path) -> list[str]:
+    """Sorted names of the folders in a folder, without hidden ones and those that systems and programs leave."""
+    return [name for name in list_folder(folder)[1] if not name.startswith(".") and name not in JUNK_FOLDERS]
+
+
+def has_images(folder: Path) -> bool:
+    """Whether a folder holds images, directly or in images/."""
+    names, folders = list_folder(folder)
+    below = [list_folder(folder / name)[0] for name in folders if name.lower() == "images"]
+    return any(is_image(name) for listed in (names, *below) for name in listed)
+
+
+def find_split_folder(root: Path, split: str) -> str | None:
+    """The folder of a split (train, val or test), relative to the root; None if there is none.
+
+    A folder that holds nothing but a folder of the same name stands for that one. Raises `UserError` if there are
+    several folders for the split.
+    """
+    stems = SPLIT_FOLDERS[split]
+    pattern = re.compile(rf"(?i)({'|'.join(stems)})([_ -]?(images|imgs|set|data))?[0-9]?")
+    found = [name for name in list_visible_folders(root) if pattern.fullmatch(name)]
+    if len(found) > 1:
+        raise UserError(
+            f"{root}: {' and '.join(found)} could each be the {split} folder; merge them, or move one elsewhere"
+        )
+    if not found:
+        return None
+    folder = found[0]
+    inside = list_visible_folders(root / folder)
+    return f"{folder}/{inside[0]}" if inside == [folder] and not has_images(root / folder) else folder
+
+
+def list_flat_classes(root: Path) -> list[str]:
+    """Folders of images directly in a folder that has no train folder; its val and test folders are not classes."""
+    splits = {split: find_split_folder(root, split) for split in SPLIT_FOLDERS}
+    if splits["train"]:
+        return []
+    others = {(folder or "").partition("/")[0] for folder in splits.values()}
+    names = [name for name in list_visible_folders(root) if name not in others and has_images(root / name)]
+    return [] if any(name.lower() == "images" for name in names) else names
+
+
+def find_class_folders(root: Path, split: str) -> dict[str, list[str]]:
+    """The folders of every class of a split, relative to the root; the name of a class is that of its folder.
+
+    Folders whose names differ only in their Unicode form are one class. Without a train folder, the folders of images
+    in the root are the classes.
+    """
+    parent = find_split_folder(root, split)
+    names = list_visible_folders(root / parent) if parent else list_flat_classes(root) if split == "train" else []
+    if parent and [name.lower() for name in names] == ["images"] and not list_images(root, f"{parent}/{names[0]}"):
+        parent = f"{parent}/{names[0]}"  # train/images/<class>/*
+        names = list_visible_folders(root / parent)
+    folders: dict[str, list[str]] = {}
+    for name in names:
+        folders.setdefault(normal_name(name), []).append(posixpath.join(parent or "", name))
+    return folders
+
+
+def list_class_folders(root: Path, split: str) -> list[str]:
+    """Sorted names of the classes that have a folder in a split."""
+    return sorted(find_class_folders(root, split))
+
+
+# Images
+
+
+def list_images(root: Path, folder: str) -> list[str]:
+    """Sorted image files directly in root/folder, relative to root. Raises `UserError` for an unprintable name."""
+    images = [name for name in list_folder(root / folder)[0] if is_image(name)]
+    if odd := [name for name in images if not name.isprintable()]:
+        raise UserError(f"{root / folder}: the file name {odd[0]!r} has unprintable characters; rename the file")
+    return [posixpath.join(folder, name) for name in images]
+
+
+def list_images_below(root: Path, folder: str = "", without: str | None = None) -> list[str]:
+    """Images of a folder and all folders in it but `without`, relative to root.
+
+    Those in folder/images/ are first, then those directly in the folder.
+    """
+    below = [posixpath.join(folder, name) for name in list_visible_folders(root / folder)]
+    below = sorted((name for name in below if name != without), key=lambda name: file_name(name).lower() != "images")
+    found = [list_images_below(root, name, without) for name in below]
+    first = bool(below) and file_name(below[0]).lower() == "images"
+    return [*(found[0] if first else []), *list_images(root, folder), *(f for part in found[first:] for f in part)]
+
+
+def _is_link_above(folder: Path) -> bool:
+    """Whether a folder is a link to one that holds it: it would be walked without end."""
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
+
+
+def list_unused(root: Path, used: Set[str]) -> tuple[Counter[str], Counter[str]]:
+    """(other files by name or ending, images by folder) that lie below the root and are not among the used files."""
+    others: Counter[str] = Counter()
+    images: Counter[str] = Counter()
+    by_ending: dict[str, Counter[str]] = {}
+    for place, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not _is_link_above(Path(place) / name)]
+        parts = Path(place).relative_to(root).parts
+        above = "".join(f"{part}/" for part in parts)
+        junk = next((part for part in parts if part in JUNK_FOLDERS or part.startswith(".")), None)
+        for name in (name for name in names if above + name not in used):
+            if junk:
+                others[f"{junk}/* (hidden or left by a system)"] += 1
+            elif is_image(name):
+                images["/".join(parts) or "."] += 1
+            else:
+                ending = "_boxes.txt" if name.endswith("_boxes.txt") else os.path.splitext(name)[1]  # noqa: PTH122
+                by_ending.setdefault(ending.lower() or name, Counter())[name] += 1
+    for ending, counted in by_ending.items():
+        others[next(iter(counted)) if len(counted) == 1 else f"*{ending}"] += counted.total()
+    return others, images
+
+
+# Templates and archives
+
+
+def list_templates(folder: Path) -> list[Path]:
+    """submission_sample.csv if a folder has it, else every csv with "sample" or "template" in its name."""
+    if (folder / TEMPLATE_NAME).is_file():
+        return [folder / TEMPLATE_NAME]
+    names = list_folder(folder)[0]
+    return [folder / name for name in names if re.search(r"(?i)(sample|template).*\.[ct]sv$", name)]
+
+
+def find_template(root: Path) -> Path | None:
+    """The submission template in a dataset's root. Raises `UserError` if several files could be it."""
+    found = list_templates(root)
+    if len(found) > 1:
+        raise UserError(
+            f"{root}: {' and '.join(path.name for path in found)} could each be the template; "
+            f"rename the right one {TEMPLATE_NAME}, or choose it with --template"
+        )
+    return found[0] if found else None
+
+
+def list_archives(folder: Path) -> list[Path]:
+    """Packed files in a folder that may hold images."""
+    packed = re.compile(r"(?i)\.(zip|tar|tgz|tar\.\w+|7z|rar)$")
+    return [folder / name for name in list_folder(folder)[0] if packed.search(name)]
+
+
+def show_names(names: Sequence[str]) -> str:
+    """The first three names, with an ellipsis if there are more: for messages."""
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
