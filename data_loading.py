@@ -116,13 +116,42 @@ def open_data(data_dir: str, **options: str | None) -> DatasetFiles:
     return open_folder(extract_zip(path) if path.is_file() else path, DataOptions(**options))
 
 
+def skip_unreadable(data: DatasetFiles) -> DatasetFiles:
+    """The dataset without the training and validation images that cannot be read. Raises `UserError`.
+
+    Unreadable test images stay, because the submission has a row for each of them.
+    """
+    records = scan_images(data.root, data.train_files + data.validation_files, show_progress=True)
+    faults = {record.file: record.fault for record in records if record.fault}
+    train, validation = (
+        [row for row in zip(files, labels, strict=True) if row[0] not in faults]
+        for files, labels in ((data.train_files, data.train_labels), (data.validation_files, data.validation_labels))
+    )
+    empty = set(range(len(data.class_ids))) - {label for _, label in train}
+    if empty:
+        raise UserError(f"no training image of class {data.class_ids[min(empty)]} can be read; replace its images")
+    groups = [group for file, group in zip(data.train_files, data.train_groups, strict=False) if file not in faults]
+    return replace(
+        data,
+        train_files=[file for file, _ in train],
+        train_labels=[label for _, label in train],
+        train_groups=groups,
+        validation_files=[file for file, _ in validation],
+        validation_labels=[label for _, label in validation],
+        unreadable=faults,
+    )
+
+
 def find_data(run: RunArguments) -> DatasetFiles:
     """Recognize and check the dataset of `--data_dir` or `--dataset_name`. Raises `UserError`."""
     given = {option.name: getattr(run, option.name) for option in fields(DataOptions)}
-    if not run.dataset_name:
-        return open_data(run.data_dir or "", **given)
-    data = open_hub_data(run.dataset_name, run.dataset_config_name, run.label_column_name)
-    return join_template(replace(data, submission_labels=run.submission_labels), DataOptions(**given).template_path)
+    if run.dataset_name:
+        data = open_hub_data(run.dataset_name, run.dataset_config_name, run.label_column_name)
+        data = replace(data, submission_labels=run.submission_labels)
+        data = join_template(data, DataOptions(**given).template_path)
+    else:
+        data = open_data(run.data_dir or "", **given)
+    return skip_unreadable(data) if run.skip_unreadable else data
 
 
 # From the files to a DatasetDict
@@ -271,6 +300,13 @@ def _describe_unused(images: Counter[str]) -> list[str]:
     return lines
 
 
+def _describe_unreadable(data: DatasetFiles) -> list[str]:
+    """A warning with the images that are left out because they cannot be read."""
+    if not data.unreadable:
+        return []
+    return [f"warning     {len(data.unreadable)} images cannot be read and are left out: {', '.join(data.unreadable)}"]
+
+
 def describe_layout(data: DatasetFiles) -> list[str]:
     """What the file names show about a dataset, as lines to print."""
     kind = f"{data.kind}: " if data.kind else ""
@@ -287,6 +323,7 @@ def describe_layout(data: DatasetFiles) -> list[str]:
         f"images      {_describe_counts(data)}",
         f"ignored     {ignored}",
         *_describe_unused(data.unused_images),
+        *_describe_unreadable(data),
         f"template    {_describe_template(data)}",
         f"labels      {_describe_labels(data)}",
     ]
@@ -322,8 +359,11 @@ def describe_images(data: DatasetFiles) -> list[str]:
     tested = set(data.test_files)
     faults = [f"{data.root / r.file}: {r.fault}" for r in records if r.fault]
     if any(r.fault and r.file not in tested for r in records):
-        more = f": {'; '.join(faults[1:10])}" if len(faults) > 1 else ""
-        raise UserError(f"{faults[0]}; {len(faults)} of {len(records)} images cannot be read{more}")
+        more = f": {'; '.join(faults[1:])}" if len(faults) > 1 else ""
+        raise UserError(
+            f"{faults[0]}; {len(faults)} of {len(records)} images cannot be read{more}; replace them, or leave them "
+            "out with --skip_unreadable true"
+        )
     unread = f"{len(faults)} test images cannot be read" if faults else "every image decodes"
     readable = [r for r in records if not r.fault]
     modes = ", ".join(f"{n} {mode}" for mode, n in Counter(r.mode for r in readable).most_common())
@@ -363,8 +403,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--classes_file", metavar="FILE", help="use only these classes, one per line in label order")
     parser.add_argument("--template", metavar="FILE", help="the submission's template")
     parser.add_argument("--submission_labels", choices=SUBMISSION_LABELS, help="how the submission writes labels")
-    names = [option.name for option in fields(DataOptions)]
-    for name in names[3:]:
+    parser.add_argument("--skip_unreadable", action="store_true", help="leave out images that cannot be read")
+    names = [option.name for option in fields(DataOptions)] + ["skip_unreadable"]
+    for name in names[3:-1]:
         parser.add_argument(f"--{name}", help="as in finetune_vit.py")
     given = parser.parse_args(argv)
     check_data(RunArguments(data_dir=given.path, **{name: getattr(given, name) for name in names}))

