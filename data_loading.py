@@ -48,6 +48,7 @@ from transfer.errors import UserError, exits_cleanly
 from transfer.submission import form_of
 
 UNUSED_SHOWN = 5  # folders of unused images that are named
+CONFLICTS_SHOWN = 10  # pictures under several labels that are named
 
 # From a path to the files of a dataset
 
@@ -350,6 +351,19 @@ def describe_duplicates(digests: dict[str, str], data: DatasetFiles) -> str:
     return f"{len(data.train_files) - len(train)} repeated within train, {', '.join(shared)}"
 
 
+def describe_conflicts(digests: dict[str, str], data: DatasetFiles) -> list[str]:
+    """A line for each picture that is in train/ under several labels, up to ten of them."""
+    files_of: dict[str, list[tuple[str, int]]] = {}
+    for file, label in zip(data.train_files, data.train_labels, strict=True):
+        files_of.setdefault(digests[file], []).append((file, label))
+    conflicts = [files for files in files_of.values() if len({label for _, label in files}) > 1]
+    lines = [
+        "two labels  " + " = ".join(f"{file} ({data.class_names[label]})" for file, label in files)
+        for files in conflicts[:CONFLICTS_SHOWN]
+    ]
+    return lines + [f"two labels  {len(conflicts) - CONFLICTS_SHOWN} more"] * (len(conflicts) > CONFLICTS_SHOWN)
+
+
 def describe_images(data: DatasetFiles) -> list[str]:
     """What decoding every image shows, as lines to print.
 
@@ -369,10 +383,12 @@ def describe_images(data: DatasetFiles) -> list[str]:
     modes = ", ".join(f"{n} {mode}" for mode, n in Counter(r.mode for r in readable).most_common())
     sizes = Counter(f"{r.size[0]}x{r.size[1]}" for r in readable).most_common()
     more = f", {len(sizes) - 5} more sizes" if len(sizes) > 5 else ""
+    digests = {r.file: r.digest for r in records}
     return [
         f"pixels      {unread}; modes {modes} (all are converted to RGB); "
         f"sizes {', '.join(f'{n} of {size}' for size, n in sizes[:5])}{more}",
-        f"duplicates  {describe_duplicates({r.file: r.digest for r in records}, data)} (identical bytes)",
+        f"duplicates  {describe_duplicates(digests, data)} (identical bytes)",
+        *describe_conflicts(digests, data),
         *(f"warning     {fault}; its row in the csv will have the commonest class" for fault in faults[:10]),
     ]
 

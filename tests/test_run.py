@@ -569,7 +569,7 @@ def test_a_run_of_few_steps_and_few_validation_images_says_so_before_training(da
         return [line for line in before.splitlines() if line.startswith("warning ")]
 
     (said,) = warnings_of("short")
-    assert "10 optimizer steps are few: try --linear_probe_only true" in said
+    assert "10 optimizer steps are few: use recipes/small_folder.yaml" in said
     assert "12 validation images are few" in said and "--kfold 5" in said
     (said,) = warnings_of("probe", linear_probe_only="true")
     assert "optimizer steps" not in said and "12 validation images are few" in said

@@ -238,6 +238,7 @@ def split_fold(
     return [p for p in order if fold_of[p] != fold], [p for p in order if fold_of[p] == fold]
 
 
+FEW_IMAGES = 3  # of a class, in training and validation
 IMBALANCE = 10  # the largest class's size over the smallest one's, above which it is said
 
 
@@ -253,17 +254,21 @@ def describe_imbalance(class_ids: Sequence[str], labels: Sequence[int]) -> list[
 
 
 def describe_small_classes(class_ids: Sequence[str], dataset: datasets.DatasetDict) -> list[str]:
-    """A warning about classes that have no validation image, with a remedy; nothing if there are none."""
+    """Warnings about classes that have few images, or none to validate on, with a remedy."""
     train, validation = (Counter(dataset[split]["label"][:]) for split in ("train", "validation"))
-    unseen = [f"{name} ({train[label]})" for label, name in enumerate(class_ids) if not validation[label]]
-    if not unseen:
-        return []
-    number = f"{len(unseen)} classes have" if len(unseen) > 1 else "1 class has"
-    shown = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
-    return [
-        f"warning     {number} too few images to validate on: {shown}; trained on, but how well is not measured: "
-        "add images"
-    ]
+    counts = {name: train[label] + validation[label] for label, name in enumerate(class_ids)}
+    unseen = [name for label, name in enumerate(class_ids) if not validation[label]]
+    few = [name for name, count in counts.items() if count <= FEW_IMAGES and name not in unseen]
+    lines = []
+    for names, fault in (
+        (unseen, "too few images to validate on: trained on, but not measured"),
+        (few, f"{FEW_IMAGES} images or fewer: their accuracy means little"),
+    ):
+        if names:
+            number = f"{len(names)} classes have" if len(names) > 1 else "1 class has"
+            shown = ", ".join(f"{name} ({counts[name]})" for name in names[:5]) + ", ..." * (len(names) > 5)
+            lines.append(f"warning     {number} {fault}; add images: {shown}")
+    return lines
 
 
 def take_evenly(positions: Sequence[int], files: Sequence[str], labels: Sequence[int], count: int) -> list[int]:
