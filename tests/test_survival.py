@@ -17,6 +17,8 @@ from conftest import ROOT, WNIDS, draw_picture, write_data_set
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from finetune_vit import main
+from transfer import files
 from transfer.data import images
 from transfer.errors import UserError
 from transfer.runs import single
@@ -187,6 +189,40 @@ def test_data_that_changed_since_a_checkpoint_are_noticed(data, checkpoints, fin
         finetune(data, checkpoints("convnext"), resume_from_checkpoint="true")
     assert stop.value.code == 2
     assert "was made with other images; restore the data and the split" in capsys.readouterr().err
+
+
+def test_weights_that_another_run_wrote_are_not_taken_for_this_runs(
+    pristine_data, checkpoints, finetune, when, capsys, tmp_path
+):
+    def replace(args, state, **kwargs):
+        for path in (tmp_path / "out").glob("checkpoint-*/trainer_state.json"):
+            content = json.loads(path.read_text())
+            content["stateful_callbacks"]["RunProvenance"]["args"]["runs"] = ["another"]
+            path.write_text(json.dumps(content))
+
+    when("on_save", replace)
+    with pytest.raises(SystemExit):
+        finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
+    assert "checkpoint-5: was written by another run" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model").exists()
+
+
+KINDS = ["", "--seeds 1 2", "--kfold 2", "--kfold 2 --fold 1", "--search 2"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_run_in_a_folder_names_the_first_before_it_reads_data(kind, tmp_path, capsys):
+    out, recipe = tmp_path / "out", tmp_path / "tiny.yaml"
+    recipe.write_text(f"data_dir: missing\noutput_dir: {out}\n")
+    out.mkdir()
+    first = files.FolderLock(out)
+    first.acquire()
+    for words in (kind.split(), [*kind.split(), "--resume_from_checkpoint", "true"]):
+        with pytest.raises(SystemExit):
+            main([str(recipe), *words])
+        assert f"out: is in use by another run, process {os.getpid()} on" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == [files.LOCK]
+    first.release()
 
 
 def test_arguments_that_changed_since_a_checkpoint_are_said(pristine_data, checkpoints, finetune, caplog):

@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import secrets
 import shutil
 import time
 from collections.abc import Mapping
@@ -168,21 +169,38 @@ def check_optimizer_fits(optimizer: torch.optim.Optimizer, checkpoint: Path) -> 
         )
 
 
+def _provenance_of(checkpoint: Path) -> dict | None:
+    """What a `RunProvenance` kept in a checkpoint; None in one from before there was any."""
+    return read_state(checkpoint).get("stateful_callbacks", {}).get(RunProvenance.__name__, {}).get("args")
+
+
+def check_own(checkpoint: Path, provenance: "RunProvenance") -> None:
+    """Refuse a checkpoint that neither this run nor one that it resumes wrote. Raises `UserError`."""
+    runs = (_provenance_of(checkpoint) or {}).get("runs", provenance.runs)
+    if not set(runs) & set(provenance.runs):
+        raise UserError(
+            f"{checkpoint}: was written by another run, so this run's weights are lost; start again in another "
+            "--output_dir"
+        )
+
+
 class RunProvenance(TrainerCallback, ExportableState):
     """What a run is made from, kept in its checkpoints so that resuming notices what has changed since."""
 
     def __init__(self, data_fingerprint: str, split_fingerprint: str, arguments: Mapping):
         self.data_fingerprint, self.split_fingerprint = data_fingerprint, split_fingerprint
         self.arguments = {name: value for name, value in arguments.items() if decides_weights(name)}
+        self.runs = [secrets.token_hex(8)]  # this run, and those that it resumes
 
     def state(self) -> dict:
         return {"args": vars(self).copy(), "attributes": {}}
 
     def check(self, checkpoint: Path) -> None:
         """Refuse a checkpoint of other data; warn of arguments that differ. Raises `UserError`."""
-        then = read_state(checkpoint).get("stateful_callbacks", {}).get(type(self).__name__, {}).get("args")
+        then = _provenance_of(checkpoint)
         if then is not None:
             self.compare(checkpoint, then)
+            self.runs += then.get("runs", [])
 
     def compare(self, place: Path, then: Mapping) -> None:
         """Check a checkpoint or a finished run against `then`, what was recorded for it. Raises `UserError`."""
@@ -241,4 +259,7 @@ class KeepBestEpoch(TrainerCallback):
         if not best.is_dir():  # the output folder was moved since
             best = Path(args.output_dir) / best.name
             state.best_model_checkpoint = str(best)
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, RunProvenance) and self.trainer.is_world_process_zero():
+                check_own(best, callback)
         self.trainer.choose_weights(best)
