@@ -70,7 +70,8 @@ def exits_cleanly(main):
         except UserError as mistake:
             _stop(str(mistake), 2)
         except Terminated as end:
-            if int(os.environ.get("LOCAL_RANK", 0)):  # the first process says it
+            if int(os.environ.get("LOCAL_RANK", 0)):  # the first process says it, and needs a moment for it
+                time.sleep(min(1.0, OTHERS_WAIT_SECONDS))
                 sys.exit(128 + end.number)
             _stop(str(end), 128 + end.number)
         except KeyboardInterrupt:
