@@ -70,9 +70,9 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
     precision = set_up_runtime()
     run, args, _ = parse_command_line(sys.argv[1:] if argv is None else argv)
     out, repeated = Path(args.output_dir), bool(run.seeds or (run.kfold and not run.fold))
-    checkpoint = None if repeated or run.search else find_checkpoint(out, args.resume_from_checkpoint)
     single.set_up_logging(args)
-    single.prepare_output(run, args)
+    single.prepare_output(run, args)  # its lock comes first: a run that is alive writes the checkpoints
+    checkpoint = None if repeated or run.search else find_checkpoint(out, args.resume_from_checkpoint)
     arguments = describe_arguments(run, args)
     say(precision, *share_steps(args))
 

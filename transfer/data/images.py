@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from transfer.errors import UserError
 from transfer.files import build_folder_once, check_free_space, datasets_cache, read_json
+from transfer.runtime import shield_worker
 
 # The geometry
 
@@ -329,6 +330,8 @@ class PixelDataset(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitems__(self, positions: Sequence[int]) -> dict[str, torch.Tensor]:
+        if torch.utils.data.get_worker_info():  # its process may be about to save a last checkpoint
+            shield_worker(os.getpid())
         # (B, H, W, 3) in memory, seen as (B, 3, H, W): channels-last, as convolutions like it
         images = torch.from_numpy(self.pixels[self.rows[positions]]).permute(0, 3, 1, 2)
         batch = {"images": images}

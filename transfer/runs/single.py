@@ -36,6 +36,7 @@ from transfer.files import (
     anonymize_file,
     claim_output_dir,
     digest_of_folder,
+    lock_output_dir,
     write_atomically,
     write_folder_atomically,
 )
@@ -78,7 +79,9 @@ def prepare_output(run: RunArguments, args: FinetuningArguments) -> None:
     """Claim the output folder, and check that the results can be exported, packed or pushed. Raises `UserError`."""
     if args.process_index != 0 or run.estimate:
         return
-    if not run.search:
+    if run.search:
+        lock_output_dir(Path(args.output_dir))  # open_study says what it holds
+    else:
         claim_output_dir(Path(args.output_dir), resuming=args.resume_from_checkpoint is not None)
     if run.export:
         check_export()
