@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import transformers
 from backbones import save_tiny
 from conftest import WNIDS
 from PIL import Image
+from test_reporting import Page
 from transformers import AutoModelForImageClassification, pipeline
 
 from benchmarks import predict_speed
@@ -192,6 +194,33 @@ def test_a_file_name_that_is_not_unicode_is_written_as_valid_text(run, pictures)
     shutil.copy(next((pictures / "part 2").glob("*.bmp")), b"caf\xe9.bmp")
     predict.main([str(run), "."])
     assert [row["file"] for row in read_rows()] == ["caf\N{REPLACEMENT CHARACTER}.bmp"]
+
+
+def test_the_page_holds_pictures_names_and_bars_and_asks_for_nothing_else(run, pictures, monkeypatch, tmp_path):
+    monkeypatch.setattr(predict, "PICTURES_ON_PAGE", 30)
+    renamed = Path(shutil.copytree(run / "model", "renamed"))
+    config = read_json(renamed / "config.json")
+    config["id2label"] = dict.fromkeys("0123", "<script>alert(1)</script>")
+    (renamed / "config.json").write_text(json.dumps(config))
+    Path("<img src=x>.png").write_text("text")
+    predict.main(["renamed", str(pictures), "<img src=x>.png", "--html", "page.html", "--top_k", "2"])
+    text = Path("page.html").read_text(encoding="utf-8")
+    page = Page(Path("page.html"))
+    assert len(page.pictures()) == 30 and all(src.startswith("data:image/jpeg;base64,") for src in page.pictures())
+    assert "200 predictions" in page.words and "The first 30; the csv has all." in page.words
+    assert "<img src=x>.png: cannot be read as an image" in page.words
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "a", "iframe"} and "://" not in text
+    bars = re.findall(r'width:([\d.]+)%"', text)
+    assert len(bars) >= 2 * 30 and all(0 <= float(width) <= 100 for width in bars)
+    assert "default-src 'none'" in text and "prefers-color-scheme: dark" in text and str(tmp_path) not in text
+
+
+def test_the_page_of_a_single_picture_has_no_counts(run, pictures):
+    file = next((pictures / "part 1").glob("*.png"))
+    predict.main([str(run), str(file), "--html", "page.html"])
+    words = Page(Path("page.html")).words
+    assert "1 prediction " in words and "by tiny; confidence calibrated with temperature 2.00" in words
+    assert "Classes" not in words and f"part 1/{file.name}" in words
 
 
 def test_the_benchmark_compares_with_the_forward_pass(run, monkeypatch, tmp_path):

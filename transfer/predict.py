@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,10 +34,14 @@ from transfer.errors import UserError, exits_cleanly
 from transfer.files import read_json, write_atomically
 from transfer.models.cpu_kernels import apply_cpu_speedups
 from transfer.models.load import load_checkpoint, read_geometry
+from transfer.reporting.findings import encode_thumbnail
+from transfer.reporting.page import HERE, open_templates
 from transfer.runtime import tune_malloc
 from transfer.transforms.evaluation import EvaluationTransform, check_transform
 
 HEIC_SUFFIXES = (".heic", ".heif")  # of iPhones; Pillow does not read them
+THUMBNAIL_SIZE = 160  # pixels of the longer side
+PICTURES_ON_PAGE, CLASSES_ON_PAGE = 400, 12  # so that the page stays below 5 MB
 ROWS_SHOWN = 20  # rows of the table in the terminal
 NARROWEST, WIDEST = 40, 120  # columns of the table
 
@@ -89,6 +93,7 @@ class Decoded:
     file: Path
     pixels: np.ndarray
     fault: str | None = None
+    thumbnail: str = ""  # a data URI, where one was asked for
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ class Prediction:
     file: Path
     labels: list[int]
     confidences: list[float]
+    thumbnail: str = ""
 
 
 def count_cores() -> int:
@@ -105,16 +111,20 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _decode(file: Path, geometry: ImageGeometry) -> Decoded:
+def _decode(file: Path, geometry: ImageGeometry, with_thumbnail: bool) -> Decoded:
     record, image = read_image(Path(), str(file))
     if image is None:
         advice = "; convert it to JPEG" if file.suffix.lower() in HEIC_SUFFIXES else ""
         return Decoded(file, np.empty(0), f"{record.fault}{advice}")
-    return Decoded(file, to_rgb(geometry.apply(image if image.mode == "RGB" else image.convert("RGB"))))
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    thumbnail = encode_thumbnail(image, THUMBNAIL_SIZE) if with_thumbnail else ""
+    return Decoded(file, to_rgb(geometry.apply(image)), thumbnail=thumbnail)
 
 
-def decode_batches(files: Sequence[Path], geometry: ImageGeometry, batch_size: int) -> Iterator[list[Decoded]]:
-    """Decode files in threads and yield them in order, in batches.
+def decode_batches(
+    files: Sequence[Path], geometry: ImageGeometry, batch_size: int, thumbnails: int = 0
+) -> Iterator[list[Decoded]]:
+    """Decode files in threads and yield them in order, in batches; the first `thumbnails` of them with one.
 
     With an accelerator, the next batch is decoded while it computes. A CPU needs all its cores for either.
     """
@@ -124,7 +134,8 @@ def decode_batches(files: Sequence[Path], geometry: ImageGeometry, batch_size: i
         # Filters belong to the process, so the one that `decode` sets in a thread could end in another one's picture.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for start in range(0, len(files), batch_size):
-            ahead.append([pool.submit(_decode, file, geometry) for file in files[start : start + batch_size]])
+            places = range(start, min(start + batch_size, len(files)))
+            ahead.append([pool.submit(_decode, files[place], geometry, place < thumbnails) for place in places])
             if len(ahead) > torch.accelerator.is_available():
                 yield [future.result() for future in ahead.popleft()]
         while ahead:
@@ -156,9 +167,9 @@ class PictureClassifier:
         """The most likely labels of each picture, at most `top_k`."""
         if not pictures:
             return []
-        best = self.score(np.stack([picture.pixels for picture in pictures])).topk(min(top_k, len(self.names)))
-        rows = zip(pictures, best.indices.tolist(), best.values.tolist(), strict=True)
-        return [Prediction(picture.file, labels, confidences) for picture, labels, confidences in rows]
+        top = self.score(np.stack([picture.pixels for picture in pictures])).topk(min(top_k, len(self.names)))
+        rows = zip(pictures, top.indices.tolist(), top.values.tolist(), strict=True)
+        return [Prediction(picture.file, labels, shares, picture.thumbnail) for picture, labels, shares in rows]
 
 
 def find_model(name: str) -> tuple[str, Path | None]:
@@ -207,12 +218,20 @@ def open_classifier(name: str) -> PictureClassifier:
 
 
 def predict_pictures(
-    classifier: PictureClassifier, files: Sequence[Path], top_k: int, batch_size: int, show_progress: bool = False
+    classifier: PictureClassifier,
+    files: Sequence[Path],
+    top_k: int,
+    batch_size: int,
+    thumbnails: int = 0,
+    show_progress: bool = False,
 ) -> tuple[list[Prediction], list[Decoded]]:
-    """Return the predictions of the files in order, and the files that cannot be read."""
+    """Return the predictions of the files in order, and the files that cannot be read.
+
+    The first `thumbnails` files get one.
+    """
     predictions, unreadable = [], []
     with tqdm(total=len(files), desc="predicting", unit=" images", disable=not show_progress, leave=False) as bar:
-        for batch in decode_batches(files, classifier.geometry, batch_size):
+        for batch in decode_batches(files, classifier.geometry, batch_size, thumbnails):
             unreadable += [picture for picture in batch if picture.fault]
             predictions += classifier.predict([picture for picture in batch if not picture.fault], top_k)
             bar.update(len(batch))
@@ -261,6 +280,38 @@ def render_table(predictions: Sequence[Prediction], names: Sequence[str], column
     return lines
 
 
+def render_predictions(
+    classifier: PictureClassifier, predictions: Sequence[Prediction], unreadable: Sequence[str], model: str
+) -> str:
+    """The predictions as one self-contained page: how often each class was predicted, and the pictures."""
+    names = classifier.names
+    counts = Counter(names[prediction.labels[0]] for prediction in predictions)
+    shown = [
+        {
+            "file": "/".join(Path(show_path(prediction.file)).parts[-2:]),
+            "thumbnail": prediction.thumbnail,
+            "guesses": zip([names[label] for label in prediction.labels], prediction.confidences, strict=True),
+        }
+        for prediction in predictions
+        if prediction.thumbnail
+    ]
+    style = (HERE / "page.css").read_text(encoding="utf-8")
+    return (
+        open_templates()
+        .get_template("predictions.html")
+        .render(
+            style=style,
+            model=model,
+            count=len(predictions),
+            temperature=classifier.temperature,
+            counts=counts.most_common(CLASSES_ON_PAGE),
+            more_classes=max(0, len(counts) - CLASSES_ON_PAGE),
+            shown=shown,
+            unreadable=unreadable,
+        )
+    )
+
+
 def describe_results(
     classifier: PictureClassifier, predictions: Sequence[Prediction], seconds: float, output: Path
 ) -> str:
@@ -295,6 +346,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", metavar="MODEL", help="a finished run, a model folder or a Hub id")
     parser.add_argument("places", nargs="+", metavar="PATH", help="picture, folder with pictures, or glob")
     parser.add_argument("--output", type=Path, default="predictions.csv", help="csv to write [predictions.csv]")
+    parser.add_argument("--html", type=Path, help="page to write, with small pictures, names and bars")
     parser.add_argument("--top_k", type=int, default=3, help="number of classes for each picture [3]")
     parser.add_argument("--batch_size", type=int, default=64, help="pictures computed at once [64]")
     args = parser.parse_args(argv)
@@ -302,7 +354,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)}: must be at least 1")
     files, faults = list_pictures(args.places)
-    _check_output(args.output, files)
+    for path in filter(None, (args.output, args.html)):
+        _check_output(path, files)
     _list_faults(faults)
     if not files:
         raise UserError("there are no pictures to predict")
@@ -310,17 +363,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     tune_malloc()
     classifier = open_classifier(args.model)
     start = time.perf_counter()
-    predictions, unreadable = predict_pictures(classifier, files, args.top_k, args.batch_size, sys.stderr.isatty())
+    thumbnails = PICTURES_ON_PAGE if args.html else 0
+    predictions, unreadable = predict_pictures(
+        classifier, files, args.top_k, args.batch_size, thumbnails, show_progress=sys.stderr.isatty()
+    )
     seconds = time.perf_counter() - start
-    _list_faults([f"{show_path(picture.file)}: {picture.fault}" for picture in unreadable])
+    unread = [f"{show_path(picture.file)}: {picture.fault}" for picture in unreadable]
+    _list_faults(unread)
     if not predictions:
         raise UserError("none of the pictures can be read")
     write_atomically(args.output, render_csv(predictions, classifier.names))
+    if args.html:
+        model = Path(args.model).name if Path(args.model).is_absolute() else args.model
+        write_atomically(args.html, render_predictions(classifier, predictions, faults + unread, model))
     columns = min(max(shutil.get_terminal_size().columns, NARROWEST), WIDEST)
     print(*render_table(predictions[:ROWS_SHOWN], classifier.names, columns), sep="\n")
     if len(predictions) > ROWS_SHOWN:
         print(f"... and {len(predictions) - ROWS_SHOWN:,} more")
     print("", describe_results(classifier, predictions, seconds, args.output), sep="\n")
+    if args.html:
+        print(args.html)
 
 
 if __name__ == "__main__":
