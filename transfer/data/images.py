@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from transfer.errors import UserError
@@ -104,7 +104,8 @@ def read_image(root: Path, file: str) -> tuple[ImageRecord, Image.Image | None]:
         content = (root / file).read_bytes()
         image = decode(content)
     except Exception as fault:  # damaged bytes make decoders raise anything: struct.error, IndexError, MemoryError
-        reason = " ".join(str(fault).split()) or type(fault).__name__
+        unknown = isinstance(fault, UnidentifiedImageError)  # its text names only the memory that held the bytes
+        reason = "unknown format" if unknown else " ".join(str(fault).split()) or type(fault).__name__
         return ImageRecord(file, fault=f"cannot be read as an image ({reason})"), None
     digest = hashlib.blake2b(content, digest_size=16).hexdigest()  # 128 bits: equal only if the bytes are equal
     return ImageRecord(file, image.mode, image.size, digest), image

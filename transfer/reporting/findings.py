@@ -76,6 +76,15 @@ def find_test_files(root: Path, ids: Iterable[str], labelled_files: Iterable[str
     return found
 
 
+def encode_thumbnail(image: Image.Image, size: int = PICTURE_SIZE) -> str:
+    """A small copy of an RGB image, with a longer side of at most `size` pixels, as a data URI."""
+    image = image.copy()
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=JPEG_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
 class Album:
     """Small pictures of the images below a root; without a root there are none."""
 
@@ -89,11 +98,7 @@ class Album:
         _, image = read_image(self.root, file)
         if image is None:
             return None
-        image = image.convert("RGB")
-        image.thumbnail((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
-        content = io.BytesIO()
-        image.save(content, "JPEG", quality=JPEG_QUALITY)
-        return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+        return encode_thumbnail(image.convert("RGB"))
 
     def show_test(self, image_id: str) -> str | None:
         """The test image with this id, as a data URI; None if it cannot be read."""

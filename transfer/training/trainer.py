@@ -1,6 +1,6 @@
 """The Trainer: takes uint8 images, applies the transforms on the device, and ends with the best epoch's weights.
 
-It overrides the Trainer's public methods, and one private one; transfer/compatibility.py lists them all.
+It overrides the Trainer's public methods, and one private one; transfer/runtime.py lists them all.
 """
 
 import copy
