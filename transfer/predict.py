@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from transfer.data.images import ImageGeometry, read_image, to_rgb
-from transfer.data.layouts import is_image, natural_key
+from transfer.data.listing import is_image, natural_key
 from transfer.errors import UserError, exits_cleanly
 from transfer.files import read_json, write_atomically
 from transfer.models.cpu_kernels import apply_cpu_speedups
