@@ -48,7 +48,7 @@ from transfer.errors import UserError, exits_cleanly
 from transfer.submission import form_of
 
 UNUSED_SHOWN = 5  # folders of unused images that are named
-CONFLICTS_SHOWN = 10  # pictures under several labels that are named
+CONFLICTS_SHOWN = 10  # pictures with several labels that are named
 
 # From a path to the files of a dataset
 
@@ -67,7 +67,7 @@ def join_template(data: DatasetFiles, template_path: Path | None) -> DatasetFile
     else:
         template = read_template(path)
         ids = name_test_images(data.root, files, set(template.iloc[:, 0]))
-        # The template of a later year lacked rows that its grader wanted; the competition's is complete.
+        # Some templates omit test images that the grader expects; that of the home competition is complete.
         may_be_short = not (data.root / WNIDS_NAME).is_file()
         check_template(template, ids, path, may_be_short, [file_name(file) for file in files])
         data = replace(data, test_ids=ids, template_path=path)
@@ -85,7 +85,7 @@ def list_ignored(data: DatasetFiles, path: Path, options: DataOptions) -> Datase
     if data.left_out:  # not by mistake
         ignored["images of other classes"], images = images.total(), Counter()
     above = root.parent
-    # Without --data_dir naming it, the folder above may hold anything.
+    # If --data_dir is the dataset itself, only templates in the folder above count.
     near = list_folder(above)[0] if above.is_relative_to(path.absolute()) else [t.name for t in list_templates(above)]
     unread = [name for name in near if name.endswith((".csv", ".tsv")) and above / name not in known]
     templates = {template.name for template in list_templates(above)}
@@ -352,7 +352,7 @@ def describe_duplicates(digests: dict[str, str], data: DatasetFiles) -> str:
 
 
 def describe_conflicts(digests: dict[str, str], data: DatasetFiles) -> list[str]:
-    """A line for each picture that is in train/ under several labels, up to ten of them."""
+    """A line for each picture that is in train/ with several labels, up to ten of them."""
     files_of: dict[str, list[tuple[str, int]]] = {}
     for file, label in zip(data.train_files, data.train_labels, strict=True):
         files_of.setdefault(digests[file], []).append((file, label))
@@ -389,7 +389,7 @@ def describe_images(data: DatasetFiles) -> list[str]:
         f"sizes {', '.join(f'{n} of {size}' for size, n in sizes[:5])}{more}",
         f"duplicates  {describe_duplicates(digests, data)} (identical bytes)",
         *describe_conflicts(digests, data),
-        *(f"warning     {fault}; its row in the csv will have the commonest class" for fault in faults[:10]),
+        *(f"warning     {fault}; its row in the csv will have the most frequent class" for fault in faults[:10]),
     ]
 
 

@@ -232,7 +232,7 @@ def test_copies_stay_on_one_side_of_the_split_and_of_every_fold(tmp_path, capsys
         assert held_out and kept and not held_out & kept and len(held_out | kept) == 40
     assert [load_dataset(data, 0.2)["validation"]["label"].count(label) for label in range(4)] == [10] * 4
     main([str(root)])
-    assert "40 pictures stand more than once in train (200 images), 0 of them under several" in capsys.readouterr().out
+    assert "40 pictures occur more than once in train (200 images), 0 of them with several" in capsys.readouterr().out
 
 
 def test_a_copy_under_another_label_moves_alone_and_all_else_stays_where_it_was(data):

@@ -156,7 +156,8 @@ class RunArguments:
         ADAPTERS, at_least=0, on_card="ingredient")
     linear_probe: bool = option(False, "Fit a linear head on frozen features first, then fine-tune from it.",
         ADAPTERS, on_card="ingredient")
-    linear_probe_only: bool = option(False, "Stop after the linear probe: a baseline with a csv, in minutes.",
+    linear_probe_only: bool = option(
+        False, "Stop after the linear probe: a baseline with a csv, without training the backbone.",
         ADAPTERS, on_card="ingredient")
 
     max_train_samples: int | None = option(

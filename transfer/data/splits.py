@@ -105,7 +105,7 @@ def find_straddling(copies: Sequence[Sequence[int]], held_out: Set[int]) -> list
 class CopyCounts:
     """Pictures that byte-identical training images show, and what the split does with them."""
 
-    pictures: int  # that stand more than once
+    pictures: int  # that occur more than once
     images: int  # that show them
     with_several_labels: int  # of the pictures
     moved: int  # pictures whose copies a split by file names alone would have put on both sides
@@ -115,12 +115,12 @@ class CopyCounts:
     def text(self) -> str:
         """The counts in words."""
         parts = [
-            f"{self.pictures} picture{'s stand' if self.pictures != 1 else ' stands'} more than once in train "
+            f"{self.pictures} picture{'s occur' if self.pictures != 1 else ' occurs'} more than once in train "
             f"({self.images} images), "
-            f"{self.with_several_labels} of them under several labels"
+            f"{self.with_several_labels} of them with several labels"
         ]
         if self.moved:
-            parts.append(f"{self.moved} would have been in train and validation: moved to one side")
+            parts.append(f"{self.moved} would have been in both train and validation and were moved to one side")
         if self.published:
             parts.append(f"{self.published} validation images are also in train")
         return "; ".join(parts)
@@ -161,7 +161,7 @@ def _hold_out_of_class(
 def _join_labels(
     files: Sequence[str], labels: Sequence[int], contents: Sequence[str], held_out: set[int], seed: int
 ) -> None:
-    """Move copies that stand under several labels to the side of the one that is drawn first.
+    """Move copies that have several labels to the side of the one that is drawn first.
 
     They go to the training side where a class would have no other image there.
     """

@@ -198,8 +198,8 @@ def fill_unreadable(context: RunContext, store: PixelStore, logits: np.ndarray) 
     filled[rows] = np.log(counts / counts.sum())
     shown = "; ".join(f"{context.data.root / files[row]}: {store.unreadable[files[row]]}" for row in rows[:5])
     say(
-        f"warning     {len(rows)} of {len(files)} test images cannot be read; each gets the commonest class of the "
-        f"training images, {context.data.class_names[int(counts.argmax())]}: {shown}{'; ...' if len(rows) > 5 else ''}"
+        f"warning     {len(rows)} of {len(files)} test images cannot be read; each gets the most frequent class of "
+        f"train, {context.data.class_names[int(counts.argmax())]}: {shown}{'; ...' if len(rows) > 5 else ''}"
     )
     return filled
 
