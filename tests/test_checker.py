@@ -242,6 +242,14 @@ FILES = [  # what it is, the template and its data, the file, a part of each lin
     ("names with commas", COMMAS, rows("bee, wild"), "has 3 columns, not 2; put names that contain ',' in quotes"),
     # the header
     ("no header", "index", "\n".join(LINES[1:]), "line 1: the header is missing: it must be 'id,label'"),
+    ("a comment above the header", "index", "# mine\n\n" + GOOD, "the header is in line 3; remove what is above it"),
+    (
+        "a spreadsheet's first line",
+        "semicolons",
+        "sep=;\n" + NAMED.replace(",", ";"),
+        "the header is in line 2; remove",
+    ),
+    ("a table of a run", "index", "epoch,loss\n1,2\n2,1\n", "the header is", "6 ids are missing", "2 ids are not in"),
     ("other case", "index", rows("0", header="ID,Label"), "'ID,Label', not 'id,label'; it differs in case, spaces or"),
     ("other words", "index", rows("0", header="file,class"), "line 1: the header is 'file,class', not 'id,label'"),
     ("swapped", "index", rows(list(IDS), "000000", "label,id"), "has another order: it is 'label,id', not 'id,label'"),
