@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from transfer import submission
+from transfer.data import labels
 from transfer.data.labels import read_template
 
 IDS = "abcdef"
@@ -179,7 +180,7 @@ DATES = ("index", ["1-2", "MAR3", "a"])
 LOOKS = ("index", ["NaN", "1e5", "007"])
 ACCENTS = ("accents", IDS)
 COMMAS = ("commas", IDS)
-PACKED_BY_A_MAC = {"out/a": GOOD, "__MACOSX/out/._a": "\0", "out/notes.txt": "mine"}
+PACKED_BY_A_MAC = {"out/a": GOOD, "__MACOSX/out/._a.csv": "\0", "out/notes.txt": "mine"}
 WORKBOOK = {"[Content_Types].xml": "", "xl/a.xml": ""}
 EUROPEAN = rows("0,2;0,3;0,5", header="id;lion;bee;wolf", separator=";")
 
@@ -241,6 +242,14 @@ FILES = [  # what it is, the template and its data, the file, a part of each lin
     ("names with commas", COMMAS, rows("bee, wild"), "has 3 columns, not 2; put names that contain ',' in quotes"),
     # the header
     ("no header", "index", "\n".join(LINES[1:]), "line 1: the header is missing: it must be 'id,label'"),
+    ("a comment above the header", "index", "# mine\n\n" + GOOD, "the header is in line 3; remove what is above it"),
+    (
+        "a spreadsheet's first line",
+        "semicolons",
+        "sep=;\n" + NAMED.replace(",", ";"),
+        "the header is in line 2; remove",
+    ),
+    ("a table of a run", "index", "epoch,loss\n1,2\n2,1\n", "the header is", "6 ids are missing", "2 ids are not in"),
     ("other case", "index", rows("0", header="ID,Label"), "'ID,Label', not 'id,label'; it differs in case, spaces or"),
     ("other words", "index", rows("0", header="file,class"), "line 1: the header is 'file,class', not 'id,label'"),
     ("swapped", "index", rows(list(IDS), "000000", "label,id"), "has another order: it is 'label,id', not 'id,label'"),
@@ -279,6 +288,12 @@ FILES = [  # what it is, the template and its data, the file, a part of each lin
     ("zeros before labels", "index", rows("02"), "label '02' is not an integer; it has a sign or leading zeros"),
     ("spaces before labels", "index", rows(" 2"), "label ' 2' has spaces or quotes around it (6 in all"),
     ("a probability for labels", "index", rows("0.93"), "label '0.93' is not an integer, but a fraction"),
+    (
+        "tensors",
+        "index",
+        rows("tensor(2)"),
+        "label 'tensor(2)' is not an integer, but an array or a tensor; write its",
+    ),
     ("class names for integers", "words by index", rows("a bee"), "is not an integer, but one of the class names"),
     ("wnids for integers", "index", rows("n01"), "label 'n01' is not an integer, but one of the wnids"),
     ("wnids for names", "words", rows("n01"), "the class names ('a bee', 'a lion', 'a wolf'), but one of the wnids"),
@@ -325,6 +340,27 @@ def test_text_that_is_read_but_is_not_utf_8_is_warned_of(tmp_path, capsys):
     submission.main([str(tmp_path / "a.csv"), "--template", str(template)])
     out, err = capsys.readouterr()
     assert out.startswith("ok: 6 rows") and "is UTF-16 text; save it as UTF-8 if" in err
+
+
+def test_a_template_may_be_packed_and_a_file_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch, capsys):
+    template, csv = tmp_path / "sample_submission.csv.zip", tmp_path / "a.csv.gz"
+    template.write_bytes(packed(sample_submission=GOOD))
+    csv.write_bytes(gzip.compress(GOOD.encode()))
+    arguments = [str(csv), "--template", str(template), "--num_classes", "3"]
+    submission.main(arguments)
+    assert "ok: 6 rows" in capsys.readouterr().out
+    monkeypatch.setattr(labels, "MOST_CSV_BYTES", len(GOOD) - 1)
+    with pytest.raises(SystemExit):
+        submission.main(arguments)
+    assert "give the csv itself" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_a_number_of_classes_that_contradicts_the_columns_of_the_template_is_refused(number, tmp_path, capsys):
+    template = write_case(tmp_path / "data", "columns")
+    with pytest.raises(SystemExit):
+        submission.main([str(template), "--template", str(template), "--num_classes", str(number)])
+    assert "has 3 label columns; leave it out" in capsys.readouterr().err
 
 
 def test_5000_wrong_rows_are_a_few_lines_with_counts_and_examples(tmp_path, capsys):

@@ -233,7 +233,9 @@ class WordForm(LabelForm):
                 return f"label {text}", f"is out of range {self._numbers[0]} to {self._numbers[-1]}"
             return f"label {text}", f"is not one of the {self.what} ({show_first(self.words)}){hint}"
         number = to_number(text.replace(",", "."))
-        if number is None:
+        if re.fullmatch(r"(tensor\(|array\(|\[).*", text):
+            hint = ", but an array or a tensor; write its number, as .item() gives it"
+        elif number is None:
             hint = hint or ", but a wnid" * bool(re.fullmatch("n[0-9]{8}", text))
         elif not number.is_integer():
             hint = ", but a fraction; the template does not show probabilities"

@@ -299,6 +299,10 @@ def align_csv(path: Path, template: pd.DataFrame) -> AlignedCsv:
         return AlignedCsv([], [], 0, [], ["is empty"])
     if encoding == "cp1252":
         faults.insert(0, "is not UTF-8 text, but Windows-1252, Latin-1 or the like; save it as UTF-8")
+    above = next((n for n, (_, cells) in enumerate(rows[:ROWS_LOOKED_AT]) if cells == list(template.columns)), 0)
+    if above and not set(template.iloc[:, 0]) & {cells[0] for _, cells in rows[:above]}:
+        faults.append(f"the header is in line {rows[above][0]}; remove what is above it")
+        rows = rows[above:]
     ids = {plain_id(image_id) for image_id in template.iloc[:, 0]}
     separator = template.attrs.get("separator", ",")
     width, keep, has_header, more = _find_columns(rows, list(template.columns), ids, separator)
@@ -491,7 +495,11 @@ def find_id_faults(found: Sequence[str], expected: Sequence[str]) -> list[str]:
             faults.append(f"{len(pairs)} ids {what} ({', '.join(shown)}{', ...' * (len(pairs) > 3)})")
             explained = {i for changed, ids in pairs for i in (changed, *ids)}
             missing, extra = ([i for i in ids if i not in explained] for ids in (missing, extra))
-    if extra and set(found) in ({str(n) for n in range(by, len(counts) + by)} for by in (0, 1)):
+    if (
+        extra
+        and len(counts) == len(wanted)
+        and set(found) in ({str(n) for n in range(by, len(counts) + by)} for by in (0, 1))
+    ):
         return [*faults, f"the ids are row numbers ({show_first(list(counts))}), not ids ({show_first(missing)})"]
     repeated = [i for i, count in counts.items() if count > 1]
     for ids, what in ((missing, "missing"), (extra, "not in the template"), (repeated, "repeated")):
