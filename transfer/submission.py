@@ -96,7 +96,7 @@ def match_columns(columns: Sequence[str], classes: Classes) -> tuple[int, ...] |
     forms = word_forms(classes)
     known = [form.words for name, form in forms.items() if name != "index" or classes.is_ordered]
     for change in (str, plain):
-        changed = [change(column) for column in columns]
+        changed = [change(unicodedata.normalize("NFC", column)) for column in columns]
         for words in ([change(word) for word in listed] for listed in known):
             # Around the class, every column may have the same words, as in p_bee and p_lion.
             for around in [changed[0].split(word, 1) for word in words if word and word in changed[0]]:
