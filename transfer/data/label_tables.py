@@ -159,9 +159,10 @@ def find_label_tables(root: Path, files: Sequence[str]) -> list[LabelTable]:
 
 
 def names_more_than_validation(root: Path, table: LabelTable) -> bool:
-    """Whether a table names an image outside the validation folder."""
-    start = f"{find_split_folder(root, 'val') or 'val'}/"
-    return any(not file.startswith(start) for rows in table.images.values() for row in rows for file in row)
+    """Whether a table lies outside the validation folder and names an image outside it."""
+    folder = find_split_folder(root, "val") or "val"
+    images = (file for rows in table.images.values() for row in rows for file in row)
+    return not table.path.is_relative_to(root / folder) and any(not f.startswith(f"{folder}/") for f in images)
 
 
 def repeats_folders(table: LabelTable, files: Sequence[str]) -> bool:
