@@ -2,11 +2,13 @@
 
     python benchmarks/chaos.py --kills 20     # SIGKILL at random moments, of tiny ViTs and ConvNeXts, also in repeats
     python benchmarks/chaos.py --fuzz 500     # byte flips, cuts and renames in data folder, zip and template
+    python benchmarks/chaos.py --layouts 500  # small data sets in random layouts, whose truth is known
 
 A killed run is started again with the same command, or as its error message says; in the end, its weights and csv must
-equal those of an undisturbed run. Damaged data must be refused with one line, or read correctly. The exit code is 1 if
-anything was lost, wrong or half-written. The data are generated, and no network is needed; the same --seed repeats the
-damage.
+equal those of an undisturbed run. Damaged data must be refused with one line, or read correctly. In a random layout,
+every label and every cell of the csv must be right, every file used or listed, and every refusal justified. The exit
+code is 1 if anything was lost, wrong, left out silently or half-written. The data are generated, and no network is
+needed; the same --seed repeats the damage and the layouts.
 """
 
 import argparse
@@ -34,6 +36,7 @@ from transformers import ConvNextConfig, ConvNextForImageClassification, ViTConf
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import finetune_vit
+from benchmarks.layout_check import fuzz_layouts
 from data_loading import load_dataset, open_data
 from transfer.data.images import ImageGeometry, open_pixel_store
 from transfer.data.labels import open_template, render_submission
@@ -345,7 +348,8 @@ def main(argv: list[str] | None = None) -> None:
         "--kills", type=int, default=0, help=f"number of kills of each of the runs: {', '.join(KILLED)}"
     )
     parser.add_argument("--fuzz", type=int, default=0, help="number of damaged datasets")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments and the damage")
+    parser.add_argument("--layouts", type=int, default=0, help="number of data sets in random layouts")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments, the damage and the layouts")
     args = parser.parse_args(argv)
     rng, lost = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as name:
@@ -368,6 +372,10 @@ def main(argv: list[str] | None = None) -> None:
             outcomes = fuzz(args.fuzz, place / "fuzz", rng)
             print("fuzz      " + ", ".join(f"{count} {what}" for what, count in sorted(outcomes.items())))
             lost += sum(count for what, count in outcomes.items() if what not in ("refused", "accepted, right"))
+        if args.layouts:
+            outcomes = fuzz_layouts(args.layouts, place / "layouts", args.seed)
+            print("layouts   " + ", ".join(f"{count} {what}" for what, count in sorted(outcomes.items())))
+            lost += sum(count for what, count in outcomes.items() if what not in ("refused", "right"))
     sys.exit(1 if lost else 0)
 
 

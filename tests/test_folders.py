@@ -5,7 +5,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, WNIDS
+from conftest import WNIDS
 from PIL import Image
 from test_layouts import QUICK, id2label, labels_of, paint, save, write_class_folders, write_tiny_imagenet
 
@@ -216,7 +216,3 @@ def test_the_check_says_the_same_as_the_run(tmp_path, capsys):
 def test_the_competitions_folders_are_still_the_first_choice(tmp_path):
     root = write_class_folders(tmp_path / "things")
     assert [find_split_folder(root, split) for split in ("train", "val", "test")] == ["train", "val", "test"]
-
-
-def test_the_documentation_has_a_row_for_class_folders_without_train():
-    assert "| class folders without train/ | `<class>/*` |" in (ROOT / "docs" / "data.md").read_text()

@@ -394,8 +394,8 @@ def word_forms(classes: Classes) -> list[WordForm]:
 def match_columns(columns: Sequence[str], classes: Classes) -> tuple[int, ...] | None:
     """The label of the class that each column of a header names; None unless they name every class once."""
     known = [form.words for form in word_forms(classes) if classes.is_ordered or not isinstance(form, IndexForm)]
-    for change in (UNICODE_FORMS[0], plain_word):
-        changed = [change(column) for column in columns]
+    for change in (str, plain_word):
+        changed = [change(UNICODE_FORMS[0](column)) for column in columns]
         for words in ([change(word) for word in listed] for listed in known):
             # Around the class, every column may have the same words, as in p_bee and p_lion.
             for around in [changed[0].split(word, 1) for word in words if word and word in changed[0]]:

@@ -97,8 +97,8 @@ class LabelTable:
 def _split_rows(path: Path) -> list[tuple[int, list[str]]]:
     """(line number, cells) of a csv with `,`, `;` or tab, or of lines `path label` in a txt. Raises `UserError`."""
     text = read_text(path)
-    first = text.partition("\n")[0]
-    delimiter = max(",;\t", key=first.count)
+    first, lines = text.partition("\n")[0], [line for line in text.splitlines() if line.strip()]
+    delimiter = max(",;\t", key=lambda sign: (all(sign in line for line in lines), first.count(sign)))
     if delimiter not in first:
         return [(n, line.rsplit(None, 1)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
@@ -130,11 +130,11 @@ def read_label_table(path: Path, names: ImageNames, base: str = "") -> LabelTabl
     return LabelTable(path, columns, rows[has_header:], {columns[p]: f[has_header:] for p, f in images.items()})
 
 
-def _list_tables(folder: Path) -> list[Path]:
-    """Files in a folder that may hold labels; templates are left out."""
+def list_tables(folder: Path) -> list[Path]:
+    """Files in a folder that may hold labels; templates and lists of test images are left out."""
     paths = [folder / name for name in list_folder(folder)[0] if re.search(r"(?i)\.(csv|tsv|txt)$", name)]
-    names_template = re.compile(r"(?i)(sample|template|submission)")
-    return [p for p in paths if not names_template.search(p.name) and p.stat().st_size <= MOST_TABLE_BYTES]
+    not_labels = re.compile(r"(?i)sample|template|submission|^test")
+    return [p for p in paths if not not_labels.search(p.name) and p.stat().st_size <= MOST_TABLE_BYTES]
 
 
 def _try_table(path: Path, names: ImageNames, base: str) -> LabelTable | None:
@@ -150,12 +150,28 @@ def find_label_tables(root: Path, files: Sequence[str]) -> list[LabelTable]:
     """The tables that name images, in the root and its train and val folders; else those in the folder above."""
     splits = [folder for split in ("train", "val") if (folder := find_split_folder(root, split))]
     for places in (["", *splits], [".."]):
-        paths = [(place, path) for place in places for path in _list_tables(root / place)]
+        paths = [(place, path) for place in places for path in list_tables(root / place)]
         names = ImageNames(files if paths else [])
         tables = [table for place, path in paths if (table := _try_table(path, names, place.strip(".")))]
         if tables:
             return tables
     return []
+
+
+def names_more_than_validation(root: Path, table: LabelTable) -> bool:
+    """Whether a table lies outside the validation folder and names an image outside it."""
+    folder = find_split_folder(root, "val") or "val"
+    images = (file for rows in table.images.values() for row in rows for file in row)
+    return not table.path.is_relative_to(root / folder) and any(not f.startswith(f"{folder}/") for f in images)
+
+
+def repeats_folders(table: LabelTable, files: Sequence[str]) -> bool:
+    """Whether a table gives each image the name of one of its folders as the label, so that it tells nothing new."""
+    try:
+        label_of = read_labels(table, DataOptions(), ImageNames(files))
+    except UserError:
+        return False
+    return all(label in normal_name(file).split("/")[:-1] for file, label in label_of.items())
 
 
 def _choose_column(table: LabelTable, wanted: str | None, fitting: Sequence[str], flag: str) -> str:
@@ -211,7 +227,12 @@ def _choose_tables(root: Path, files: Sequence[str], options: DataOptions, names
         path = path if path.is_file() else root / options.labels_csv
         base = path.parent.relative_to(root).as_posix() if path.is_relative_to(root) else ""
         return [read_label_table(path, names, base.strip("."))]
-    tables, validation = find_label_tables(root, files), find_split_folder(root, "val")
+    template, validation = options.template_path, find_split_folder(root, "val")
+    tables = [
+        table
+        for table in find_label_tables(root, files)
+        if not (template and template.is_file() and template.samefile(table.path))
+    ]
     if not tables:
         raise UserError(f"{root}: has no csv that names its images; give one with --labels_csv")
     in_val = [
@@ -235,7 +256,10 @@ def _label_by_pattern(files: Sequence[str], pattern: str) -> dict[str, str]:
     matches = {file: expression.search(normal_name(file_name(file))) for file in files}
     missing = [file for file, match in matches.items() if match is None or not match[1]]
     if missing:
-        raise UserError(f"--label_pattern {pattern}: {len(missing)} images do not match ({missing[0]})")
+        raise UserError(
+            f"--label_pattern {pattern}: {len(missing)} images do not match ({missing[0]}); change the expression, or "
+            "move them out of the dataset"
+        )
     return {file: match[1] for file, match in matches.items() if match}
 
 

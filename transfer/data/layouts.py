@@ -10,8 +10,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from transfer.data.label_tables import DataOptions, check_folder_labels, find_label_tables, label_images
-from transfer.data.labels import name_classes, order_labels, read_class_list, read_class_order, read_synonyms
+from transfer.data.label_tables import (
+    DataOptions,
+    check_folder_labels,
+    find_label_tables,
+    label_images,
+    list_tables,
+    names_more_than_validation,
+    repeats_folders,
+)
+from transfer.data.labels import (
+    match_ids,
+    name_classes,
+    order_labels,
+    read_class_list,
+    read_class_order,
+    read_synonyms,
+    read_template,
+)
 from transfer.data.listing import (
     NATURAL_ORDER,
     NATURALLY,
@@ -97,7 +113,10 @@ def check_class_folders(root: Path, class_ids: Sequence[str], label_order: str, 
     missing = sorted(set(class_ids) - set(folders))
     extra = sorted(set(folders) - set(class_ids))
     if missing:
-        raise UserError(f"{train / missing[0]}: class folder is missing ({len(missing)} missing in all)")
+        raise UserError(
+            f"{train / missing[0]}: class folder is missing ({len(missing)} missing in all); add it, or correct "
+            f"{label_order}"
+        )
     if extra and not is_subset:
         raise UserError(
             f"{train / extra[0]}: class folder is not in {label_order} ({len(extra)} extra in all); "
@@ -288,15 +307,21 @@ def list_labelled(root: Path, options: DataOptions) -> list[str]:
 
 
 def list_unlabelled_test(root: Path, template: Path | None, unlabelled: Sequence[str], source: str) -> list[str]:
-    """Test files; without a test folder, the unlabelled images if there is a template. Raises `UserError`."""
-    if not unlabelled:
-        return list_test_images(root)
-    if find_split_folder(root, "test") is None and template:
-        return sorted(unlabelled, key=natural_key)
-    raise UserError(
-        f"{root / unlabelled[0]}: has no label in {source} ({len(unlabelled)} images have none); add rows for "
-        "them, or move them into test/ or out of the dataset"
-    )
+    """Test files; without a test folder, the unlabelled images that the template lists. Raises `UserError`."""
+    listed: dict[str, str] = {}
+    if unlabelled and template and find_split_folder(root, "test") is None:
+        listed = match_ids(unlabelled, set(read_template(template).iloc[:, 0]))
+    if rest := [file for file in unlabelled if file not in listed]:
+        raise UserError(
+            f"{root / rest[0]}: has no label in {source} ({len(rest)} images have none); add rows for "
+            "them, or move them into test/ or out of the dataset"
+        )
+    return sorted(listed, key=natural_key) if listed else list_test_images(root)
+
+
+def is_wrapper(root: Path) -> bool:
+    """Whether the only folder in a folder may be the dataset, as in an unpacked archive."""
+    return len(list_visible_folders(root)) == 1 and not has_images(root) and find_split_folder(root, "train") is None
 
 
 def order_used_labels(root: Path, labels: Set[str], classes_file: Path | None, source: str) -> list[str]:
@@ -315,7 +340,11 @@ class LabelTables:
     kind = "labels in a csv"
 
     def recognizes(self, root: Path, options: DataOptions) -> bool:
-        return bool(find_label_tables(root, list_images_below(root, without=find_split_folder(root, "test"))))
+        files = list_images_below(root, without=find_split_folder(root, "test"))
+        tables = find_label_tables(root, files)
+        return any(names_more_than_validation(root, table) for table in tables) and not (
+            len(list_flat_classes(root)) > 1 and all(repeats_folders(table, files) for table in tables)
+        )
 
     def read(self, root: Path, options: DataOptions) -> DatasetFiles:
         files, template = list_labelled(root, options), options.template_path or find_template(root)
@@ -349,7 +378,11 @@ class ChosenLabels(LabelTables):
     """Labels where the user says that they are: in a csv that --labels_csv or a column's name chooses."""
 
     def recognizes(self, root: Path, options: DataOptions) -> bool:
-        return options.label_pattern is None and options.names_a_table
+        if options.label_pattern or not options.names_a_table:
+            return False
+        named = options.labels_csv or ""
+        lies_here = (root / named).is_file() and not Path(named).is_absolute() if named else bool(list_tables(root))
+        return lies_here or not is_wrapper(root)
 
 
 class FileNames(LabelTables):
@@ -358,7 +391,7 @@ class FileNames(LabelTables):
     kind = "labels in file names"
 
     def recognizes(self, root: Path, options: DataOptions) -> bool:
-        return options.label_pattern is not None
+        return options.label_pattern is not None and not is_wrapper(root)
 
 
 # The dataset's root
@@ -397,7 +430,7 @@ def find_layout(path: Path, options: DataOptions | None = None) -> tuple[Path, L
         for level, folder in candidates:
             if layout.recognizes(folder, options):
                 splits = sum(find_split_folder(folder, name) is not None for name in ("train", "test"))
-                found.setdefault((-splits if find_split_folder(folder, "train") else 0, level), []).append(folder)
+                found.setdefault((-splits, level), []).append(folder)
         if found:
             best = found[min(found)]
             if len(best) > 1:

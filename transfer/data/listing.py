@@ -143,9 +143,10 @@ def find_class_folders(root: Path, split: str) -> dict[str, list[str]]:
     """
     parent = find_split_folder(root, split)
     names = list_visible_folders(root / parent) if parent else list_flat_classes(root) if split == "train" else []
-    if parent and [name.lower() for name in names] == ["images"] and not list_images(root, f"{parent}/{names[0]}"):
-        parent = f"{parent}/{names[0]}"  # train/images/<class>/*
-        names = list_visible_folders(root / parent)
+    if parent and [name.lower() for name in names] == ["images"]:
+        inside = f"{parent}/{names[0]}"
+        if 2 * len(list_images(root, inside)) < len(list_images_below(root, inside)):  # train/images/<class>/*
+            parent, names = inside, list_visible_folders(root / inside)
     folders: dict[str, list[str]] = {}
     for name in names:
         folders.setdefault(normal_name(name), []).append(posixpath.join(parent or "", name))
