@@ -24,8 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from PIL import Image
+from transformers import PreTrainedModel
 
-from transfer.predict import PictureClassifier, list_pictures, open_classifier, predict_pictures
+from transfer.models.cpu_kernels import apply_cpu_speedups
+from transfer.models.load import load_checkpoint
+from transfer.predict import PictureClassifier, find_model, list_pictures, open_classifier, predict_pictures
 from transfer.runs.record import describe_device, describe_versions
 from transfer.runtime import tune_malloc
 
@@ -46,14 +49,22 @@ def write_pictures(folder: Path, count: int) -> None:
         picture.save(folder / f"{i}.{choices.choice(SUFFIXES[mode])}")
 
 
+def load_bare(name: str, device: torch.device) -> PreTrainedModel:
+    """The model as it was trained, without what `transfer.predict` does to it for inference."""
+    model, _ = load_checkpoint(find_model(name)[0])
+    apply_cpu_speedups(model)
+    model.eval().to(device, memory_format=torch.channels_last)
+    return model
+
+
 @torch.inference_mode()
-def time_forward(classifier: PictureClassifier, count: int, batch_size: int) -> float:
+def time_forward(model: PreTrainedModel, crop: tuple[int, int], count: int, batch_size: int) -> float:
     """Seconds of the forward pass alone."""
-    pixels = torch.randn(batch_size, 3, *classifier.geometry.crop, device=classifier.model.device)
+    pixels = torch.randn(batch_size, 3, *crop, device=model.device)
     pixels = pixels.contiguous(memory_format=torch.channels_last)
     start = time.perf_counter()
     for done in range(0, count, batch_size):
-        labels = classifier.model(pixel_values=pixels[: count - done]).logits.argmax(-1).cpu()
+        labels = model(pixel_values=pixels[: count - done]).logits.argmax(-1).cpu()
     assert len(labels)
     return time.perf_counter() - start
 
@@ -77,6 +88,7 @@ def main() -> None:
     options = parser.parse_args()
     tune_malloc()
     classifier = open_classifier(options.model)
+    bare = load_bare(options.model, classifier.model.device)
     rounds = []
     with tempfile.TemporaryDirectory() as folder:
         write_pictures(Path(folder), options.pictures)
@@ -85,7 +97,7 @@ def main() -> None:
         for repeat in range(options.repeats):
             contenders = {
                 "predict": lambda: time_predict(classifier, files, options.batch_size),
-                "forward": lambda: time_forward(classifier, len(files), options.batch_size),
+                "forward": lambda: time_forward(bare, classifier.geometry.crop, len(files), options.batch_size),
             }
             order = list(contenders) if repeat % 2 else list(reversed(contenders))
             rounds.append({name: contenders[name]() for name in order})

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from transformers import AutoModelForImageClassification, pipeline
 from benchmarks import predict_speed
 from transfer import predict
 from transfer.files import read_json
+from transfer.models.cpu_kernels import fold_batch_norms
 
 ENDINGS = ["jpg", "png", "webp", "bmp", "gif", "tif", "JPEG"]
 MODES = ["RGB", "RGB", "L", "P", "RGBA", "LA", "1", "CMYK"]
@@ -221,6 +223,35 @@ def test_the_page_of_a_single_picture_has_no_counts(run, pictures):
     words = Page(Path("page.html")).words
     assert "1 prediction " in words and "by tiny; confidence calibrated with temperature 2.00" in words
     assert "Classes" not in words and f"part 1/{file.name}" in words
+
+
+class NormFirst(torch.nn.Module):
+    """Lists a convolution before a batch norm, and calls them the other way round."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.norm = torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3)
+
+    def forward(self, pixel_values):
+        return SimpleNamespace(logits=self.convolution(self.norm(pixel_values)).mean((2, 3)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("connected", [True, False])
+def test_batch_norms_are_folded_unless_that_changes_the_logits(checkpoints, connected):
+    torch.manual_seed(0)
+    model = AutoModelForImageClassification.from_pretrained(checkpoints("efficientnet")) if connected else NormFirst()
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    images = torch.randn(2, 3, 32, 32)
+    before = model.eval()(pixel_values=images).logits
+    folded = fold_batch_norms(model, images)
+    assert torch.allclose(model(pixel_values=images).logits, before, atol=1e-5)
+    assert folded == (len(norms) if connected else 0)
+    kept = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert len(kept) == len(norms) - folded
 
 
 def test_the_benchmark_compares_with_the_forward_pass(run, monkeypatch, tmp_path):
