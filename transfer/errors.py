@@ -2,14 +2,19 @@
 
 import errno
 import functools
+import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
 # Errors of the system, not of the program: a full disk or quota, a file or folder that cannot be written.
 SYSTEM_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 OTHERS_WAIT_SECONDS = 10.0  # the launcher ends the other processes once the first has ended
+LAUNCHER_SECONDS = 3.0  # at most, until a launcher that Ctrl-C interrupts as well has printed its traceback
+
+BEFORE_EXIT: list[Callable[[], object]] = []  # called before a command prints its last line
 
 
 class UserError(Exception):
@@ -20,6 +25,7 @@ def _stop(message: str, code: int) -> NoReturn:
     """Print one line and exit. Of the processes of a machine only the first prints it, unless another fails alone."""
     if int(os.environ.get("LOCAL_RANK", 0)):
         time.sleep(OTHERS_WAIT_SECONDS)
+    logging.getLogger("transfer.run_log").info("error: %s", message)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -30,6 +36,22 @@ def _lost_a_process(fault: RuntimeError) -> bool:
     return several and (type(fault).__name__.startswith("Dist") or "/gloo/" in str(fault))
 
 
+def _let_launcher_end() -> None:
+    """After Ctrl-C under `accelerate launch`, wait for its traceback: our line, which says what to do, comes last."""
+    import psutil  # only here: errors are imported by everything
+
+    launcher = os.getppid()
+    try:
+        if not any("accelerate" in word for word in psutil.Process(launcher).cmdline()):
+            return
+    except psutil.Error:
+        return
+    end = time.monotonic() + LAUNCHER_SECONDS
+    while os.getppid() == launcher and time.monotonic() < end:
+        time.sleep(0.02)
+    print(file=sys.stderr)  # the shell's prompt has already come
+
+
 def exits_cleanly(main):
     """Decorate a command so that a `UserError` ends it with one `error:` line on stderr and exit code 2.
 
@@ -37,13 +59,23 @@ def exits_cleanly(main):
     shell.
     """
 
+    def run_to_end(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        finally:
+            for leave in BEFORE_EXIT:
+                leave()
+
     @functools.wraps(main)
     def run(*args, **kwargs):
         try:
-            return main(*args, **kwargs)
+            return run_to_end(*args, **kwargs)
         except UserError as mistake:
+            if isinstance(mistake.__context__, KeyboardInterrupt):
+                _let_launcher_end()
             _stop(str(mistake), 2)
         except KeyboardInterrupt:
+            _let_launcher_end()
             _stop("interrupted; run the same command again: it starts over, or tells you how to resume", 130)
         except RuntimeError as fault:
             if not _lost_a_process(fault):

@@ -1,17 +1,102 @@
-"""The process and its environment: mixed precision, CPU threads and memory, and the number of processes."""
+"""The process and its environment: supported libraries, mixed precision, CPU threads and memory, processes."""
 
 import ctypes
+import importlib
+import importlib.metadata
+import inspect
 import os
 import platform
+from pathlib import Path
 
 import torch
+import yaml
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from transfer.compatibility import check_libraries
+from transfer import terminal
 from transfer.errors import UserError
 
 PRECISION_VARIABLE = "ACCELERATE_MIXED_PRECISION"  # how accelerate launch tells the script
+ACCELERATE_CONFIG = Path(__file__).resolve().parent.parent / "accelerate_config.yaml"
+
+
+# The libraries
+
+# Methods of other libraries that this project overrides or that are private there. If a library renames one of them,
+# an override becomes dead code and nothing says so: the run would end with silently wrong results. So every run checks
+# this list before it does anything else.
+
+# The versions that the list below was written for; constraints.txt pins them.
+TESTED = {"transformers": "5.23.0", "accelerate": "1.15.0", "torch": "2.13.0", "evaluate": "0.4.6"}
+
+# Class -> method that we override -> the parameters that we rely on.
+OVERRIDDEN: dict[str, dict[str, tuple[str, ...]]] = {
+    "transformers:Trainer": {
+        "train": ("resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
+        "training_step": ("model", "inputs", "num_items_in_batch"),
+        "prediction_step": ("model", "inputs", "prediction_loss_only", "ignore_keys"),
+        "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
+        "create_optimizer": ("model",),
+        "save_model": ("output_dir", "_internal_call"),
+        "floating_point_ops": ("inputs",),
+        # Private: without it, the norm of all gradients is computed at every step, only to be logged.
+        "_get_grad_norm": ("model", "grad_norm"),
+    },
+    "evaluate:Metric": {"_info": (), "_compute": ()},  # both are meant to be overridden
+    # The hooks of the callbacks: without on_train_end, a run would end with the last epoch instead of the best.
+    "transformers:TrainerCallback": dict.fromkeys(
+        (
+            "on_train_begin",
+            "on_train_end",
+            "on_epoch_begin",
+            "on_epoch_end",
+            "on_step_begin",
+            "on_step_end",
+            "on_prediction_step",
+            "on_evaluate",
+            "on_save",
+            "on_log",
+        ),
+        ("args", "state", "control"),
+    ),
+}
+
+# Private function that we call -> its parameters. Where torch emulates bf16 on a CPU, fp32 is faster.
+CALLED: dict[str, tuple[str, ...]] = {"torch.cpu:_is_avx512_bf16_supported": ()}
+
+
+def _find(name: str):
+    """What `module:attribute` names, or None."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute, None)
+
+
+def _misses(function, parameters: tuple[str, ...]) -> bool:
+    """Whether a function is missing or lacks one of the parameters."""
+    return function is None or not set(parameters) <= inspect.signature(function).parameters.keys()
+
+
+def check_libraries() -> None:
+    """Raise `UserError` unless the installed libraries have all that we override and call."""
+    for name, methods in OVERRIDDEN.items():
+        for method, parameters in methods.items():
+            if _misses(getattr(_find(name), method, None), parameters):
+                _refuse(name, method, parameters)
+    for name, parameters in CALLED.items():
+        if _misses(_find(name), parameters):
+            _refuse(name, name.partition(":")[2], parameters)
+
+
+def _refuse(name: str, method: str, parameters: tuple[str, ...]) -> None:
+    package = name.partition(":")[0].partition(".")[0]
+    raise UserError(
+        f"{package} {importlib.metadata.version(package)} has no {method}({', '.join(parameters)}) in "
+        f"{name.partition(':')[0]}, which this project needs; it was tested with {package} {TESTED[package]}: "
+        "pip install -r requirements.txt"
+    )
+
+
+# Precision, threads and memory
 
 
 def _has_bf16_units() -> bool:
@@ -26,15 +111,16 @@ def _has_bf16_units() -> bool:
 def resolve_mixed_precision() -> str:
     """Set the mixed precision in the environment, from where the Trainer reads it; returns a line to print.
 
-    accelerate_config.yaml states it and the launcher passes it on. A precision that is slow on this device is
-    replaced: bf16 by fp16 on a GPU without bf16 units and by fp32 on such a CPU, fp16 by fp32 on any CPU.
+    accelerate_config.yaml states it and the launcher passes it on; without a launcher it is read here. A precision
+    that is slow on this device is replaced: bf16 by fp16 on a GPU without bf16 units and by fp32 on such a CPU, fp16
+    by fp32 on any CPU.
     """
+    if not any(name.startswith("ACCELERATE_") for name in os.environ) and ACCELERATE_CONFIG.is_file():
+        stated = (yaml.safe_load(ACCELERATE_CONFIG.read_text(encoding="utf-8")) or {}).get("mixed_precision", "no")
+        os.environ[PRECISION_VARIABLE] = str(stated)
     asked = os.environ.get(PRECISION_VARIABLE)
     if asked is None:
-        return (
-            "precision: fp32, because the script was not started by `accelerate launch --config_file "
-            "accelerate_config.yaml`"
-        )
+        return "precision: fp32, because the launcher named no mixed_precision"
     if asked == "no":
         return "precision: fp32 (mixed_precision in the accelerate config)"
     chosen = asked
@@ -76,8 +162,8 @@ def tune_malloc() -> None:
 def set_up_runtime() -> str:
     """Check the libraries and tune the process before anything is computed; returns a line on the precision."""
     check_libraries()
+    use_all_cores()  # first: it looks for what the launcher set
     precision = resolve_mixed_precision()
-    use_all_cores()
     tune_malloc()
     return precision
 
@@ -108,7 +194,13 @@ def say(*lines: str) -> None:
     Call it only after TrainingArguments have been made: they tell accelerate which backend to use.
     """
     if PartialState().is_main_process:
-        print(*lines, sep="\n", flush=True)
+        terminal.show(*lines)
+
+
+def note(*lines: str) -> None:
+    """Write lines to run.log from the main process, and not to the screen."""
+    if PartialState().is_main_process:
+        terminal.log_only(*lines)
 
 
 def share_batch(images: int, accumulation: int, processes: int) -> tuple[int, int]:

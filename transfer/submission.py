@@ -218,6 +218,16 @@ def fill_submission(data: DatasetFiles, ids: Sequence[str], scores: np.ndarray, 
 # The check of a csv
 
 
+def check_rows(path: Path, data: DatasetFiles) -> int:
+    """The number of rows of a dataset's csv, after checking it as the command does. Raises `UserError` for a fault."""
+    form = form_of(data)
+    columns = data.class_names if isinstance(form, ProbabilityForm) else HEADER[1:]
+    template = open_template(data.template_path, data.test_ids, columns)
+    if faults := find_faults(path, template, form):
+        raise UserError(f"{path}: {faults[0]}")
+    return len(template)
+
+
 def _read_csv(path: Path, template: pd.DataFrame) -> tuple[list[tuple[int, list[str]]], list[str]]:
     """(rows of a csv, faults of all rows at once); rows are read on as if these faults were corrected."""
     separator, header = template.attrs.get("separator", ","), list(template.columns)
