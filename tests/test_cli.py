@@ -199,6 +199,7 @@ def test_arguments_are_defined_in_the_order_of_their_topics():
     [
         ([], "recipe"),
         (["--data_dir", "somewhere/tiny-imagenet-100.zip"], "recipe-tiny-imagenet-100"),
+        (["--data_dir", "sample"], "recipe"),
         (["--data_dir", "my photos/"], "recipe-my_photos"),
         (["--dataset_name", "me/things.v2"], "recipe-things.v2"),
         (["--data_dir", "other", "--output_dir", "outputs/chosen"], "chosen"),

@@ -197,12 +197,13 @@ def split_command_line(argv: list[str]) -> tuple[str | None, list[str]]:
     return recipe, flags
 
 
-def name_run(source: Path, flagged: argparse.Namespace) -> str:
-    """The name of the default output folder: the recipe's, and the dataset's where a flag names it."""
-    place = Path(flagged.dataset_name or flagged.data_dir or "")
-    name = place.stem if place.suffix == ".zip" else place.name or place.resolve().name
-    if not (flagged.dataset_name or flagged.data_dir):
+def name_run(source: Path, settings: Mapping, flagged: argparse.Namespace) -> str:
+    """The name of the default output folder: the recipe's, and the dataset's where a flag names another one."""
+    dataset = flagged.dataset_name or flagged.data_dir
+    if dataset is None or dataset in (settings.get("dataset_name"), settings.get("data_dir")):
         return source.stem
+    place = Path(dataset)
+    name = place.stem if place.suffix == ".zip" else place.name or place.resolve().name
     return f"{source.stem}-" + re.sub(r"[^\w.-]+", "_", name)
 
 
@@ -221,8 +222,9 @@ def parse_command_line(argv: list[str]) -> tuple[RunArguments, FinetuningArgumen
     if strays:
         raise UserError(f"command line: '{strays[0]}' does not belong to an argument; --help lists the arguments")
     source = Path(recipe or flagged.reproduce)
-    parser.set_defaults(output_dir=str(Path("outputs") / name_run(source, flagged)))
-    parser.set_recipe(read_recipe(source, flagged.do_train) if recipe else read_run(source), str(source))
+    settings = read_recipe(source, flagged.do_train) if recipe else read_run(source)
+    parser.set_defaults(output_dir=str(Path("outputs") / name_run(source, settings, flagged)))
+    parser.set_recipe(settings, str(source))
     try:
         run, args = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
     except (ValueError, TypeError, ImportError, OSError) as fault:
