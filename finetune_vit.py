@@ -11,19 +11,19 @@ may contain.
 `run` holds the arguments that this project adds, and `args` those of the Trainer (transfer/config.py).
 """
 
-import os
 import sys
 import time
 from pathlib import Path
 
-if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
-    print("starting    loading PyTorch and Transformers", flush=True)  # the imports below take some seconds
+from transfer.errors import announce, exits_cleanly
+
+if __name__ == "__main__":
+    announce("loading PyTorch and Transformers")  # the imports below take some seconds
 
 import data_loading
 from transfer.cli import parse_command_line
 from transfer.config import FinetuningArguments, describe_arguments
 from transfer.data.images import PixelDataset
-from transfer.errors import exits_cleanly
 from transfer.evaluation.metrics import RunMetrics
 from transfer.models.build import Classifier, prepare_model
 from transfer.runs import RunContext, repeats, search, single, timing

@@ -332,6 +332,14 @@ def test_ctrl_c_under_quiet_accelerate_launch_ends_with_our_line(tmp_path):
     assert rest.rstrip().splitlines()[-1].startswith("error: interrupted"), rest
 
 
+def test_ctrl_c_while_the_libraries_load_is_one_line_too():
+    with start("recipes/sample.yaml") as run:
+        first = run.stdout.readline()
+        run.send_signal(signal.SIGINT)
+        rest = run.stdout.read()
+    assert first.startswith("starting") and rest == "error: interrupted\n" and run.returncode == 130
+
+
 def test_without_a_launcher_the_precision_is_the_configs(monkeypatch, tmp_path):
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         monkeypatch.delenv(name)

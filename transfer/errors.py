@@ -4,6 +4,7 @@ import errno
 import functools
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -52,6 +53,18 @@ def _let_launcher_end() -> None:
     print(file=sys.stderr)  # the shell's prompt has already come
 
 
+def _stop_early(number, frame) -> NoReturn:
+    _let_launcher_end()
+    _stop("interrupted", 130)
+
+
+def announce(what: str) -> None:
+    """Say in the first process what takes the first seconds; until `exits_cleanly` Ctrl-C ends them in one line."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"starting    {what}", flush=True)
+    signal.signal(signal.SIGINT, _stop_early)
+
+
 def exits_cleanly(main):
     """Decorate a command so that a `UserError` ends it with one `error:` line on stderr and exit code 2.
 
@@ -60,6 +73,8 @@ def exits_cleanly(main):
     """
 
     def run_to_end(*args, **kwargs):
+        if signal.getsignal(signal.SIGINT) is _stop_early:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return main(*args, **kwargs)
         finally:
