@@ -330,12 +330,10 @@ def describe_layout(data: DatasetFiles) -> list[str]:
     ]
 
 
-def describe_split(run: RunArguments, data: DatasetFiles, dataset: datasets.DatasetDict) -> list[str]:
-    """Lines about the split, about byte-identical copies, and about uneven and too small classes."""
-    has_own_split = not run.kfold or run.fold  # otherwise, each fold has one
-    lines = [f"splits      {describe_splits(dataset)}"] if has_own_split else []
+def describe_warnings(run: RunArguments, data: DatasetFiles, dataset: datasets.DatasetDict) -> list[str]:
+    """Lines about byte-identical copies and about uneven and too small classes; none if there are none."""
     copies = count_copies(data, run.validation_fraction, run.split_seed, is_split=not run.kfold)
-    lines += [f"copies      {copies.text}"] if copies else []
+    lines = [f"copies      {copies.text}"] if copies else []
     lines += describe_imbalance(data.class_ids, dataset["train"]["label"][:])
     return lines + describe_small_classes(data.class_ids, dataset)
 
@@ -402,7 +400,7 @@ def check_data(run: RunArguments) -> None:
     for line in describe_layout(data) + describe_images(data):
         print(line)
     dataset = split_data(run, data)
-    for line in describe_split(run, data, dataset):
+    for line in [f"splits      {describe_splits(dataset)}", *describe_warnings(run, data, dataset)]:
         print(line)
     print("ok          this dataset can be used")
 

@@ -15,12 +15,16 @@ import sys
 import time
 from pathlib import Path
 
+from transfer.errors import announce, exits_cleanly
+
+if __name__ == "__main__":
+    announce("loading PyTorch and Transformers")  # the imports below take some seconds
+
 import data_loading
 from transfer.cli import parse_command_line
 from transfer.config import FinetuningArguments, describe_arguments
 from transfer.data.images import PixelDataset
-from transfer.errors import exits_cleanly
-from transfer.evaluation.metrics import RunMetrics, describe_metrics
+from transfer.evaluation.metrics import RunMetrics
 from transfer.models.build import Classifier, prepare_model
 from transfer.runs import RunContext, repeats, search, single, timing
 from transfer.runs.record import report_reproduction
@@ -53,7 +57,7 @@ def fine_tune(context: RunContext, args: FinetuningArguments, checkpoint: str | 
     classifier = prepare_model(context.run, args, context.data)  # new head, image size, frozen layers, LoRA
     trainer = make_trainer(context, args, classifier)
     record = single.start_record(context, trainer, checkpoint)  # what the run starts from, for run.json
-    context = timing.limit_evaluation(context, trainer)  # --max_minutes
+    context = timing.limit_evaluation(context, trainer)  # --max_train_samples, --max_minutes
     trained = single.train_and_measure(context, trainer, checkpoint) if args.do_train else {}
     predictions, measured = single.predict_and_measure(context, trainer)
     metrics = RunMetrics(**measured, **trained)
@@ -74,12 +78,12 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
     single.prepare_output(run, args)  # its lock comes first: a run that is alive writes the checkpoints
     checkpoint = None if repeated or run.search else find_checkpoint(out, args.resume_from_checkpoint)
     arguments = describe_arguments(run, args)
-    say(precision, *share_steps(args))
+    say(precision.replace(": ", "   ", 1), *share_steps(args))
 
     data = data_loading.find_data(run)
-    say(*data_loading.describe_layout(data))
     dataset = data_loading.split_data(run, data)
-    say(*data_loading.describe_split(run, data, dataset))
+    single.say_data(run, data, dataset, data_loading.describe_layout(data))
+    say(*data_loading.describe_warnings(run, data, dataset))
     ends_by = started + 60 * run.max_minutes if run.max_minutes else None
     context = RunContext(run, arguments, precision, data, dataset, ends_by)
     say(*context.describe_shortage(args))
@@ -92,7 +96,7 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
         metrics = repeats.run_repeats(context, args, fine_tune, make_trainer, data_loading.split_data)
     else:
         metrics = fine_tune(context, args, checkpoint)
-    say(*describe_metrics(metrics), f"results in {out}")
+    say(*single.describe_results(context, args, metrics, started))
     single.share_results(context, args)  # push to the Hub, bundle, export
     if run.reproduce and args.process_index == 0:
         sys.exit(report_reproduction(Path(run.reproduce), out / "run.json"))

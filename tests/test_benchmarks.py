@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import ablation, time_to_accuracy
 from benchmarks.time_to_accuracy import compare, first_time
+from transfer.models import build
 
 CURVE = [[0.0, 0.1], [10.0, 0.3], [20.0, 0.2], [30.0, 0.5]]
 
@@ -60,6 +61,7 @@ def words(pristine_data, checkpoints, tmp_path, monkeypatch):
 
 def test_stock_and_project_are_trained_to_the_end_of_every_budget(words, monkeypatch, tmp_path, capsys):
     budgets = ["--minutes", "0.01", "0.02", "--learning_rates", "1e-4", "1e-2"]
+    monkeypatch.setattr(build, "note", print)
     monkeypatch.setattr(sys, "argv", ["time_to_accuracy.py", *words, "--learning_rate", "0.0077", *budgets])
     time_to_accuracy.main()
     output = capsys.readouterr().out

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,6 +93,21 @@ def test_it_is_said_once_how_many_steps_fit(monkeypatch, tmp_path, caplog):
     )
 
 
+def test_two_slow_steps_do_not_shorten_a_run_that_fits(monkeypatch, tmp_path, caplog):
+    machine = Machine(monkeypatch, tmp_path, seconds=150)
+    rates = machine.train(lambda now: 20.0 if now < 40 else 1.0)
+    assert machine.state.global_step == 100 and rates[60] > 0.3  # the schedule has not run ahead
+    assert not caplog.records
+
+
+def test_the_number_of_steps_that_fit_is_corrected_upwards(monkeypatch, tmp_path, caplog):
+    machine = Machine(monkeypatch, tmp_path, seconds=100)
+    machine.train(lambda now: 4.0 if now < 40 else 0.7)
+    first, second, *_ = (record.getMessage() for record in caplog.records)
+    assert "about 2" in first and f", not {re.findall('about ([0-9]+)', first)[0]};" in second
+    assert machine.state.global_step > 70
+
+
 def test_a_schedule_that_cannot_be_moved_is_left_alone_and_training_still_ends(monkeypatch, tmp_path):
     machine = Machine(monkeypatch, tmp_path, seconds=40)
     machine.schedule = torch.optim.lr_scheduler.StepLR(machine.optimizer, 10)
@@ -106,6 +122,30 @@ def test_time_for_the_final_figures_is_put_aside():
 
 def test_the_process_started_before_now():
     assert 0 < time.time() - timing.process_start() < 24 * 3600
+
+
+def test_an_estimate_times_as_many_steps_as_it_has_time_for(monkeypatch, tmp_path):
+    now = iter(range(0, 1000, 4))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
+    timer, control, state = timing.StepTimer(most_seconds=20.0, least=2), TrainerControl(), TrainerState(max_steps=20)
+    while not control.should_training_stop:
+        timer.on_step_begin(None, state, control)
+        state.global_step += 1
+        timer.on_step_end(None, state, control)
+    assert state.global_step == 4 and len(timer.seconds()) == 2  # the first ones are slower
+
+
+def test_evaluation_is_timed_on_as_many_images_as_there_is_time_for(monkeypatch):
+    seen, clock = [], [0.0]
+
+    def predict(split):
+        seen.append(len(split))
+        clock[0] += 0.5 * len(split)
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    trainer = SimpleNamespace(predict_logits=predict)
+    assert timing.time_evaluation(trainer, range(5000), 1536) == 0.5
+    assert seen == [1, 16, 10, 10]
 
 
 @pytest.mark.parametrize(("seconds", "late"), [(0.4, False), (9.0, True)])

@@ -192,3 +192,21 @@ def test_arguments_are_defined_in_the_order_of_their_topics():
     for group in (RunArguments, FinetuningArguments):
         topics = [option_of(FIELDS[name]).topic for name in group.__annotations__ if option_of(FIELDS[name]).topic]
         assert [TOPICS.index(topic) for topic in topics] == sorted(TOPICS.index(topic) for topic in topics)
+
+
+@pytest.mark.parametrize(
+    ("flags", "folder"),
+    [
+        ([], "recipe"),
+        (["--data_dir", "somewhere/tiny-imagenet-100.zip"], "recipe-tiny-imagenet-100"),
+        (["--data_dir", "sample"], "recipe"),
+        (["--data_dir", "my photos/"], "recipe-my_photos"),
+        (["--dataset_name", "me/things.v2"], "recipe-things.v2"),
+        (["--data_dir", "other", "--output_dir", "outputs/chosen"], "chosen"),
+    ],
+)
+def test_data_that_a_flag_names_have_an_output_folder_of_their_own(flags, folder, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("" if "--dataset_name" in flags else "data_dir: sample\n")
+    _, args, _ = parse_command_line([str(recipe), *flags])
+    assert args.output_dir == f"outputs/{folder}"

@@ -294,7 +294,8 @@ def test_labelled_test_images_are_measured_after_training_and_choose_nothing(tmp
     hits = sum(names[label] == image_id.rpartition("/")[0] for image_id, label in predicted.items())
     assert metrics["test"]["n"] == 6 and metrics["test"]["accuracy"] == hits / 6
     said = capsys.readouterr().out
-    assert f"test accuracy {hits / 6:.4f} (95% interval" in said and "to measure the test accuracy on" in said
+    assert f"test accuracy {hits / 6:.4f} (95% interval" in said
+    assert "to measure the test accuracy on" in (out / "run.log").read_text()
     assert "| test | 6 |" in (out / "model" / "README.md").read_text()
     assert "test accuracy" in (out / "report.html").read_text()
     assert "test" not in json.loads((whole / "metrics.json").read_text())

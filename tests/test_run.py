@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ from finetune_vit import main
 from transfer import runtime
 from transfer.data.images import ImageGeometry, open_pixel_store
 from transfer.errors import UserError
+from transfer.runs import timing
 from transfer.training import trainer
 
 
@@ -75,6 +77,7 @@ def test_the_run_leaves_what_the_readme_names_and_nothing_half_written(pristine_
         "run.json",
         "predictions.npz",
         "report.html",
+        "run.log",
         "model",
         "trainer_state.json",
     }
@@ -242,9 +245,29 @@ def test_a_model_of_other_classes_does_not_predict(pristine_data, data, checkpoi
     assert "another order of wnids.txt" in capsys.readouterr().err
 
 
-def test_a_small_part_of_the_data_keeps_the_validation_images(pristine_data, checkpoints, finetune, capsys):
+@pytest.fixture
+def small_trials(monkeypatch):
+    """Trials of the tests' few images are as small a part as those of many."""
+    monkeypatch.setattr(timing, "FEW_VALIDATION_IMAGES", 1)
+    monkeypatch.setattr("transfer.runs.single.MEASURED_IMAGES", 3)
+
+
+@pytest.mark.parametrize(("flags", "validated"), [({}, 4), ({"max_eval_samples": 9}, 9)])
+def test_a_trial_is_validated_on_as_small_a_part_unless_a_flag_says_otherwise(
+    flags, validated, pristine_data, checkpoints, finetune, small_trials, capsys
+):
+    out = finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1, max_train_samples=8, **flags)
+    said, metrics = capsys.readouterr().out, json.loads((out / "metrics.json").read_text())
+    assert metrics["validation"]["n"] == validated and metrics["train"]["n"] == 3
+    why = "--max_eval_samples" if flags else "as small a part as --max_train_samples takes"
+    assert f"validation  on {validated} of 12 images: {why}\n" in said
+    assert "before training, on 3 images\n" in said
+    assert len(labels_of(out / "submission.csv")) == 10  # the csv is complete
+
+
+def test_a_small_part_of_the_data_keeps_few_validation_images(pristine_data, checkpoints, finetune, capsys):
     finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1, max_train_samples=8)
-    assert "splits      train 8, validation 12, test 10" in capsys.readouterr().out
+    assert "data        tiny-imagenet-100 (4 classes): 8 train, 12 val, 10 test images\n" in capsys.readouterr().out
 
 
 def test_a_bad_image_stops_the_run_before_training_and_leaves_nothing(data, checkpoints, finetune, tmp_path, capsys):
@@ -254,7 +277,7 @@ def test_a_bad_image_stops_the_run_before_training_and_leaves_nothing(data, chec
         finetune(data, checkpoints("vit"))
     message = capsys.readouterr().err
     assert stop.value.code == 2 and str(bad) in message and "cannot be read as an image" in message
-    assert not list((tmp_path / "out").iterdir())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.log"]  # which says why
 
 
 @pytest.mark.parametrize(
@@ -378,7 +401,7 @@ def test_accelerate_launch_sets_the_precision_and_the_figures_are_those_of_fp32(
     done = launch(tmp_path, pristine_data, checkpoints("convnext"), "--output_dir", str(tmp_path / "launched"))
     assert done.returncode == 0, done.stderr
     assert "torchvision" not in done.stderr  # transformers warns of it wherever a processor is imported by name
-    assert "accelerate config" in done.stdout.splitlines()[0]
+    assert "accelerate config" in done.stdout.splitlines()[1]
     again = finetune(pristine_data, tmp_path / "launched" / "model", do_train="false")
     assert (again / "submission.csv").read_bytes() == (tmp_path / "launched" / "submission.csv").read_bytes()
     losses = [
@@ -412,13 +435,6 @@ def test_a_mistake_under_quiet_accelerate_launch_shows_no_traceback(pristine_dat
     assert done.returncode == 1  # the launcher's own
 
 
-def test_plain_python_says_that_it_runs_in_fp32(monkeypatch):
-    from transfer.runtime import resolve_mixed_precision
-
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    assert "fp32, because the script was not started by `accelerate launch" in resolve_mixed_precision()
-
-
 def test_a_device_without_fast_units_gets_another_precision(monkeypatch):
 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
@@ -432,6 +448,8 @@ def test_an_estimate_says_time_and_memory_and_leaves_nothing(pristine_data, chec
     out = finetune(pristine_data, checkpoints("convnext"), estimate="true")
     said = capsys.readouterr().out
     assert "per epoch of 36 images" in said and "for 10 images" in said and "GiB at batch 8" in said
+    advised = re.findall(r"up to about (\d+) images per batch", said)
+    assert all(int(images) <= 36 for images in advised)  # there are no more
     assert not out.exists()
 
 

@@ -338,11 +338,11 @@ def test_a_run_writes_calibrated_probabilities(folders, header, cells, columns, 
     assert check(out, root / "sample_submission.csv") == 0
 
 
-def test_a_run_finds_the_template_in_the_folder_above(tmp_path, checkpoints, finetune, capsys):
+def test_a_run_finds_the_template_in_the_folder_above(tmp_path, checkpoints, finetune):
     root = write_data(tmp_path / "up" / "dataset", ["0", "1", "2"], per_class=4)
     (root.parent / "sample_submission.csv").write_text(rows("0", "ID,Label", ids="543210"))
     out = finetune(root.parent, checkpoints("convnext"), num_train_epochs=1)
-    assert "sample_submission.csv in the folder above" in capsys.readouterr().out
+    assert "sample_submission.csv in the folder above" in (out / "run.log").read_text()
     lines = [line.split(",") for line in (out / "submission.csv").read_text().splitlines()]
     assert lines[0] == ["ID", "Label"] and [line[0] for line in lines[1:]] == list("543210")
     assert check(out, root.parent / "sample_submission.csv") == 0

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +30,7 @@ from transfer.config import (
 from transfer.errors import UserError
 from transfer.runs.record import read_record  # it knows what makes a json file the record of a run
 
-USAGE = "accelerate launch --config_file accelerate_config.yaml finetune_vit.py RECIPE.yaml [--key value ...]"
+USAGE = "accelerate launch --quiet --config_file accelerate_config.yaml finetune_vit.py RECIPE.yaml [--key value ...]"
 
 HELP = """usage: {usage}
 
@@ -196,6 +197,16 @@ def split_command_line(argv: list[str]) -> tuple[str | None, list[str]]:
     return recipe, flags
 
 
+def name_run(source: Path, settings: Mapping, flagged: argparse.Namespace) -> str:
+    """The name of the default output folder: the recipe's, and the dataset's where a flag names another one."""
+    dataset = flagged.dataset_name or flagged.data_dir
+    if dataset is None or dataset in (settings.get("dataset_name"), settings.get("data_dir")):
+        return source.stem
+    place = Path(dataset)
+    name = place.stem if place.suffix == ".zip" else place.name or place.resolve().name
+    return f"{source.stem}-" + re.sub(r"[^\w.-]+", "_", name)
+
+
 def parse_command_line(argv: list[str]) -> tuple[RunArguments, FinetuningArguments, Path]:
     """Read `RECIPE.yaml [--key value ...]` or `--reproduce RUN_JSON [--key value ...]`.
 
@@ -211,8 +222,9 @@ def parse_command_line(argv: list[str]) -> tuple[RunArguments, FinetuningArgumen
     if strays:
         raise UserError(f"command line: '{strays[0]}' does not belong to an argument; --help lists the arguments")
     source = Path(recipe or flagged.reproduce)
-    parser.set_defaults(output_dir=str(Path("outputs") / source.stem))
-    parser.set_recipe(read_recipe(source, flagged.do_train) if recipe else read_run(source), str(source))
+    settings = read_recipe(source, flagged.do_train) if recipe else read_run(source)
+    parser.set_defaults(output_dir=str(Path("outputs") / name_run(source, settings, flagged)))
+    parser.set_recipe(settings, str(source))
     try:
         run, args = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
     except (ValueError, TypeError, ImportError, OSError) as fault:

@@ -164,6 +164,11 @@ class RunArguments:
         None, "Train on at most this many images, evenly over the classes, e.g. to try a recipe.",
         LENGTH, at_least=1, on_card="setting")
 
+    max_eval_samples: int | None = option(
+        None, "Validate on at most this many images, evenly over the classes. [all; with max_train_samples as small a "
+        "part as that is of the training images]",
+        LENGTH, at_least=1)
+
     ema_decay: float = option(
         0.0, "Decay of a moving average of the weights, e.g. 0.999, kept if it is better; 0 disables it.",
         OPTIMIZER, at_least=0, below=1, on_card="ingredient")
@@ -267,7 +272,9 @@ class FinetuningArguments(TrainingArguments):
     dataloader_num_workers: int = option(0, "Number of data loading processes; 0 loads in the main process.",
         RESOURCES, at_least=0)
 
-    output_dir: str = option(None, "Folder for everything that the run writes. [outputs/<recipe name>]",
+    output_dir: str = option(
+        None, "Folder for everything that the run writes. [outputs/<recipe>, or outputs/<recipe>-<dataset> if a flag "
+        "names the data]",
         OUTPUT, one_run=True)
     report_to: list[str] = option(
         ["auto"], "Experiment trackers: tensorboard, wandb, trackio or none. [tensorboard if installed]", OUTPUT)

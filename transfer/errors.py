@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import errno
 import functools
+import logging
 import os
 import signal
 import sys
@@ -15,7 +16,9 @@ from typing import NoReturn
 SYSTEM_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 OTHERS_WAIT_SECONDS = 10.0  # the launcher ends the other processes once the first has ended
 START_AGAIN = "run the same command again: it starts over, or tells you how to resume"
+LAUNCHER_SECONDS = 3.0  # at most, until a launcher that Ctrl-C interrupts as well has printed its traceback
 
+BEFORE_EXIT: list[Callable[[], object]] = []  # called before a command prints its last line
 _endings: list[contextlib.ExitStack] = []  # one of each command that runs in this process, the innermost last
 
 
@@ -43,6 +46,7 @@ def _stop(message: str, code: int) -> NoReturn:
     """Print one line and exit. Of the processes of a machine only the first prints it, unless another fails alone."""
     if int(os.environ.get("LOCAL_RANK", 0)):
         time.sleep(OTHERS_WAIT_SECONDS)
+    logging.getLogger("transfer.run_log").info("error: %s", message)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -53,6 +57,34 @@ def _lost_a_process(fault: RuntimeError) -> bool:
     return several and (type(fault).__name__.startswith("Dist") or "/gloo/" in str(fault))
 
 
+def _let_launcher_end() -> None:
+    """After Ctrl-C under `accelerate launch`, wait for its traceback: our line, which says what to do, comes last."""
+    import psutil  # only here: errors are imported by everything
+
+    launcher = os.getppid()
+    try:
+        if not any("accelerate" in word for word in psutil.Process(launcher).cmdline()):
+            return
+    except psutil.Error:
+        return
+    end = time.monotonic() + LAUNCHER_SECONDS
+    while os.getppid() == launcher and time.monotonic() < end:
+        time.sleep(0.02)
+    print(file=sys.stderr)  # the shell's prompt has already come
+
+
+def _stop_early(number, frame) -> NoReturn:
+    _let_launcher_end()
+    _stop("interrupted", 130)
+
+
+def announce(what: str) -> None:
+    """Say in the first process what takes the first seconds; until `exits_cleanly` Ctrl-C ends them in one line."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"starting    {what}", flush=True)
+    signal.signal(signal.SIGINT, _stop_early)
+
+
 def exits_cleanly(main):
     """Decorate a command so that a `UserError` ends it with one `error:` line on stderr and exit code 2.
 
@@ -60,14 +92,25 @@ def exits_cleanly(main):
     shell, and SIGTERM and SIGHUP with 143 and 129. What `at_end` was given is then released.
     """
 
+    def run_to_end(*args, **kwargs):
+        if signal.getsignal(signal.SIGINT) is _stop_early:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return main(*args, **kwargs)
+        finally:
+            for leave in BEFORE_EXIT:
+                leave()
+
     @functools.wraps(main)
     def run(*args, **kwargs):
         try:
             with contextlib.ExitStack() as ending:
                 _endings.append(ending)
                 ending.callback(_endings.remove, ending)
-                return main(*args, **kwargs)
+                return run_to_end(*args, **kwargs)
         except UserError as mistake:
+            if isinstance(mistake.__context__, KeyboardInterrupt):
+                _let_launcher_end()
             _stop(str(mistake), 2)
         except Terminated as end:
             if int(os.environ.get("LOCAL_RANK", 0)):  # the first process says it, and needs a moment for it
@@ -75,6 +118,7 @@ def exits_cleanly(main):
                 sys.exit(128 + end.number)
             _stop(str(end), 128 + end.number)
         except KeyboardInterrupt:
+            _let_launcher_end()
             _stop(f"interrupted; {START_AGAIN}", 130)
         except RuntimeError as fault:
             if not _lost_a_process(fault):

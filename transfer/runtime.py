@@ -16,9 +16,11 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+import yaml
 from accelerate import PartialState
 from transformers import TrainingArguments
 
+from transfer import terminal
 from transfer.errors import Terminated, UserError, at_end
 
 # Supported libraries. This project overrides methods of other libraries, and calls some that are private there. If one
@@ -47,9 +49,11 @@ OVERRIDDEN: dict[str, dict[str, tuple[str, ...]]] = {
         (
             "on_train_begin",
             "on_train_end",
+            "on_epoch_begin",
             "on_epoch_end",
             "on_step_begin",
             "on_step_end",
+            "on_prediction_step",
             "on_evaluate",
             "on_save",
             "on_log",
@@ -96,6 +100,7 @@ def _refuse(name: str, method: str, parameters: tuple[str, ...]) -> None:
 # Precision, threads and memory
 
 PRECISION_VARIABLE = "ACCELERATE_MIXED_PRECISION"  # how accelerate launch tells the script
+ACCELERATE_CONFIG = Path(__file__).resolve().parent.parent / "accelerate_config.yaml"
 
 # Only accelerate launch and torchrun set these: a precision may also come from the user's own environment.
 LAUNCHER_VARIABLES = ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID")
@@ -116,15 +121,16 @@ def _has_bf16_units() -> bool:
 def resolve_mixed_precision() -> str:
     """Set the mixed precision in the environment, from where the Trainer reads it; returns a line to print.
 
-    accelerate_config.yaml states it and the launcher passes it on. A precision that is slow on this device is
-    replaced: bf16 by fp16 on a GPU without bf16 units and by fp32 on such a CPU, fp16 by fp32 on any CPU.
+    accelerate_config.yaml states it and the launcher passes it on; without a launcher it is read here. A precision
+    that is slow on this device is replaced: bf16 by fp16 on a GPU without bf16 units and by fp32 on such a CPU, fp16
+    by fp32 on any CPU.
     """
+    if not any(name.startswith("ACCELERATE_") for name in os.environ) and ACCELERATE_CONFIG.is_file():
+        stated = (yaml.safe_load(ACCELERATE_CONFIG.read_text(encoding="utf-8")) or {}).get("mixed_precision", "no")
+        os.environ[PRECISION_VARIABLE] = str(stated)
     asked = os.environ.get(PRECISION_VARIABLE)
     if asked is None:
-        return (
-            "precision: fp32, because the script was not started by `accelerate launch --config_file "
-            "accelerate_config.yaml`"
-        )
+        return "precision: fp32, because the launcher named no mixed_precision"
     if asked == "no":
         return "precision: fp32 (mixed_precision in the accelerate config)"
     chosen = asked
@@ -275,8 +281,8 @@ def set_up_runtime() -> str:
     handle_end_signals()
     end_with_launcher()
     check_libraries()
+    use_all_cores()  # first: it looks for what the launcher set
     precision = resolve_mixed_precision()
-    use_all_cores()
     tune_malloc()
     return precision
 
@@ -307,7 +313,13 @@ def say(*lines: str) -> None:
     Call it only after TrainingArguments have been made: they tell accelerate which backend to use.
     """
     if PartialState().is_main_process:
-        print(*lines, sep="\n", flush=True)
+        terminal.show(*lines)
+
+
+def note(*lines: str) -> None:
+    """Write lines to run.log from the main process, and not to the screen."""
+    if PartialState().is_main_process:
+        terminal.log_only(*lines)
 
 
 def share_batch(images: int, accumulation: int, processes: int) -> tuple[int, int]:

@@ -453,6 +453,15 @@ def fill_submission(data: DatasetFiles, ids: Sequence[str], scores: np.ndarray, 
 # The check of a csv
 
 
+def check_rows(path: Path, data: DatasetFiles) -> int:
+    """The number of rows of a dataset's csv, after checking it as the command does. Raises `UserError` for a fault."""
+    form = form_of(data)
+    template = open_template(data.template_path, data.test_ids, form.columns)
+    if faults := find_faults(path, template, form):
+        raise UserError(f"{path}: {faults[0]}")
+    return len(template)
+
+
 def _list_by_kind(found: Sequence[tuple[int, str, str]]) -> list[str]:
     """A line for each kind of fault, from (line, value, kind): the first with the count and two more examples."""
     kinds = defaultdict(list)

@@ -14,11 +14,11 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm.auto import tqdm
 
 from transfer.errors import UserError
 from transfer.files import build_folder_once, check_free_space, datasets_cache, read_json
 from transfer.runtime import shield_worker
+from transfer.terminal import Bar
 
 # The geometry
 
@@ -154,15 +154,15 @@ def _run(task: _ReadingTask, show_progress: bool, what: str) -> Iterator[ImageRe
     loader = torch.utils.data.DataLoader(
         task, batch_size=IMAGES_PER_TASK, num_workers=workers, collate_fn=list, in_order=True
     )
-    with tqdm(total=len(task), desc=what, unit=" images", disable=not show_progress, leave=False) as bar:
+    with Bar(what, len(task), hidden=not show_progress) as bar:
         for records in loader:
-            bar.update(len(records))
+            bar.advance(len(records))
             yield from records
 
 
 def scan_images(root: Path, files: Sequence[str], show_progress: bool = False) -> Iterator[ImageRecord]:
     """Decode every file and yield its record, in the given order."""
-    return _run(_ReadingTask(root, files), show_progress, "checking images")
+    return _run(_ReadingTask(root, files), show_progress, "checking")
 
 
 # The store of decoded images
@@ -258,7 +258,7 @@ def _fill(
     np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(files), *size, 3)).flush()
     _reserve(path)
     records = []
-    for record in _run(_ReadingTask(root, files, path, geometry), True, "decoding images"):
+    for record in _run(_ReadingTask(root, files, path, geometry), True, "decoding"):
         if geometry is None and not record.fault and record.size != (size[1], size[0]):
             raise _MixedSizes
         records.append(record)

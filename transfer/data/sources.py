@@ -16,13 +16,13 @@ from pathlib import Path
 
 import datasets
 from PIL import Image
-from tqdm.auto import tqdm
 
 from transfer.data.labels import order_labels
 from transfer.data.layouts import DatasetFiles
 from transfer.data.listing import NATURALLY, image_id_of, list_images, natural_key, normal_name
 from transfer.errors import UserError
 from transfer.files import build_folder_once, check_free_space, datasets_cache
+from transfer.terminal import track
 
 # A zip
 
@@ -108,7 +108,7 @@ def _content_key(members: Sequence[zipfile.ZipInfo]) -> str:
 def _extract(path: Path, members: Sequence[zipfile.ZipInfo], folder: Path) -> None:
     """Extract members into an empty folder. Raises `UserError` naming the member that cannot be extracted."""
     with zipfile.ZipFile(path) as archive:
-        for member in tqdm(members, desc="unpacking", unit=" files", leave=False, disable=None):
+        for member in track(members, len(members), "unpacking", "files"):
             try:
                 archive.extract(member, folder)
             except DAMAGE as fault:
@@ -307,7 +307,7 @@ def _write_splits(folder: Path, name: str, splits: dict[str, datasets.Dataset], 
     for split, rows in splits.items():
         (folder / split).mkdir()
         images = rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
-        for row, example in enumerate(tqdm(images, desc=f"copying {split}", leave=False, disable=None)):
+        for row, example in enumerate(track(images, len(images), f"copying {split}"[:11])):
             _write_image(folder / split, row, example[column], f"--dataset_name {name}, split {split}")
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from transfer.config import RunArguments
 from transfer.data.images import listing_key
 from transfer.data.layouts import DatasetFiles
 from transfer.errors import UserError
@@ -287,6 +288,17 @@ def split_fingerprint(dataset: datasets.DatasetDict) -> str:
         if name in dataset:
             digest.update("\n".join([name, *dataset[name]["file"][:], ""]).encode())
     return digest.hexdigest()
+
+
+def describe_data(run: RunArguments, data: DatasetFiles, dataset: datasets.DatasetDict) -> str:
+    """The dataset in one line: its name, classes and images."""
+    if run.kfold and not run.fold:  # each fold has its own split
+        counts = f"{len(data.train_files):,} in {run.kfold} folds, {len(data.test_files):,} test"
+    else:
+        short = {"validation": "val"}  # fits 80 columns
+        counts = ", ".join(f"{len(split):,} {short.get(name, name)}" for name, split in dataset.items())
+    name = run.dataset_name or Path(run.data_dir or data.root).name or data.root.name
+    return f"data        {name} ({len(data.class_ids)} classes): {counts} images"
 
 
 def describe_splits(dataset: datasets.DatasetDict) -> str:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-from tqdm.auto import tqdm
 
 from transfer.data.labels import make_template, render_submission
 from transfer.data.layouts import DatasetFiles
 from transfer.data.listing import TEMPLATE_NAME, WNIDS_NAME, file_name, image_id_of
 from transfer.errors import UserError
 from transfer.files import build_folder_once, cache_folder, write_folder_atomically
+from transfer.terminal import track
 
 # One picture of the sample data
 
@@ -325,7 +325,7 @@ def _copy_images(source: DatasetFiles, folder: Path) -> None:
     pairs = list(_pair_files(source))
     for place in {(folder / new).parent for _, new in pairs}:
         place.mkdir(parents=True, exist_ok=True)
-    for old, new in tqdm(pairs, desc="copying", unit=" images", leave=False, disable=None):
+    for old, new in track(pairs, len(pairs), "copying"):
         shutil.copyfile(f"{source.root}/{old}", f"{folder}/{new}")
 
 

@@ -292,10 +292,11 @@ def describe_metrics(metrics: RunMetrics) -> list[str]:
         label = "validation accuracy of all images, each predicted by the fold that left it out:"
     validation = metrics.validation
     low, high = validation.accuracy_ci95
-    lines.append(f"{label} {validation.accuracy:.4f} (95% interval {low:.4f} to {high:.4f}, n={validation.n})")
+    lines.append(
+        f"accuracy    {label} {validation.accuracy:.4f} (95% interval {low:.4f} to {high:.4f}, n={validation.n})"
+    )
     if metrics.test:
         low, high = metrics.test.accuracy_ci95
-        lines.append(
-            f"test accuracy {metrics.test.accuracy:.4f} (95% interval {low:.4f} to {high:.4f}, n={metrics.test.n})"
-        )
+        interval = f"(95% interval {low:.4f} to {high:.4f}, n={metrics.test.n})"
+        lines.append(f"accuracy    test accuracy {metrics.test.accuracy:.4f} {interval}")
     return lines

@@ -33,7 +33,7 @@ from transfer.models.layers import (
 )
 from transfer.models.load import load_checkpoint, read_geometry, saved_class_ids, set_image_size
 from transfer.models.lora import add_adapters
-from transfer.runtime import say
+from transfer.runtime import note, say
 
 
 @runtime_checkable
@@ -289,12 +289,13 @@ def prepare_model(run: RunArguments, args: FinetuningArguments, data: DatasetFil
     )
     kind, parameters = type(classifier.model).__name__, sum(p.numel() for p in classifier.model.parameters())
     model = _choose_trained_weights(classifier.model, run)
-    say(
-        f"model       {kind}, {parameters / 1e6:.1f} M parameters, {trainable_fraction(model):.2%} trainable; "
-        f"the head is copied from the checkpoint for {classifier.copied_head_rows} of {len(data.class_ids)} classes"
-    )
+    share = trainable_fraction(model)
+    trained = f", {share:.2%} trainable" if share < 1 else ""
+    side = read_geometry(classifier.processor).crop[0]
+    say(f"model       {kind}, {parameters / 1e6:.1f} M parameters{trained}, {side} px")
+    note(f"head        copied from the checkpoint for {classifier.copied_head_rows} of {len(data.class_ids)} classes")
     groups = parameter_groups(model, args.learning_rate, args.weight_decay, run.layer_decay)
-    say(f"rates       {describe_learning_rates(groups)}")
+    note(f"rates       {describe_learning_rates(groups)}")
     if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise UserError(f"--gradient_checkpointing: {kind} does not support it")
     return replace(classifier, model=model)

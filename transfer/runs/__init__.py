@@ -2,14 +2,21 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import datasets
 
 from transfer.config import FinetuningArguments, RunArguments
+from transfer.data.images import PixelDataset
 from transfer.data.layouts import DatasetFiles
+from transfer.data.splits import take_evenly
 from transfer.transforms.evaluation import TTA_TRANSFORMS
 
+if TYPE_CHECKING:
+    from transfer.training.trainer import FinetuningTrainer
+
+MEASURED_IMAGES = 1000  # at most, for the accuracy before training and the one on training images
 FEW_STEPS = 50  # a rule of thumb
 FEW_VALIDATION_IMAGES = 100  # with fewer, the 95% interval of an accuracy of 0.8 is wider than 0.15
 FOLDS = 5  # of the cross-validation that is recommended
@@ -21,6 +28,11 @@ def count_steps(args: FinetuningArguments, images: int) -> int:
         return args.max_steps
     batches = math.ceil(images / (args.train_batch_size * args.world_size))
     return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+
+
+def select_evenly(split: datasets.Dataset, count: int) -> datasets.Dataset:
+    """At most `count` images of a labeled split, evenly over its classes."""
+    return split.select(take_evenly(range(len(split)), split["file"][:], split["label"][:], count))
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,12 @@ class RunContext:
     def test_images(self) -> int:
         """How many images are to be predicted."""
         return len(self.dataset["test"]) if "test" in self.dataset else 0
+
+    def validate_on(self, trainer: "FinetuningTrainer", count: int) -> "RunContext":
+        """The context with `count` of the validation images, evenly over the classes; the trainer gets the same."""
+        dataset = datasets.DatasetDict(self.dataset | {"validation": select_evenly(self.dataset["validation"], count)})
+        trainer.eval_dataset = PixelDataset(trainer.eval_dataset.store, dataset["validation"])
+        return replace(self, dataset=dataset)
 
     def describe_shortage(self, args: FinetuningArguments) -> list[str]:
         """A warning if there are few optimizer steps or validation images, with remedies; nothing if there are not."""

@@ -214,7 +214,7 @@ def write_best(out: Path, recipe: Mapping, accuracy: float) -> str:
     path = out / BEST_FILE
     fewer = "# The max_train_samples of the search is kept below; remove it to train on all images.\n"
     text = (
-        f"# accelerate launch --config_file accelerate_config.yaml finetune_vit.py {path}\n#\n"
+        f"# accelerate launch --quiet --config_file accelerate_config.yaml finetune_vit.py {path}\n#\n"
         f"# The best trial of a search: accuracy {accuracy:.4f} on held-out training images.\n"
         f"{fewer if 'max_train_samples' in recipe else ''}"
         f"{yaml.safe_dump(dict(recipe), sort_keys=False)}"

@@ -14,11 +14,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from transfer import terminal
 from transfer.bundle import check_target, pack
 from transfer.config import FinetuningArguments, RunArguments, training_only_names
 from transfer.data.images import PixelDataset, PixelStore, open_pixel_store, read_image
 from transfer.data.layouts import DatasetFiles
-from transfer.data.splits import count_copies, split_fingerprint, take_evenly
+from transfer.data.splits import count_copies, describe_data, split_fingerprint
 from transfer.errors import UserError
 from transfer.evaluation.metrics import (
     ClassificationMetrics,
@@ -28,6 +29,7 @@ from transfer.evaluation.metrics import (
     TrainMetrics,
     TtaMetrics,
     ZeroEpoch,
+    describe_metrics,
     measure,
 )
 from transfer.evaluation.predictions import Predictions, average_views, choose_views, measure_calibration
@@ -37,6 +39,7 @@ from transfer.files import (
     claim_output_dir,
     digest_of_folder,
     lock_output_dir,
+    read_json,
     write_atomically,
     write_folder_atomically,
 )
@@ -46,7 +49,7 @@ from transfer.models.load import fingerprint_of_weights
 from transfer.models.lora import holds_adapters
 from transfer.reporting.card import keep_card, write_card
 from transfer.reporting.page import draw_report
-from transfer.runs import RunContext
+from transfer.runs import MEASURED_IMAGES, RunContext, select_evenly
 from transfer.runs.record import (
     compare_environment,
     describe_command,
@@ -56,33 +59,60 @@ from transfer.runs.record import (
     write_record,
 )
 from transfer.runs.timing import limit_training
-from transfer.runtime import say
-from transfer.submission import digest_of, fill_submission
+from transfer.runtime import note, say
+from transfer.submission import check_rows, digest_of, fill_submission
+from transfer.terminal import format_duration
 from transfer.training.checkpoints import RunProvenance
 from transfer.training.linear_probe import fit_probe
 from transfer.training.trainer import FinetuningTrainer, identity, run_training
 from transfer.transforms.evaluation import TTA_TRANSFORMS, EvaluationTransform, check_transform
 
 READ_BACK_IMAGES = 10
+IGNORED_SHOWN = 3  # kinds of files
 
 
 def set_up_logging(args: FinetuningArguments) -> None:
     """Show progress bars and warnings of the main process only, and no messages about loaded files."""
-    logging.basicConfig(level=logging.WARNING if args.process_index == 0 else logging.ERROR)
+    terminal.set_up_logging(logging.WARNING if args.process_index == 0 else logging.ERROR)
+    terminal.close_log()
     transformers.utils.logging.set_verbosity_error()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()  # the one for loading weights; the Trainer keeps its own
+    transformers.utils.logging.disable_progress_bar()  # of loading weights
+
+
+def shorten_ignored(layout: Sequence[str]) -> list[str]:
+    """The first kinds of files that a dataset's layout, in lines, says are ignored; nothing if there are none."""
+    [line] = [line for line in layout if line.startswith("ignored ")] or [""]
+    kinds = line[12:].split(", ")
+    if kinds[0] in ("", "nothing"):
+        return []
+    more = f" and {len(kinds) - IGNORED_SHOWN} more kinds, all in {terminal.LOG_NAME}"
+    return [f"ignored     {', '.join(kinds[:IGNORED_SHOWN])}{more if len(kinds) > IGNORED_SHOWN else ''}"]
+
+
+def say_data(run: RunArguments, data: DatasetFiles, dataset: datasets.DatasetDict, layout: Sequence[str]) -> None:
+    """Print the dataset in one line, how its submission writes labels, and what of its files is not used.
+
+    All lines of its layout go to run.log.
+    """
+    note(*layout)
+    shown = [line for line in layout if line.startswith(("labels      written", "warning "))]
+    say(describe_data(run, data, dataset), *shown, *shorten_ignored(layout))
 
 
 def prepare_output(run: RunArguments, args: FinetuningArguments) -> None:
-    """Claim the output folder, and check that the results can be exported, packed or pushed. Raises `UserError`."""
+    """Claim the output folder, open its run.log, and check that results can be exported, packed and pushed.
+
+    Raises `UserError`.
+    """
     if args.process_index != 0 or run.estimate:
         return
     if run.search:
         lock_output_dir(Path(args.output_dir))  # open_study says what it holds
     else:
         claim_output_dir(Path(args.output_dir), resuming=args.resume_from_checkpoint is not None)
+        terminal.open_log(Path(args.output_dir))
     if run.export:
         check_export()
     if run.hand_in:
@@ -141,22 +171,23 @@ def evaluate_split(trainer: FinetuningTrainer, split: PixelDataset, what: str = 
 
 
 def measure_on_train(context: RunContext, trainer: FinetuningTrainer, speed: Speed) -> TrainMetrics:
-    """Metrics of unaugmented training images, as many as there are validation images, evenly over the classes."""
-    train = context.dataset["train"]
-    count = len(context.dataset["validation"])
-    positions = take_evenly(range(len(train)), train["file"][:], train["label"][:], count)
-    sample = PixelDataset(trainer.eval_dataset.store, train.select(positions))
-    metrics = evaluate_split(trainer, sample, "training accuracy")
+    """Metrics of unaugmented training images, as many as there are validation images and at most 1,000."""
+    count = min(MEASURED_IMAGES, len(context.dataset["validation"]))
+    sample = select_evenly(context.dataset["train"], count)
+    metrics = evaluate_split(trainer, PixelDataset(trainer.eval_dataset.store, sample), "training")
     return TrainMetrics(**dataclasses.asdict(metrics), **dataclasses.asdict(speed))
 
 
 def train_and_measure(context: RunContext, trainer: FinetuningTrainer, checkpoint: str | None) -> dict:
     """Train, keep the best epoch, and measure it on training images; returns the stages of `RunMetrics`."""
     run = context.run
+    held_out = context.dataset["validation"]
+    sample = PixelDataset(trainer.eval_dataset.store, select_evenly(held_out, MEASURED_IMAGES))
     start = time.perf_counter()
-    zero = ZeroEpoch(evaluate_split(trainer, trainer.eval_dataset, "before training").accuracy)
-    say(f"untrained   validation accuracy {zero.accuracy:.4f} before training")
-    limit_training(context, trainer, time.perf_counter() - start)
+    zero = ZeroEpoch(evaluate_split(trainer, sample, "untrained").accuracy)
+    part = f", on {len(sample):,} images" if len(sample) < len(held_out) else ""
+    say(f"untrained   validation accuracy {zero.accuracy:.4f} before training{part}")
+    limit_training(context, trainer, (time.perf_counter() - start) / len(sample))
     stages: dict = {"zero_epoch": zero}
     if run.linear_probe or run.linear_probe_only:
         probe = stages["linear_probe"] = probe_and_measure(context, trainer)
@@ -298,6 +329,43 @@ def write_results(
     write_record(out, record)
     if submission is not None:
         write_atomically(out / "submission.csv", submission)
+
+
+def explain_difference(context: RunContext, metrics: RunMetrics, state: dict) -> list[str]:
+    """The best epoch, and why the final accuracy differs from the one that was shown for it, as lines to print."""
+    entries = [e for e in state.get("log_history", []) if e.get("step") == state.get("best_global_step")]
+    measured = {name: value for entry in entries for name, value in entry.items()}
+    if "eval_accuracy" not in measured:
+        return []
+    epoch = f"{measured['epoch']:g}"
+    lines = [f"best epoch  {epoch} of {state.get('num_train_epochs', epoch)}"]
+    shown = {measured["eval_accuracy"], measured.get("eval_ema_accuracy", measured["eval_accuracy"])}
+    if metrics.validation.accuracy not in shown:
+        why = "here in fp32, as a pipeline computes it" if "fp32" not in context.precision else "measured again here"
+        if metrics.tta and metrics.tta.kept != ["plain"]:
+            why = "here with test-time augmentation"
+        precision = context.precision.removeprefix("precision: ").partition(" ")[0].rstrip(",")
+        lines.insert(0, f"            epoch {epoch} showed {measured['eval_accuracy']:.4f} in {precision}; {why}")
+    return lines
+
+
+def describe_results(context: RunContext, args: FinetuningArguments, metrics: RunMetrics, started: float) -> list[str]:
+    """The summary of a finished run, as lines to print: accuracy, time, the files that it left, what to do next."""
+    out = Path(args.output_dir)
+    if args.process_index != 0:
+        return []
+    lines = ["", *describe_metrics(metrics)]
+    if args.do_train and (out / "trainer_state.json").is_file():
+        lines += explain_difference(context, metrics, read_json(out / "trainer_state.json"))
+    training = f", {format_duration(metrics.train.seconds)} of it training" if metrics.train else ""
+    lines.append(f"time        {format_duration(time.time() - started)}{training}")
+    csv = out / "submission.csv"
+    if csv.is_file():
+        lines.append(f"submission  {csv} ({check_rows(csv, context.data):,} rows, checked)")
+    for name, path in (("report", out / "report.html"), ("model", out / "model"), ("log", out / terminal.LOG_NAME)):
+        if path.exists():
+            lines.append(f"{name:<11} {path}")
+    return [*lines, f"next        python -m transfer.predict {out} PICTURES"]
 
 
 def command_to_push(command: str, output_dir: Path) -> str:

@@ -12,23 +12,21 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from transfer.config import FinetuningArguments
 from transfer.data.images import PixelDataset
-from transfer.data.splits import take_evenly
 from transfer.errors import UserError
 from transfer.models.build import prepare_model
 from transfer.reporting.page import format_seconds
-from transfer.runs import RunContext
+from transfer.runs import FEW_VALIDATION_IMAGES, MEASURED_IMAGES, RunContext
 from transfer.runtime import say
 from transfer.training.trainer import FinetuningTrainer
 
@@ -36,9 +34,13 @@ logger = logging.getLogger(__name__)
 
 WARM_UP_STEPS, ESTIMATE_STEPS = 5, 15  # of --estimate; the first steps are slower
 ESTIMATE_BATCHES = 6  # of evaluation
+HALF_SECONDS, STEPS_SECONDS, EVALUATION_SECONDS = 5.0, 20.0, 10.0  # --estimate ends within a minute
 PACE_STEPS = 20  # of --max_minutes: the mean time of the last ones is taken for that of the next ones
 SAID_AFTER = 5  # steps, before the number of steps that fit is first shown
+SLOW_STEP = 3.0  # times the median: slower steps do not count
+SAID_AGAIN = 0.75  # a number of steps is said when it is less than this share of the last, or the last of it
 FIXED_SECONDS = 10.0  # to load the best epoch, draw the report, write the results and exit
+REPORT_SECONDS = 4.0  # to draw the report and write the results
 SLACK = 1.15  # evaluation is not always as fast as when it was timed
 IMAGES_TIMED = 128  # to foresee how long evaluations take
 EVALUATED_SHARE = 2 / 3  # at most, of the time that predicting the test images leaves
@@ -46,40 +48,57 @@ EVALUATED_SHARE = 2 / 3  # at most, of the time that predicting the test images 
 
 def time_evaluation(trainer: FinetuningTrainer, split: PixelDataset, images: int) -> float:
     """Seconds to predict an image of a split, measured on that many of its images."""
-    few = torch.utils.data.Subset(split, range(min(len(split), images)))
-    trainer.predict_logits(few)  # the first call is slower
-    start = time.perf_counter()
-    trainer.predict_logits(few)
-    return (time.perf_counter() - start) / len(few)
+
+    def predict(count: int) -> float:
+        few = torch.utils.data.Subset(split, range(min(len(split), count)))
+        start = time.perf_counter()
+        trainer.predict_logits(few)
+        return (time.perf_counter() - start) / len(few)
+
+    predict(1)  # the first call is slower
+    count = min(images, max(1, int(EVALUATION_SECONDS / 2 / predict(16))))
+    predict(count)  # so is the first of a size
+    return predict(count)
 
 
 def evaluation_passes(context: RunContext) -> int:
-    """How often a validation image is predicted around the epochs: before training, as training images, at the end."""
-    probes = context.run.linear_probe or context.run.linear_probe_only
-    return 2 + context.views + probes
+    """How often every validation image is predicted around the epochs: by a linear probe, and at the end."""
+    return context.views + (context.run.linear_probe or context.run.linear_probe_only)
+
+
+def count_sampled(context: RunContext) -> int:
+    """How many images are predicted only to compare: validation images before training, and training images after."""
+    return 2 * min(MEASURED_IMAGES, len(context.dataset["validation"]))
 
 
 # --estimate
 
 
 class StepTimer(TrainerCallback):
-    """Seconds from the start of each optimizer step to the start of the next: data, transforms and all between."""
+    """Seconds from the start of each optimizer step to the start of the next: data, transforms and all between.
 
-    def __init__(self):
+    It ends the training after `most_seconds`, but not before `least` steps.
+    """
+
+    def __init__(self, most_seconds: float = math.inf, least: int = 1):
         self.starts: list[float] = []
+        self.most_seconds, self.least = most_seconds, least
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.starts.append(time.perf_counter())
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == state.max_steps:
+        late = len(self.starts) >= self.least and time.perf_counter() - self.starts[0] > self.most_seconds
+        if late or state.global_step == state.max_steps:
+            control.should_training_stop = True
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self.starts.append(time.perf_counter())
 
     def seconds(self, warm_up: int = WARM_UP_STEPS) -> list[float]:
-        """The steps' times after the first `warm_up`."""
-        return [end - start for start, end in zip(self.starts, self.starts[1:], strict=False)][warm_up:]
+        """The steps' times after the first `warm_up`, or after half of them if they are few."""
+        times = [end - start for start, end in zip(self.starts, self.starts[1:], strict=False)]
+        return times[min(warm_up, len(times) // 2) :]
 
 
 @dataclass(frozen=True)
@@ -117,15 +136,15 @@ def _memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _time_steps(trainer: FinetuningTrainer, steps: int) -> list[float]:
-    """Seconds of each of `steps` training steps. The model changes: do not use it afterwards."""
-    timer = StepTimer()
+def _time_steps(trainer: FinetuningTrainer, steps: int, most_seconds: float, least: int) -> list[float]:
+    """Seconds of each of at most `steps` training steps. The model changes: do not use it afterwards."""
+    timer = StepTimer(most_seconds, least)
     trainer.add_callback(timer)
     trainer.args.max_steps = steps
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.train()
     trainer.pop_callback(timer)
-    return timer.seconds(min(WARM_UP_STEPS, steps // 2))
+    return timer.seconds()
 
 
 def estimate(context: RunContext, trainer: FinetuningTrainer) -> Estimate:
@@ -135,15 +154,15 @@ def estimate(context: RunContext, trainer: FinetuningTrainer) -> Estimate:
     """
     args, device = trainer.args, trainer.args.device
     trainer.adapts_to_memory = False
-    trainer.remove_callback(PrinterCallback)  # of steps that train nothing
+    trainer.remove_callback(trainer.shown)  # of steps that train nothing
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     try:
         trainer.train_limit.images = max(1, batch // 2)
-        _time_steps(trainer, 3)
+        _time_steps(trainer, 3, HALF_SECONDS, 1)
         half, trainer.train_limit.images = _peak_memory(device), None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        step = statistics.median(_time_steps(trainer, WARM_UP_STEPS + ESTIMATE_STEPS))
+        step = statistics.median(_time_steps(trainer, WARM_UP_STEPS + ESTIMATE_STEPS, STEPS_SECONDS, 2))
     except torch.OutOfMemoryError:
         quarter, step_images = max(1, batch // 4), batch * accumulation * args.world_size
         raise UserError(
@@ -159,7 +178,7 @@ def estimate(context: RunContext, trainer: FinetuningTrainer) -> Estimate:
     epochs = args.num_train_epochs
     epoch = math.ceil(images / (batch * accumulation * args.world_size)) * step
     each_epoch = 2 if context.run.ema_decay else 1
-    evaluated = validated * (each_epoch * math.ceil(epochs) + evaluation_passes(context) - 1) + min(validated, images)
+    evaluated = validated * (each_epoch * math.ceil(epochs) + evaluation_passes(context)) + count_sampled(context)
     return Estimate(
         images_per_second=batch * accumulation * args.world_size / step,
         evaluation_images_per_second=1 / per_image,
@@ -168,7 +187,7 @@ def estimate(context: RunContext, trainer: FinetuningTrainer) -> Estimate:
         prediction=context.views * tested * per_image,
         peak_memory=peak,
         memory=_memory(device),
-        largest_batch=max(1, batch + int(room / growth)) if growth > 2**16 else None,
+        largest_batch=min(images, max(1, batch + int(room / growth))) if growth > 2**16 else None,
     )
 
 
@@ -193,7 +212,9 @@ def describe_estimate(e: Estimate, batch: int, images: int, test_images: int) ->
 def estimate_run(context: RunContext, args: FinetuningArguments, make_trainer: Callable) -> None:
     """Print what the run would take; nothing is written."""
     leave_no_traces(args)
-    found = estimate(context, make_trainer(context, args, prepare_model(context.run, args, context.data)))
+    trainer = make_trainer(context, args, prepare_model(context.run, args, context.data))
+    context = limit_validation(context, trainer)
+    found = estimate(context, trainer)
     images, tested = len(context.dataset["train"]), context.test_images
     say(*describe_estimate(found, args.per_device_train_batch_size, images, tested))
 
@@ -258,7 +279,7 @@ class TimeBudget(TrainerCallback):
         self.seconds_left, self.pause = seconds_left, pause
         self.steps: deque[float] = deque(maxlen=PACE_STEPS)
         self.mark: float | None = None  # when the last step ended
-        self.said = False
+        self.said: int | None = None  # how many steps were last said to fit
 
     def on_step_end(self, args, state, control, lr_scheduler=None, train_dataloader=None, **kwargs):
         now = time.perf_counter()
@@ -293,8 +314,14 @@ class TimeBudget(TrainerCallback):
         if args.eval_strategy == IntervalStrategy.STEPS:
             interval = max(1, int(state.eval_steps))
         until_pause = interval - state.global_step % interval
-        step = statistics.mean(self.steps)
-        return steps_that_fit(self.seconds_left(), remaining, step, self.pause, until_pause, interval)
+        return steps_that_fit(self.seconds_left(), remaining, self._pace(), self.pause, until_pause, interval)
+
+    def _pace(self) -> float:
+        """Seconds of a step, from the last ones. A few slow ones must not shorten a schedule that cannot get back."""
+        if len(self.steps) < SAID_AFTER:
+            return min(self.steps)
+        usual = SLOW_STEP * statistics.median(self.steps)
+        return statistics.mean(step for step in self.steps if step <= usual)
 
     def _move_schedule(self, schedule: LambdaLR, fit: int, state) -> None:
         """Replace the schedule step that the Trainer has just taken by one that fits the time left."""
@@ -305,37 +332,62 @@ class TimeBudget(TrainerCallback):
             schedule.step()
 
     def _say(self, fit: int, state) -> None:
-        total = state.global_step + fit
-        if not self.said and len(self.steps) >= SAID_AFTER and total < state.max_steps:
-            self.said = True
-            logger.warning(
-                "--max_minutes: about %d of %d steps fit; the learning-rate schedule is shortened to them",
-                total,
-                state.max_steps,
-            )
+        total, said = state.global_step + fit, self.said or state.max_steps
+        if len(self.steps) < SAID_AFTER or SAID_AGAIN * said <= total <= said / SAID_AGAIN:
+            return
+        again = f", not {said}" if self.said else ""
+        self.said = total
+        logger.warning(
+            "--max_minutes: about %d of %d steps fit%s; the learning-rate schedule is shortened to them",
+            total,
+            state.max_steps,
+            again,
+        )
 
 
 def limit_training(context: RunContext, trainer: FinetuningTrainer, seconds: float) -> None:
-    """Let training end in time for the csv; evaluating the validation images once takes so many seconds."""
-    if context.ends_by is None:
-        return
+    """Foresee when training ends, and let it end in time for the csv; evaluating an image takes so many seconds."""
     held_out = len(context.dataset["validation"])
-    afterwards = held_out + context.views * (held_out + context.test_images)  # as many training images, once
-    deadline = Deadline(context.ends_by, afterwards)
-    left = functools.partial(deadline.seconds_to_train, seconds / held_out)
-    trainer.add_callback(TimeBudget(left, pause=2 * seconds if context.run.ema_decay else seconds))
+    afterwards = min(MEASURED_IMAGES, held_out) + context.views * (held_out + context.test_images)
+    pause = seconds * held_out * (2 if context.run.ema_decay else 1)
+    trainer.shown.foresee(pause, seconds * afterwards + REPORT_SECONDS, context.ends_by)
+    if context.ends_by is not None:
+        left = functools.partial(Deadline(context.ends_by, afterwards).seconds_to_train, seconds)
+        trainer.add_callback(TimeBudget(left, pause))
 
 
-def limit_evaluation(context: RunContext, trainer: FinetuningTrainer) -> RunContext:
-    """Where `--max_minutes` is too short to evaluate all held-out images, hold out some, evenly over the classes.
+def limit_validation(context: RunContext, trainer: FinetuningTrainer) -> RunContext:
+    """With `--max_train_samples`, hold out as small a part of the validation images, so that a trial stays small.
 
     The trainings of a repeated run are measured on the same images, so theirs stay.
     """
+    run, train, held_out = context.run, len(context.dataset["train"]), len(context.dataset["validation"])
+    if context.parent_split is not None:
+        return context
+    complete = len(context.data.train_files) - (0 if context.data.validation_files else held_out)
+    share = math.ceil(held_out * train / complete)
+    count = run.max_eval_samples or max(len(context.data.class_ids), FEW_VALIDATION_IMAGES, share)
+    if count >= held_out or not (run.max_eval_samples or run.max_train_samples):
+        return context
+    why = "--max_eval_samples" if run.max_eval_samples else "as small a part as --max_train_samples takes"
+    say(f"validation  on {count:,} of {held_out:,} images: {why}")
+    if not run.max_eval_samples:
+        say(f"            --max_eval_samples changes this; all {context.test_images:,} test images are predicted")
+    return context.validate_on(trainer, count)
+
+
+def limit_evaluation(context: RunContext, trainer: FinetuningTrainer) -> RunContext:
+    """The context with as many validation images as a trial needs and as `--max_minutes` leaves time for.
+
+    The trainings of a repeated run are measured on the same images, so theirs stay.
+    """
+    context = limit_validation(context, trainer)
     if context.ends_by is None or context.parent_split is not None:
         return context
     held_out, views = context.dataset["validation"], context.views
     seconds = time_evaluation(trainer, trainer.eval_dataset, IMAGES_TIMED)
-    passes = 1 + evaluation_passes(context) + (context.run.ema_decay > 0)  # and after an epoch
+    # Before training, as training images, and after an epoch.
+    passes = 3 + evaluation_passes(context) + (context.run.ema_decay > 0)
     left = Deadline(context.ends_by, views * context.test_images).seconds_to_train(seconds)
     if left < 0:
         say(f"time        the csv will be about {-left:.0f} s late: predicting takes longer than --max_minutes")
@@ -344,8 +396,5 @@ def limit_evaluation(context: RunContext, trainer: FinetuningTrainer) -> RunCont
         [count] = broadcast_object_list([count])
     if count >= len(held_out):
         return context
-    taken = take_evenly(range(len(held_out)), held_out["file"][:], held_out["label"][:], count)
-    dataset = datasets.DatasetDict(context.dataset | {"validation": held_out.select(taken)})
-    trainer.eval_dataset = PixelDataset(trainer.eval_dataset.store, dataset["validation"])
     say(f"validation  on {count} of {len(held_out)} images: --max_minutes leaves no time for more")
-    return replace(context, dataset=dataset)
+    return context.validate_on(trainer, count)

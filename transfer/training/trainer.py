@@ -19,8 +19,14 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm.auto import tqdm
-from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainerCallback
+from transformers import (
+    BaseImageProcessor,
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+)
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from transfer.config import FinetuningArguments
@@ -32,6 +38,7 @@ from transfer.models.layers import find_blocks, parameter_groups
 from transfer.models.load import load_complete
 from transfer.models.lora import check_same_adapters, holds_adapters, is_adapted, load_adapters, merge_adapters
 from transfer.runtime import end_signals, shards_model
+from transfer.terminal import Bar, TrainingProgress
 from transfer.training.checkpoints import (
     KeepBestEpoch,
     SaveBeforeEnd,
@@ -144,6 +151,10 @@ class FinetuningTrainer(Trainer):
             compute_loss_func=self.classification_loss,
             callbacks=[StopAtNonFiniteLoss(), StampSeconds(), KeepBestEpoch(self), SaveBeforeEnd()],
         )
+        for unnamed in (PrinterCallback, ProgressCallback):
+            self.remove_callback(unnamed)
+        self.shown = TrainingProgress()
+        self.add_callback(self.shown)
         self.eval_transform, self.train_transform = eval_transform.to(args.device), train_transform.to(args.device)
         self.layer_decay = layer_decay
         self.class_weights = None if class_weights is None else class_weights.to(args.device)  # (classes,)
@@ -298,9 +309,11 @@ class FinetuningTrainer(Trainer):
         loader = self.get_test_dataloader(split)
         found = []
         hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-        for batch in tqdm(loader, desc=what or "predicting", leave=False, disable=hidden):
-            _, logits = self._run_in_parts(batch, step)
-            found.append(self.accelerator.gather_for_metrics(torch.cat(logits)).cpu())
+        with Bar(what or "predicting", len(split), hidden=hidden or not what) as bar:  # type: ignore[arg-type]  # Sized
+            for batch in loader:
+                _, logits = self._run_in_parts(batch, step)
+                found.append(self.accelerator.gather_for_metrics(torch.cat(logits)).cpu())
+                bar.advance(len(found[-1]))
         return torch.cat(found).numpy()
 
     def _share_buffers(self) -> None:
