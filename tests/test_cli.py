@@ -6,9 +6,12 @@ import math
 import re
 
 import pytest
+import torch
+from transformers import TrainingArguments
 
 from transfer.cli import ALIASES, USAGE, parse_command_line
 from transfer.config import (
+    REFUSED,
     TOPICS,
     TTA_NAMES,
     FinetuningArguments,
@@ -210,3 +213,161 @@ def test_data_that_a_flag_names_have_an_output_folder_of_their_own(flags, folder
     recipe.write_text("" if "--dataset_name" in flags else "data_dir: sample\n")
     _, args, _ = parse_command_line([str(recipe), *flags])
     assert args.output_dir == f"outputs/{folder}"
+
+
+# A value of every field of TrainingArguments that may be set.
+TRIED = {
+    "output_dir": "elsewhere",
+    "per_device_train_batch_size": 4,
+    "num_train_epochs": 2.5,
+    "max_steps": 2,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine_with_restarts",
+    "lr_scheduler_kwargs": '{"num_cycles": 2}',
+    "warmup_steps": 1,
+    "optim": "adafactor",
+    "optim_args": "momentum=0.9",
+    "weight_decay": 0.1,
+    "adam_beta1": 0.8,
+    "adam_beta2": 0.99,
+    "adam_epsilon": 1e-6,
+    "gradient_accumulation_steps": 2,
+    "max_grad_norm": 1,
+    "label_smoothing_factor": 0.1,
+    "tf32": "false",
+    "activation_checkpointing": "false",
+    "activation_checkpointing_kwargs": '{"use_reentrant": false}',
+    "gradient_checkpointing": "true",
+    "gradient_checkpointing_kwargs": '{"use_reentrant": false}',
+    "torch_compile": "false",
+    "torch_compile_backend": "inductor",
+    "torch_compile_mode": "default",
+    "torch_empty_cache_steps": 1,
+    "logging_strategy": "steps",
+    "logging_steps": 1,
+    "logging_first_step": "true",
+    "log_on_each_node": "false",
+    "logging_nan_inf_filter": "true",
+    "log_level": "error",
+    "log_level_replica": "error",
+    "disable_tqdm": "true",
+    "report_to": "none",
+    "run_name": "mine",
+    "project": "mine",
+    "trackio_space_id": "me/space",
+    "trackio_bucket_id": "me/bucket",
+    "trackio_static_space_id": "me/space",
+    "eval_strategy": "epoch",
+    "eval_steps": 1,
+    "eval_delay": 0,
+    "per_device_eval_batch_size": 4,
+    "eval_on_start": "true",
+    "eval_accumulation_steps": 1,
+    "save_strategy": "epoch",
+    "save_steps": 1,
+    "save_on_each_node": "true",
+    "save_total_limit": 3,
+    "push_to_hub": "false",
+    "hub_private_repo": "true",
+    "hub_model_id": "me/model",
+    "hub_strategy": "end",
+    "hub_always_push": "true",
+    "hub_revision": "main",
+    "load_best_model_at_end": "true",
+    "metric_for_best_model": "loss",
+    "full_determinism": "false",  # it sets environment variables of the whole process
+    "seed": 2**32 - 1,
+    "data_seed": 2**32 - 1,
+    "use_cpu": "true",
+    "dataloader_num_workers": 1,
+    "dataloader_pin_memory": "false",
+    "dataloader_persistent_workers": "true",
+    "dataloader_prefetch_factor": 1,
+    "dataloader_multiprocessing_context": "fork",
+    "ddp_find_unused_parameters": "false",
+    "ddp_bucket_cap_mb": 10,
+    "ddp_broadcast_buffers": "false",
+    "ddp_static_graph": "false",
+    "ddp_timeout": 100,
+    "debug": "underflow_overflow",
+    "skip_memory_metrics": "false",
+    "do_train": "true",
+    "resume_from_checkpoint": "false",
+}
+NEEDS_WORKERS = ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context")
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainingArguments) if field.init])
+def test_every_argument_of_the_trainer_is_refused_with_a_reason_or_works(name, parse):
+    if name in REFUSED:
+        with pytest.raises(UserError, match=rf"'{name}' cannot be set: \w.+"):
+            parse("data_dir: sample\n", f"--{name}", "1")
+        assert name not in TRIED
+    else:
+        workers = ["--dataloader_num_workers", "1"] * (name in NEEDS_WORKERS)
+        parse("data_dir: sample\n", f"--{name}", str(TRIED[name]), *workers)
+
+
+def test_a_run_trains_with_all_arguments_of_the_trainer_at_once(pristine_data, checkpoints, finetune):
+    alone = {"output_dir", "resume_from_checkpoint", "num_train_epochs", "trackio_static_space_id"}
+    alone |= {"torch_compile_backend", "torch_compile_mode"}  # both turn compiling on, which takes a minute
+    settings = {name: value for name, value in TRIED.items() if name not in alone}
+    assert (finetune(pristine_data, checkpoints("vit"), **settings) / "submission.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--optim lion_32bit", "--optim lion_32bit: cannot be used: You need to install `bitsandbytes`"),
+        ("--optim adamw_8bit", "`pip install -U bitsandbytes`"),
+        ("--optim schedule_free_adamw", "--optim schedule_free_adamw: cannot be used: You need to install"),
+        ("--optim galore_adamw", "--optim galore_adamw: cannot be used: You need to install `galore_torch`"),
+        ("--optim_args lr", "--optim adamw_torch_fused --optim_args lr: cannot be used"),
+        ("--use_liger_kernel true", "'use_liger_kernel' cannot be set: it is for language models"),
+        ("--lr_scheduler_type cosine_with_min_lr", "One of min_lr or min_lr_rate should be set"),
+        ("--lr_scheduler_type warmup_stable_decay", "warmup_stable_decay: cannot be used: .*'num_decay_steps'"),
+        ("--lr_scheduler_type wsd", "wsd is not a valid SchedulerType"),
+        ('--lr_scheduler_kwargs {"cycles":2}', "unexpected keyword argument 'cycles'"),
+        ("--lr_scheduler_kwargs {cycles", "is not valid json"),
+        ("--dataloader_persistent_workers true", "persistent_workers option needs num_workers > 0"),
+        ("--dataloader_num_workers -1", "--dataloader_num_workers -1: must be at least 0"),
+        ("--eval_do_concat_batches false", "metrics are computed over the logits of all images at once"),
+        ("--label_names x", "'label_names' cannot be set"),
+        ("--fsdp full_shard", "processes and sharding are set in the accelerate config"),
+        ("--label_smoothing_factor 1.5", "must be at least 0 and below 1"),
+        ("--label_smoothing_factor -0.1", "must be at least 0 and below 1"),
+        ("--weight_decay -0.1", "--weight_decay -0.1: must be at least 0"),
+        ("--adam_beta1 1.5", "--adam_beta1 1.5: must be at least 0 and below 1"),
+        ("--seed 4294967296", "--seed 4294967296: must be at least 0 and at most 4294967295"),
+        ('--gradient_checkpointing_kwargs {"reentrant":true}', "unexpected keyword argument 'reentrant'"),
+        ("--torch_compile true --torch_compile_backend fast", "Invalid backend: 'fast'"),
+        ("--save_only_model true", "a stopped run could not be resumed"),
+    ],
+)
+def test_a_borrowed_argument_that_cannot_work_is_refused_before_data_is_read(flags, message, parse):
+    with pytest.raises(UserError, match=message) as refused:
+        parse("data_dir: missing\n", *flags.split())
+    assert "\n" not in str(refused.value)
+
+
+def test_a_field_that_a_later_version_adds_is_refused_until_somebody_has_tried_it(parse, monkeypatch):
+    import transfer.config
+
+    monkeypatch.setattr(transfer.config, "BORROWED", transfer.config.BORROWED - {"eval_on_start"})
+    with pytest.raises(UserError, match="'eval_on_start' cannot be set: this project has not been tried with it"):
+        parse("data_dir: sample\n", "--eval_on_start", "true")
+
+
+def test_trying_the_arguments_draws_no_random_numbers(parse):
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    parse("data_dir: sample\n")
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(parse, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run, args = parse("data_dir: sample\noutput_dir: ~/out\nhand_in: ~/a.zip\nresume_from_checkpoint: ~/c\n")
+    paths = [args.output_dir, run.hand_in, args.resume_from_checkpoint]
+    assert paths == [f"{tmp_path}/{name}" for name in ("out", "a.zip", "c")]
+    assert parse_command_line(["~/mine.yaml"])[1].output_dir == args.output_dir

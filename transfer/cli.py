@@ -4,15 +4,21 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 import yaml
-from transformers import HfArgumentParser
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from transformers import HfArgumentParser, Trainer, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.optimization import GreedyLR
 
 from transfer import runtime
 from transfer.config import (
@@ -46,6 +52,10 @@ Other fields of transformers.TrainingArguments are accepted too, except
 First try:  ... finetune_vit.py recipes/sample.yaml
 Small part: ... finetune_vit.py recipes/offline.yaml --data_dir DATA.zip --max_train_samples 2000
 """
+
+TRIED_STEPS = 20  # of a schedule
+METRIC_SCHEDULES = (ReduceLROnPlateau, GreedyLR)
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 # What other programs call an argument, to suggest ours.
 ALIASES = {
@@ -149,6 +159,8 @@ def check_name(name: str, where: str) -> None:
     known = known_names()
     if name in known:
         return
+    if name in {field.name for field in dataclasses.fields(FinetuningArguments) if field.init}:
+        raise UserError(f"{where}: '{name}' cannot be set: this project has not been tried with it")
     near = [argument for argument, others in ALIASES.items() if name in others.split()]
     near = near or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the arguments"
@@ -221,18 +233,31 @@ def parse_command_line(argv: list[str]) -> tuple[RunArguments, FinetuningArgumen
     flagged, strays = parser.parse_known_args(flags)
     if strays:
         raise UserError(f"command line: '{strays[0]}' does not belong to an argument; --help lists the arguments")
-    source = Path(recipe or flagged.reproduce)
+    source = Path(recipe or flagged.reproduce).expanduser()
     settings = read_recipe(source, flagged.do_train) if recipe else read_run(source)
     parser.set_defaults(output_dir=str(Path("outputs") / name_run(source, settings, flagged)))
     parser.set_recipe(settings, str(source))
     try:
         run, args = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    except json.JSONDecodeError as fault:
+        raise UserError(f"command line: {fault.doc}: is not valid json ({fault})") from None
     except (ValueError, TypeError, ImportError, OSError) as fault:
         raise UserError(" ".join(str(fault).split())) from None
     if recipe and run.reproduce:
         raise UserError("--reproduce RUN_JSON takes the place of the recipe: put it first, and flags after it")
+    expand_paths(run, args)
     check_values(run, args)
     return run, args, source
+
+
+def expand_paths(run: RunArguments, args: FinetuningArguments) -> None:
+    """Replace a leading ~, which no shell expands in a recipe; paths of data are expanded where they are read."""
+    for group, names in ((run, ("reproduce", "hand_in")), (args, ("output_dir", "resume_from_checkpoint"))):
+        for name in names:
+            if value := getattr(group, name):
+                setattr(group, name, str(Path(value).expanduser()) if value.startswith("~") else value)
+    if (args.resume_from_checkpoint or "").lower() == "false":
+        args.resume_from_checkpoint = None
 
 
 def check_data_arguments(run: RunArguments) -> None:
@@ -330,6 +355,79 @@ def check_sharing(run: RunArguments, args: FinetuningArguments) -> None:
         raise UserError("--push_to_hub needs --hub_model_id, for example me/tiny-imagenet-100")
 
 
+def _shown(args: FinetuningArguments, *names: str) -> str:
+    """The flags of those arguments that are set."""
+    values = {name: getattr(args, name) for name in names}
+    words = (f"--{name} {getattr(value, 'value', value)}" for name, value in values.items() if value is not None)
+    return " ".join(words)
+
+
+def _refuse_if_unusable(flags: str, attempt: Callable[[], object]) -> Any:
+    """What an attempt returns. Raises `UserError`, which names the flags, for whatever goes wrong in it."""
+    try:
+        return attempt()
+    except Exception as fault:
+        reason = " ".join(str(fault).split()) or type(fault).__name__
+        raise UserError(f"{flags}: cannot be used: {reason}") from None
+
+
+def try_arguments(args: FinetuningArguments) -> None:
+    """Make and use on one parameter what the Trainer makes of its arguments, before any data is read.
+
+    Optimizers and kernels may lack their package, and schedules and loaders are only checked when they are made.
+    Raises `UserError`.
+    """
+    random_state, model = torch.random.get_rng_state(), torch.nn.Linear(2, 2)
+
+    def make_optimizer() -> torch.optim.Optimizer:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, cast(Any, model))
+        optimizer = kind([{"params": list(model.parameters()), "lr": args.learning_rate}], **options)
+        model(torch.zeros(1, 2)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return optimizer
+
+    def make_schedule() -> None:
+        name, options = args.lr_scheduler_type, args.lr_scheduler_kwargs
+        warmup = args.get_warmup_steps(TRIED_STEPS)
+        schedule: Any = get_scheduler(
+            name, optimizer, warmup, TRIED_STEPS, scheduler_specific_kwargs=cast(Any, options)
+        )
+        for _ in range(TRIED_STEPS):
+            optimizer.step()
+            schedule.step(*([0.0] if isinstance(schedule, METRIC_SCHEDULES) else []))
+            if not all(math.isfinite(group["lr"]) for group in optimizer.param_groups):
+                raise ValueError("the learning rate becomes infinite")
+
+    def make_loader() -> None:
+        workers: dict[str, Any] = {
+            "persistent_workers": args.dataloader_persistent_workers,
+            "prefetch_factor": args.dataloader_prefetch_factor,
+            "multiprocessing_context": args.dataloader_multiprocessing_context,
+        }
+        DataLoader(cast(Any, range(8)), num_workers=args.dataloader_num_workers, **workers)
+
+    def checkpoint_gradients() -> None:
+        for options in (args.gradient_checkpointing_kwargs, args.activation_checkpointing_kwargs):
+            if options:
+                checkpoint(model, torch.zeros(1, 2), **{"use_reentrant": False} | cast(dict, options))
+
+    def compile_model() -> None:
+        if backend := args.torch_compile and args.torch_compile_backend:
+            torch._dynamo.lookup_backend(backend)
+        if args.torch_compile and args.torch_compile_mode not in (None, *COMPILE_MODES):
+            raise ValueError(f"{args.torch_compile_mode} is not one of {', '.join(COMPILE_MODES)}")
+
+    optimizer = _refuse_if_unusable(_shown(args, "optim", "optim_args"), make_optimizer)
+    _refuse_if_unusable(_shown(args, "lr_scheduler_type", "lr_scheduler_kwargs"), make_schedule)
+    workers = ("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_multiprocessing_context")
+    _refuse_if_unusable(_shown(args, *workers), make_loader)
+    options = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
+    _refuse_if_unusable(_shown(args, *options), checkpoint_gradients)
+    _refuse_if_unusable(_shown(args, "torch_compile_backend", "torch_compile_mode"), compile_model)
+    torch.random.set_rng_state(random_state)
+
+
 def check_values(run: RunArguments, args: FinetuningArguments) -> None:
     """Check every value and combination of values. Raises `UserError` for the first that cannot work."""
     check_data_arguments(run)
@@ -339,3 +437,4 @@ def check_values(run: RunArguments, args: FinetuningArguments) -> None:
     check_search(run, args)
     check_sharing(run, args)
     check_sharding(run, args)
+    try_arguments(args)

@@ -34,9 +34,61 @@ REFUSED = {
         "batches hold only what the model needs, and every image counts",
     ),
     "prediction_loss_only": "accuracy needs the predictions",
-    "batch_eval_metrics": "metrics are computed over all images at once",
+    **dict.fromkeys(
+        ["batch_eval_metrics", "eval_do_concat_batches", "eval_use_gather_object", "include_for_metrics"],
+        "metrics are computed over the logits of all images at once",
+    ),
     "auto_find_batch_size": "it would change the recipe silently; --estimate true says which batch size fits",
+    **dict.fromkeys(
+        ["fsdp", "fsdp_config", "parallelism_config", "accelerator_config", "deepspeed"],
+        "processes and sharding are set in the accelerate config, as in recipes/accelerate/fsdp.yaml",
+    ),
+    **dict.fromkeys(
+        [
+            "use_liger_kernel",
+            "liger_kernel_config",
+            "neftune_noise_alpha",
+            "use_cache",
+            "include_num_input_tokens_seen",
+        ],
+        "it is for language models",
+    ),
+    **dict.fromkeys(
+        ["train_sampling_strategy", "length_column_name", "dataloader_in_order"],
+        "the order of the images is random and depends on the seed alone",
+    ),
+    **dict.fromkeys(
+        ["ignore_data_skip", "restore_callback_states_from_checkpoint"],
+        "a resumed run would not end where it would have ended",
+    ),
+    "save_only_model": "a stopped run could not be resumed; --save_total_limit limits the space of checkpoints",
+    "enable_jit_checkpoint": "a checkpoint is written on SIGTERM in any case",
+    "include_num_input_tokens_seen": "images have no tokens to count",
+    "greater_is_better": "it follows from --metric_for_best_model",
+    "label_names": "the names of a batch's parts are fixed",
+    "average_tokens_across_devices": "the loss is the mean over the images of all devices",
+    "optim_target_modules": "the optimizers that need it are not supported",
+    **dict.fromkeys(["local_rank", "ddp_backend"], "the launcher sets it"),
+    **dict.fromkeys(["do_eval", "do_predict"], "every run evaluates and predicts"),
 }
+
+# The other fields of TrainingArguments that may be set, though --help does not list them. A field that a later version
+# adds is refused until somebody has tried what it does here.
+# fmt: off
+BORROWED = frozenset([
+    "max_steps", "lr_scheduler_kwargs", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "tf32",
+    "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+    "torch_empty_cache_steps", "logging_strategy", "logging_first_step", "log_on_each_node", "log_level",
+    "log_level_replica", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+    "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps", "save_steps", "save_on_each_node",
+    "hub_strategy", "hub_always_push", "hub_revision", "full_determinism", "data_seed", "use_cpu",
+    "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "dataloader_multiprocessing_context", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
+    "ddp_static_graph", "ddp_timeout", "debug", "skip_memory_metrics",
+])
+# fmt: on
+MAX_SEED = 2**32 - 1  # numpy's
 
 # Headings of --help, in this order; the model card lists its settings in the same order.
 TOPICS = (
@@ -84,6 +136,21 @@ class Option:
         if not bounds or (math.isfinite(value) and all(holds(value, limit) for _, limit, holds in bounds)):
             return None
         return " and ".join([f"{name} {limit}" for name, limit, _ in bounds] + ["finite"] * math.isinf(value))
+
+
+# Bounds of fields that are not defined here.
+BORROWED_OPTIONS = {
+    **dict.fromkeys(["adam_beta1", "adam_beta2"], Option(at_least=0, below=1)),
+    **dict.fromkeys(["eval_steps", "save_steps", "adam_epsilon"], Option(above=0)),
+    **dict.fromkeys(
+        ["eval_accumulation_steps", "torch_empty_cache_steps", "dataloader_prefetch_factor", "ddp_timeout"],
+        Option(at_least=1),
+    ),
+    "ddp_bucket_cap_mb": Option(at_least=1),
+    "eval_delay": Option(at_least=0),
+    "max_steps": Option(at_least=-1),
+    "data_seed": Option(at_least=0, at_most=MAX_SEED),
+}
 
 
 def option(default, help: str, topic: str | None = None, **facts) -> Any:
@@ -199,12 +266,12 @@ class RunArguments:
     seeds: list[int] = option(
         [], "Train once per seed, report mean and standard deviation, and submit the best of the single models, their "
         "ensemble and their soup (averaged weights).",
-        REPEATS, at_least=0, training_only=True, on_card="setting")
+        REPEATS, at_least=0, at_most=MAX_SEED, training_only=True, on_card="setting")
     kfold: int | None = option(None, "Number of cross-validation folds: train once per fold and submit the ensemble.",
         REPEATS, at_least=2, training_only=True, on_card="setting")
     fold: int | None = option(None, "With kfold, train only this fold, counted from 1.", REPEATS, training_only=True)
     split_seed: int = option(0, "Seed of the validation split, independent of seed.",
-        REPEATS, at_least=0, on_card="setting")
+        REPEATS, at_least=0, at_most=MAX_SEED, on_card="setting")
     validation_fraction: float = option(0.1, "Fraction of each class to hold out for validation.",
         REPEATS, above=0, below=1, on_card="setting")
     search: int | None = option(
@@ -238,7 +305,8 @@ class FinetuningArguments(TrainingArguments):
     """TrainingArguments with defaults for fine-tuning an image classifier; those with a topic are in `--help`."""
 
     do_train: bool = option(True, "`false` skips training, to only evaluate and predict.", LENGTH)
-    num_train_epochs: float = option(3.0, "Number of passes over the training images.", LENGTH, on_card="setting")
+    num_train_epochs: float = option(3.0, "Number of passes over the training images.",
+        LENGTH, at_least=0, on_card="setting")
     resume_from_checkpoint: str | None = option(
         None, "`true` to resume from the last checkpoint in output_dir, or the folder of a checkpoint.",
         LENGTH, training_only=True, one_run=True)
@@ -267,7 +335,7 @@ class FinetuningArguments(TrainingArguments):
     eval_strategy: str = option("epoch", "Evaluate after each `epoch`, or every eval_steps `steps`.")
     load_best_model_at_end: bool = option(True, "Keep the epoch with the best validation metric.")
 
-    seed: int = option(42, "Seed of the training.", REPEATS, at_least=0, on_card="setting")
+    seed: int = option(42, "Seed of the training.", REPEATS, at_least=0, at_most=MAX_SEED, on_card="setting")
 
     dataloader_num_workers: int = option(0, "Number of data loading processes; 0 loads in the main process.",
         RESOURCES, at_least=0)
@@ -280,12 +348,13 @@ class FinetuningArguments(TrainingArguments):
         ["auto"], "Experiment trackers: tensorboard, wandb, trackio or none. [tensorboard if installed]", OUTPUT)
     save_strategy: str = option("epoch", "Save a checkpoint after each `epoch`, or every save_steps `steps`.")
     # With 1 the Trainer deletes the last checkpoint at the end, and a kill in the final evaluation would cost epochs.
-    save_total_limit: int | None = option(2, "Number of checkpoints to keep, the best and the last included.", OUTPUT)
+    save_total_limit: int | None = option(2, "Number of checkpoints to keep, the best and the last included.",
+        OUTPUT, at_least=1)
     push_to_hub: bool = option(False, "Push model/ to the Hub as hub_model_id after the run.", OUTPUT, one_run=True)
     hub_model_id: str | None = option(None, "Hub repository to push to, e.g. me/tiny-imagenet-100.", OUTPUT)
     hub_private_repo: bool | None = option(None, "`true` makes a new Hub repository private.", OUTPUT)
     disable_tqdm: bool | None = option(None, "Disable progress bars. [depends on the log level]", one_run=True)
-    logging_steps: float = option(0.02, "Steps between log lines, or their fraction of all steps if below 1.")
+    logging_steps: float = option(0.02, "Steps between log lines, or their fraction of all steps if below 1.", above=0)
     # The filter would hide NaN losses in an average; here they stop the run.
     logging_nan_inf_filter: bool = option(False, "Leave non-finite losses out of the logged average.")
 
@@ -310,7 +379,7 @@ def default_trackers() -> list[str]:
 
 def option_of(field: dataclasses.Field) -> Option:
     """What is known about an argument."""
-    return field.metadata.get("option", Option())
+    return field.metadata.get("option") or BORROWED_OPTIONS.get(field.name, Option())
 
 
 def listed_fields() -> list[dataclasses.Field]:
@@ -328,8 +397,10 @@ def card_names(kind: str) -> list[str]:
 
 def known_names() -> list[str]:
     """The arguments that a recipe or a flag may set."""
-    fields = [*dataclasses.fields(RunArguments), *dataclasses.fields(FinetuningArguments)]
-    return [field.name for field in fields if field.init and field.name not in REFUSED]
+    accepted = BORROWED | inspect.get_annotations(FinetuningArguments).keys()
+    trainer = [field.name for field in dataclasses.fields(FinetuningArguments) if field.init]
+    own = [field.name for field in dataclasses.fields(RunArguments)]
+    return own + [name for name in trainer if name in accepted and name not in REFUSED]
 
 
 def training_only_names() -> set[str]:

@@ -31,7 +31,7 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from transfer.config import FinetuningArguments
 from transfer.data.images import PixelDataset, identity_collate
-from transfer.errors import UserError
+from transfer.errors import Terminated, UserError
 from transfer.evaluation.metrics import find_hits, macro_f1
 from transfer.models.build import Classifier
 from transfer.models.layers import find_blocks, parameter_groups
@@ -209,6 +209,9 @@ class FinetuningTrainer(Trainer):
             with end_signals.deferred():
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except (OSError, RuntimeError, SafetensorError) as fault:
+            if end_signals.received and "DataLoader worker" in str(fault):  # the signal got through to one of them
+                where, advice = f"in epoch {self.state.epoch or 0:.2f}", describe_resume(Path(self.args.output_dir))
+                raise Terminated(end_signals.received, where, advice) from None
             self._explain_failed_checkpoint(fault)
             raise
 
