@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from fabricated import write_run
 
-from transfer.evaluation.comparison import compare_hits, describe_comparison
 from transfer.reporting import __main__ as command
+from transfer.reporting import compare_hits, describe_comparison
 
 FILES = [f"train/c/{i}.JPEG" for i in range(100)]
 LABELS = np.arange(100) % 4

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transfer.errors import UserError, exits_cleanly
-from transfer.evaluation.comparison import RunResults, compare_runs, describe_comparison
+from transfer.reporting import RunResults, compare_runs, describe_comparison
 from transfer.reporting.page import redraw_report
 
 

@@ -9,11 +9,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from transfer.config import card_names
-from transfer.evaluation.comparison import base_model_name
 from transfer.evaluation.metrics import Calibration, ClassificationMetrics, RunMetrics
 from transfer.evaluation.predictions import CALIBRATION_BINS, Predictions, find_confused_pairs, score_classes
 from transfer.files import leave_out_places
-from transfer.reporting.curves import list_stages
+from transfer.reporting import base_model_name
+from transfer.reporting.charts import list_stages
 
 UNPUSHED = "path/to/model"  # the name of a model that is not on the Hub
 OFF: tuple = (None, False, 0, "none", [])  # values of an ingredient that a run does not use

@@ -16,7 +16,6 @@ from transfer.data.listing import IMAGE_SUFFIXES, list_visible_folders
 from transfer.data.sources import extract_zip
 from transfer.data.tiny_imagenet import sample_data
 from transfer.errors import UserError
-from transfer.evaluation.comparison import RunResults
 from transfer.evaluation.predictions import (
     balance_warning,
     expect_counts,
@@ -25,6 +24,7 @@ from transfer.evaluation.predictions import (
     score_classes,
     sort_by_confidence,
 )
+from transfer.reporting import RunResults
 from transfer.reporting.charts import draw_histogram
 
 PICTURE_SIZE = 96  # pixels of the longer side

@@ -9,12 +9,20 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from transfer.errors import UserError
-from transfer.evaluation.comparison import RunResults, base_model_name
 from transfer.evaluation.metrics import RunMetrics, score_interval
 from transfer.evaluation.predictions import CALIBRATION_BINS, measure_reliability, order_classes
 from transfer.files import anonymize, leave_out_places, write_atomically
-from transfer.reporting.charts import choose_classes, draw_matrix, draw_reliability, percent
-from transfer.reporting.curves import draw_curves, list_repeats, list_steps, start_histories
+from transfer.reporting import RunResults, base_model_name
+from transfer.reporting.charts import (
+    choose_classes,
+    draw_curves,
+    draw_matrix,
+    draw_reliability,
+    list_repeats,
+    list_steps,
+    percent,
+    start_histories,
+)
 from transfer.reporting.findings import (
     Album,
     Findings,
