@@ -42,7 +42,7 @@ from transfer.data.images import ImageGeometry, open_pixel_store
 from transfer.data.labels import open_template, render_submission
 from transfer.errors import UserError
 from transfer.files import digest_of_folder
-from transfer.submission import find_faults
+from transfer.submission.checker import find_faults
 
 SIZE = 32
 GEOMETRY = ImageGeometry((SIZE, SIZE), (SIZE, SIZE), "bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)

@@ -20,7 +20,7 @@ from transfer.data.images import ImageGeometry, open_pixel_store, read_image
 from transfer.data.labels import read_template, render_submission
 from transfer.errors import UserError
 from transfer.models.load import load_checkpoint
-from transfer.submission import find_faults
+from transfer.submission.checker import find_faults
 
 SECRET = "hf_" + "thisIsASecretTokenThatNobodyMaySee"  # in two parts: no file may hold what looks like one
 

@@ -18,7 +18,7 @@ from transfer.data.splits import split_fingerprint
 from transfer.evaluation.predictions import Predictions
 from transfer.runs import timing
 from transfer.runs.timing import Deadline, TimeBudget, steps_that_fit
-from transfer.submission import find_faults
+from transfer.submission.checker import find_faults
 
 
 def test_steps_that_fit_leave_time_for_every_pause_on_the_way():

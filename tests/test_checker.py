@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from transfer import submission
 from transfer.data import labels
 from transfer.data.labels import read_template
+from transfer.submission import checker
+from transfer.submission.__main__ import main
+from transfer.submission.checker import find_faults
 
 IDS = "abcdef"
 WNIDS = ["n03", "n01", "n02"]
@@ -61,7 +63,7 @@ def judge(tmp_path, capsys, case: str, content: str | bytes, ids=IDS) -> str:
     path = tmp_path / "submission.csv"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     try:
-        submission.main([str(path), "--template", str(template)])
+        main([str(path), "--template", str(template)])
     except SystemExit as end:
         assert end.code == 2
         err = capsys.readouterr().err
@@ -337,7 +339,7 @@ def test_there_are_many_kinds_of_files():
 def test_text_that_is_read_but_is_not_utf_8_is_warned_of(tmp_path, capsys):
     template = write_case(tmp_path / "data", "index")
     (tmp_path / "a.csv").write_bytes(GOOD.encode("utf-16"))
-    submission.main([str(tmp_path / "a.csv"), "--template", str(template)])
+    main([str(tmp_path / "a.csv"), "--template", str(template)])
     out, err = capsys.readouterr()
     assert out.startswith("ok: 6 rows") and "is UTF-16 text; save it as UTF-8 if" in err
 
@@ -347,11 +349,11 @@ def test_a_template_may_be_packed_and_a_file_that_unpacks_to_too_much_is_refused
     template.write_bytes(packed(sample_submission=GOOD))
     csv.write_bytes(gzip.compress(GOOD.encode()))
     arguments = [str(csv), "--template", str(template), "--num_classes", "3"]
-    submission.main(arguments)
+    main(arguments)
     assert "ok: 6 rows" in capsys.readouterr().out
     monkeypatch.setattr(labels, "MOST_CSV_BYTES", len(GOOD) - 1)
     with pytest.raises(SystemExit):
-        submission.main(arguments)
+        main(arguments)
     assert "give the csv itself" in capsys.readouterr().err
 
 
@@ -359,7 +361,7 @@ def test_a_template_may_be_packed_and_a_file_that_unpacks_to_too_much_is_refused
 def test_a_number_of_classes_that_contradicts_the_columns_of_the_template_is_refused(number, tmp_path, capsys):
     template = write_case(tmp_path / "data", "columns")
     with pytest.raises(SystemExit):
-        submission.main([str(template), "--template", str(template), "--num_classes", str(number)])
+        main([str(template), "--template", str(template), "--num_classes", str(number)])
     assert "has 3 label columns; leave it out" in capsys.readouterr().err
 
 
@@ -372,7 +374,7 @@ def test_5000_wrong_rows_are_a_few_lines_with_counts_and_examples(tmp_path, caps
     cells += [f"other{n},{n}" for n in range(500)] + [f"i{n},1" for n in range(500)]
     (tmp_path / "a.csv").write_text("Id,label\n" + "\n".join(cells) + "\n")
     with pytest.raises(SystemExit):
-        submission.main([str(tmp_path / "a.csv"), "--template", str(template), "--num_classes", "100"])
+        main([str(tmp_path / "a.csv"), "--template", str(template), "--num_classes", "100"])
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 13 and all(len(line) < 300 for line in lines)
     said = "\n".join(lines)
@@ -389,12 +391,12 @@ def test_5000_wrong_rows_are_a_few_lines_with_counts_and_examples(tmp_path, caps
 
 
 def test_many_kinds_of_faults_are_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(submission, "MOST_LINES", 5)
+    monkeypatch.setattr(checker, "MOST_LINES", 5)
     template = write_case(tmp_path / "data", "index")
     (tmp_path / "a.csv").write_text(
         "file,label\n" + rows(["x", "9", "1.0", "", "0.5", "01"], "abcdxy", "file,label")[11:]
     )
-    faults = submission.find_faults(tmp_path / "a.csv", read_template(template), 3)
+    faults = find_faults(tmp_path / "a.csv", read_template(template), 3)
     assert len(faults) == 5 and faults[-1] == "has 5 more kinds of faults"
 
 
@@ -406,7 +408,7 @@ def test_long_values_are_cut(tmp_path, capsys):
         rows("9" * 5000 + ",0" * 199, header=f"id,{','.join(names[:150] + names[151:])},x")
     )
     with pytest.raises(SystemExit):
-        submission.main([str(tmp_path / "a.csv"), "--template", str(template)])
+        main([str(tmp_path / "a.csv"), "--template", str(template)])
     lines = capsys.readouterr().err.splitlines()
     assert "the header is of 201 columns, not 201, and column 152 is 'class 151', not 'class 150'" in lines[0]
     assert len(lines) == 2 and max(map(len, lines)) < 300
@@ -417,13 +419,13 @@ def test_a_template_alone_leaves_labels_unchecked_and_asks_for_the_classes(tmp_p
     (tmp_path / "a.csv").write_text(GOOD.replace("f,", "g,"))
     arguments = [str(tmp_path / "a.csv"), "--template", str(template)]
     with pytest.raises(SystemExit) as end:
-        submission.main(arguments)
+        main(arguments)
     lines = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and len(lines) == 3 and "1 ids are missing ('f')" in lines[0]
     assert "labels are not checked: the classes are unknown" in lines[2]
     assert "list them with --classes_file, or give --num_classes N" in lines[2]
     (tmp_path / "a.csv").write_text(GOOD)
-    submission.main([*arguments, "--num_classes", "3"])
+    main([*arguments, "--num_classes", "3"])
     assert "ok: 6 rows" in capsys.readouterr().out
 
 
@@ -432,10 +434,10 @@ def test_folders_of_pictures_beside_a_template_are_not_taken_for_its_data(tmp_pa
     for folder in ("holiday", "cats"):
         (tmp_path / "downloads" / folder).mkdir()
         (tmp_path / "downloads" / folder / "1.jpg").touch()
-    submission.main([str(template), "--template", str(template), "--num_classes", "10"])
+    main([str(template), "--template", str(template), "--num_classes", "10"])
     assert "ok: 6 rows" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        submission.main([str(template), "--template", str(template)])
+        main([str(template), "--template", str(template)])
     assert "the classes are unknown" in capsys.readouterr().err
 
 
@@ -449,7 +451,7 @@ def test_classes_of_a_csv_beside_the_template_are_known(tmp_path, capsys):
     for label, code in (("lion", 0), ("1", 2)):
         (tmp_path / "a.csv").write_text(rows(label))
         try:
-            submission.main([str(tmp_path / "a.csv"), "--template", str(root / "sample_submission.csv")])
+            main([str(tmp_path / "a.csv"), "--template", str(root / "sample_submission.csv")])
             assert code == 0
         except SystemExit as end:
             assert end.code == code and "is not one of the class names ('bee', 'lion')" in capsys.readouterr().err
@@ -461,9 +463,9 @@ def test_the_classes_can_be_given_where_no_data_lie_beside(tmp_path, capsys):
     (tmp_path / "classes.txt").write_text("bee\nlion\n")
     arguments = [str(template), "--template", str(template)]
     with pytest.raises(SystemExit):
-        submission.main(arguments)
+        main(arguments)
     assert "list them with --classes_file, or give --num_classes" in capsys.readouterr().err
-    submission.main([*arguments, "--classes_file", str(tmp_path / "classes.txt")])
+    main([*arguments, "--classes_file", str(tmp_path / "classes.txt")])
     assert "ok: 1 rows" in capsys.readouterr().out
 
 
@@ -471,7 +473,7 @@ def test_the_way_labels_are_written_can_be_given(tmp_path, capsys):
     write_case(tmp_path / "data", "names")
     template = tmp_path / "data" / "sample_submission.csv"
     (tmp_path / "a.csv").write_text("file,species\n" + "".join(f"{i},2\n" for i in IDS))
-    submission.main([str(tmp_path / "a.csv"), "--template", str(template), "--submission_labels", "index"])
+    main([str(tmp_path / "a.csv"), "--template", str(template), "--submission_labels", "index"])
     assert "labels written as integers 0 to 2" in capsys.readouterr().out
 
 
@@ -485,7 +487,7 @@ def test_the_way_labels_are_written_can_be_given(tmp_path, capsys):
 def test_the_way_labels_are_written_is_never_ignored(flags, message, tmp_path, capsys):
     template = write_case(tmp_path / "data", "alone")
     with pytest.raises(SystemExit) as end:
-        submission.main([str(template), "--template", str(template), *flags])
+        main([str(template), "--template", str(template), *flags])
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -495,7 +497,7 @@ def test_classes_of_the_data_below_a_template_are_known(tmp_path, capsys):
     for label, code in (("3", 0), ("0", 2)):
         (tmp_path / "a.csv").write_text("id,label\n" + "".join(f"{i},{label}\n" for i in IDS))
         try:
-            submission.main([str(tmp_path / "a.csv"), "--template", str(template)])
+            main([str(tmp_path / "a.csv"), "--template", str(template)])
             assert code == 0
         except SystemExit as end:
             assert end.code == code
@@ -510,5 +512,5 @@ def test_only_the_competitions_balance_is_spoken_of(tmp_path, capsys):
         if order:
             (root / "wnids.txt").write_text(order)
         (root / "sample.csv").write_text("id,label\n" + "".join(f"{i},0\n" for i in ids))
-        submission.main([str(root / "sample.csv"), "--template", str(root / "sample.csv")])
+        main([str(root / "sample.csv"), "--template", str(root / "sample.csv")])
         assert ("warning" in capsys.readouterr().err) == warned

@@ -12,7 +12,9 @@ import pytest
 from transfer.data.labels import check_template, make_template, read_template, render_submission
 from transfer.errors import UserError
 from transfer.evaluation.predictions import balance_warning
-from transfer.submission import digest_of, find_faults, main
+from transfer.submission import digest_of
+from transfer.submission.__main__ import main
+from transfer.submission.checker import find_faults
 
 ROOT = Path(__file__).parent.parent
 IDS = ["zk3", "NaN", "007", "1e5", "null", "a b"]  # each one text, in no order

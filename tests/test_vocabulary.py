@@ -16,6 +16,7 @@ from transfer.data.listing import NATURAL_ORDER
 from transfer.errors import UserError
 from transfer.evaluation.predictions import Predictions, average_probabilities, fit_temperature
 from transfer.submission import Classes, decide_form, form_of
+from transfer.submission.__main__ import main as check
 
 ANIMALS = ["bee", "lion", "wolf"]
 COLORS = [(230, 20, 20), (20, 200, 20), (20, 20, 230)]
@@ -104,7 +105,7 @@ def test_a_form_is_added_with_one_class_and_one_row(tmp_path, monkeypatch):
     assert "labels      written as letters" in "\n".join(describe_layout(data))
     (tmp_path / "a.csv").write_bytes(csv.replace(b"A", b"D"))
     with pytest.raises(SystemExit):
-        submission.main([str(tmp_path / "a.csv"), "--template", str(root / "sample_submission.csv")])
+        check([str(tmp_path / "a.csv"), "--template", str(root / "sample_submission.csv")])
 
 
 def test_names_of_words_txt_and_wnids_are_told_apart(tmp_path):
@@ -285,7 +286,7 @@ def predicted_labels(out: Path) -> dict[str, int]:
 
 def check(out: Path, template: Path) -> int:
     try:
-        submission.main([str(out / "submission.csv"), "--template", str(template)])
+        check([str(out / "submission.csv"), "--template", str(template)])
     except SystemExit as end:
         return int(end.code or 0)
     return 0

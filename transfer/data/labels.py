@@ -5,7 +5,6 @@ import contextlib
 import csv
 import gzip
 import io
-import itertools
 import math
 import operator
 import re
@@ -13,8 +12,6 @@ import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 
 import pandas as pd
@@ -204,122 +201,6 @@ def split_rows(path: Path, text: str, separator: str) -> list[tuple[int, list[st
         raise UserError(f"{path}: is not a csv file (line {reader.line_num}: {fault})") from None
 
 
-# A csv beside its template: rows are read as they are meant, and what is wrong with all of them is said
-
-
-def _split_as_meant(path: Path, text: str, template: pd.DataFrame) -> tuple[list[tuple[int, list[str]]], list[str]]:
-    """(rows of a csv, by the separator that suits the template; faults). Raises `UserError`."""
-    wanted, width, ids = template.attrs.get("separator", ","), len(template.columns), set(template.iloc[:, 0])
-    start = "\n".join(text.split("\n")[:ROWS_LOOKED_AT])
-
-    def fit(separator: str) -> int:
-        try:
-            cells = [cells for _, cells in split_rows(path, start, separator)]
-        except UserError:  # such as a line that is too long for one cell
-            return 0
-        return sum(
-            (len(row) in (width, width + 1)) + (not ids.isdisjoint(map(strip_quotes, row[:2]))) for row in cells
-        )
-
-    separator = max([wanted, *SEPARATORS, "|", " "], key=fit)  # the wanted one, if several suit
-    rows = split_rows(path, text, separator)
-    if separator != wanted:
-        return rows, [f"columns are separated by {separator!r}, not by {wanted!r}"]
-    if rows and all(len(cells) == 1 and separator in cells[0] and "\n" not in cells[0] for _, cells in rows):
-        rows = [(line, split_rows(path, cells[0], separator)[0][1]) for line, cells in rows]
-        return rows, ["every line as a whole is in quotes; save it again without them"]
-    return rows, []
-
-
-def _compare_headers(found: Sequence[str], wanted: Sequence[str], separator: str) -> str:
-    """The found header and the wanted one in words; of long headers, only the first column that differs."""
-    texts = [separator.join(header) for header in (found, wanted)]
-    if max(map(len, texts)) <= 3 * MOST_SHOWN:
-        return f"{texts[0]!r}, not {texts[1]!r}"
-    pairs = itertools.zip_longest(found, wanted, fillvalue="(nothing)")
-    column, (name, other) = next((n, pair) for n, pair in enumerate(pairs, 1) if pair[0] != pair[1])
-    return f"of {len(found)} columns, not {len(wanted)}, and column {column} is {shorten(name)}, not {shorten(other)}"
-
-
-def _find_columns(
-    rows: Rows, header: Sequence[str], ids: Set[str], separator: str
-) -> tuple[int, list[int], bool, list[str]]:
-    """(cells that a row should have, which of them are the template's columns, whether there is a header, faults)."""
-    (line, first), width, faults = rows[0], len(header), []
-
-    def count_ids(column: int) -> int:
-        cells = [cells for _, cells in rows[1:][:ROWS_LOOKED_AT] if column < len(cells)]
-        return sum(plain_id(row[column]) in ids for row in cells)
-
-    names, wanted = ([strip_quotes(name).casefold() for name in cells] for cells in (first, header))
-    size = Counter([len(cells) for _, cells in rows[1:]] or [width]).most_common(1)[0][0]
-    keep, seen, by_name = list(range(width)), first, len(set(names)) == len(names) and set(wanted) <= set(names)
-    if size == width + 1 and not any(cells[width].strip() for _, cells in rows[1:] if len(cells) > width):
-        faults.append(f"rows end with {separator!r}, which makes an extra column; remove it")
-        seen, names = first[:width], names[:width]
-    elif size == width + 1 and (names[1:] == wanted or count_ids(1) > count_ids(0)):
-        faults.append("the first column is extra, probably row numbers; with pandas, save with index=False")
-        keep, seen, names = list(range(1, width + 1)), first[-width:], names[-width:]
-    elif by_name and size == len(names) and count_ids(names.index(wanted[0])) >= count_ids(0):
-        keep = [names.index(name) for name in wanted]
-    else:
-        size, by_name = width, False
-    if seen == list(header):
-        return size, keep, True, faults
-    compared, has_header = _compare_headers(seen, header, separator), True
-    if others := [name for name, plain in zip(seen, names, strict=False) if plain not in wanted] * by_name:
-        fault = f"has columns that the template has not ({show_first(others)}); remove them"
-    elif by_name and keep != sorted(keep):
-        fault = f"has another order: it is {compared}"
-    elif by_name:
-        fault = f"is {compared}; it differs in case, spaces or quotes only"
-    elif len(seen) == width and plain_id(seen[0]) in ids:
-        fault, has_header = f"is missing: it must be {separator.join(header)[: 3 * MOST_SHOWN]!r}", False
-    else:
-        fault = f"is {compared}"
-    return size, keep, has_header, [*faults, f"line {line}: the header {fault}"]
-
-
-@dataclass(frozen=True)
-class AlignedCsv:
-    """A csv in the columns of its template."""
-
-    rows: Rows  # that have all columns
-    short: Rows  # that have more or fewer columns, as they are
-    width: int  # of the others in the file
-    ids: list[str]  # of all rows
-    faults: list[str]  # of all rows at once
-
-
-def align_csv(path: Path, template: pd.DataFrame) -> AlignedCsv:
-    """Read a csv as if what is wrong with all of its rows were corrected. Raises `UserError`."""
-    text, encoding = read_csv_text(path)
-    rows, faults = _split_as_meant(path, text, template)
-    if not rows:
-        return AlignedCsv([], [], 0, [], ["is empty"])
-    if encoding == "cp1252":
-        faults.insert(0, "is not UTF-8 text, but Windows-1252, Latin-1 or the like; save it as UTF-8")
-    above = next((n for n, (_, cells) in enumerate(rows[:ROWS_LOOKED_AT]) if cells == list(template.columns)), 0)
-    if above and not set(template.iloc[:, 0]) & {cells[0] for _, cells in rows[:above]}:
-        faults.append(f"the header is in line {rows[above][0]}; remove what is above it")
-        rows = rows[above:]
-    ids = {plain_id(image_id) for image_id in template.iloc[:, 0]}
-    separator = template.attrs.get("separator", ",")
-    width, keep, has_header, more = _find_columns(rows, list(template.columns), ids, separator)
-    data = rows[has_header:]
-
-    def is_whole(cells: Sequence[str]) -> bool:
-        return len(cells) == width and any(map(str.strip, cells))
-
-    return AlignedCsv(
-        rows=[(line, [cells[column] for column in keep]) for line, cells in data if is_whole(cells)],
-        short=[(line, cells) for line, cells in data if not is_whole(cells)],
-        width=width,
-        ids=[cells[keep[0]] if keep[0] < len(cells) else "" for _, cells in data if any(map(str.strip, cells))],
-        faults=faults + more,
-    )
-
-
 # The template, and the submission made from it
 
 
@@ -442,70 +323,6 @@ def name_test_images(root: Path, files: Sequence[str], template_ids: Set[str] = 
     if repeated:
         raise UserError(f"{root / 'test'}: two images have the id '{repeated[0]}'; rename one of them")
     return ids
-
-
-# What a spreadsheet or a program makes of an id
-
-
-def _number_key(text: str) -> str | None:
-    value = to_number(text)
-    return None if value is None else str(Decimal(text.strip()).normalize())
-
-
-def _rounded_key(text: str) -> str | None:
-    return None if to_number(text) is None else f"{Decimal(text.strip()):.5E}"
-
-
-def _date_key(text: str) -> str | None:
-    return "date" if re.fullmatch(DATE, text.strip()) or re.fullmatch(f"{MONTH}-?[0-9]{{1,4}}", text) else None
-
-
-MONTH = r"(?i:(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*)"
-DATE = rf"[0-9]{{1,4}}[-/. ](?:[0-9]{{1,2}}|{MONTH})(?:[-/. ][0-9]{{2,4}})?(?: 0?0:00.*)?|{MONTH}[-/. ][0-9]{{2,4}}"
-# (what happened to ids, what such ids look like, what stays the same)
-ID_CHANGES: tuple[tuple[str, str, Callable[[str], str | None]], ...] = (
-    ("have spaces or quotes around them", r"[\s\S]*", strip_quotes),
-    ("differ in case or Unicode form", r"[\s\S]*", lambda text: normal_name(text).casefold()),
-    ("have lost or gained leading zeros, as in a spreadsheet", "[0-9]+", lambda text: text.lstrip("0")),
-    ("are written as other numbers, as in a spreadsheet", r"[0-9.,eE+ -]+", _number_key),
-    ("have lost digits, as in a spreadsheet", r"[0-9.]+[eE]\+?[0-9]+", _rounded_key),
-    ("have lost digits, as in a spreadsheet", "[0-9]{15}0+", lambda text: f"{text[:15]} {len(text)}"),
-    ("have become dates, as in a spreadsheet", DATE, _date_key),
-    (
-        "are blank or missing values; with pandas, read ids with dtype=str, keep_default_na=False",
-        r"[\s\S]*",
-        lambda text: "" if is_missing(text) else None,
-    ),
-    ("differ in folder or extension", r"[\s\S]*", plain_id),
-)
-
-
-def find_id_faults(found: Sequence[str], expected: Sequence[str]) -> list[str]:
-    """Every kind of fault of the ids of a csv, a line each, with what was probably done to them."""
-    counts, wanted = Counter(found), set(expected)
-    missing, extra, faults = [i for i in expected if i not in counts], sorted(set(counts) - wanted), []
-    for what, pattern, key_of in ID_CHANGES:
-        by_key: dict[str | None, list[str]] = {}
-        for image_id in missing:
-            by_key.setdefault(key_of(image_id), []).append(image_id)
-        by_key.pop(None, None)
-        pairs = [(i, by_key[key]) for i in extra if re.fullmatch(pattern, i) and (key := key_of(i)) in by_key]
-        if pairs:
-            shown = [f"{shorten(i)} for {shorten(ids[0])}" if len(ids) == 1 else shorten(i) for i, ids in pairs[:3]]
-            faults.append(f"{len(pairs)} ids {what} ({', '.join(shown)}{', ...' * (len(pairs) > 3)})")
-            explained = {i for changed, ids in pairs for i in (changed, *ids)}
-            missing, extra = ([i for i in ids if i not in explained] for ids in (missing, extra))
-    if (
-        extra
-        and len(counts) == len(wanted)
-        and set(found) in ({str(n) for n in range(by, len(counts) + by)} for by in (0, 1))
-    ):
-        return [*faults, f"the ids are row numbers ({show_first(list(counts))}), not ids ({show_first(missing)})"]
-    repeated = [i for i, count in counts.items() if count > 1]
-    for ids, what in ((missing, "missing"), (extra, "not in the template"), (repeated, "repeated")):
-        if ids:
-            faults.append(f"{len(ids)} ids are {what} ({show_first(ids)})")
-    return faults
 
 
 def render_rows(template: pd.DataFrame, cells_of_id: Mapping[str, Sequence[str]]) -> bytes:

@@ -97,6 +97,9 @@ class Layout(Protocol):
     def recognizes(self, root: Path, options: DataOptions) -> bool:
         """Whether a folder is the root of a dataset of this layout."""
 
+    def read_classes(self, root: Path, options: DataOptions) -> tuple[list[str], list[str], str]:
+        """(class ids in label order, class names, what gave the order), without looking for images."""
+
     def read(self, root: Path, options: DataOptions) -> DatasetFiles:
         """The files and labels of a dataset, without its template. Only names are read. Raises `UserError`."""
 
@@ -239,6 +242,10 @@ class ClassFolders:
     def check_tables(self, root: Path, class_of: dict[str, str]) -> None:
         check_folder_labels(root, class_of)
 
+    def read_classes(self, root: Path, options: DataOptions) -> tuple[list[str], list[str], str]:
+        class_ids, label_order = read_class_order(root, options.classes_path)
+        return class_ids, name_classes(class_ids, read_synonyms(root, class_ids, label_order)), label_order
+
     def read(self, root: Path, options: DataOptions) -> DatasetFiles:
         class_ids, label_order = read_class_order(root, options.classes_path)
         left_out = check_class_folders(root, class_ids, label_order, is_subset=options.classes_file is not None)
@@ -345,6 +352,11 @@ class LabelTables:
         return any(names_more_than_validation(root, table) for table in tables) and not (
             len(list_flat_classes(root)) > 1 and all(repeats_folders(table, files) for table in tables)
         )
+
+    def read_classes(self, root: Path, options: DataOptions) -> tuple[list[str], list[str], str]:
+        labels = label_images(root, list_labelled(root, options), options)
+        class_ids = order_labels(labels.label_of.values())
+        return class_ids, class_ids, f"{labels.source} {NATURALLY}"
 
     def read(self, root: Path, options: DataOptions) -> DatasetFiles:
         files, template = list_labelled(root, options), options.template_path or find_template(root)

@@ -60,7 +60,8 @@ from transfer.runs.record import (
 )
 from transfer.runs.timing import limit_training
 from transfer.runtime import note, say
-from transfer.submission import check_rows, digest_of, fill_submission
+from transfer.submission import digest_of, fill_submission
+from transfer.submission.checker import check_rows
 from transfer.terminal import format_duration
 from transfer.training.checkpoints import RunProvenance
 from transfer.training.linear_probe import fit_probe

@@ -1,15 +1,12 @@
-"""The submission csv: how it writes labels, as its template shows, and the check of a csv against the template.
+"""The submission csv: how it writes labels, as its template shows.
 
-python -m transfer.submission CSV --template T     # lists every kind of fault and exits with 2 if there are any
+`FORMS` lists the ways to write labels. `python -m transfer.submission CSV --template T` checks a csv.
 """
 
-import argparse
 import hashlib
 import re
-import sys
 import unicodedata
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,22 +14,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import pandas as pd
 from scipy.special import softmax
 
-from transfer.data.label_tables import DataOptions
 from transfer.data.labels import (
     HEADER,
-    align_csv,
-    find_id_faults,
     is_missing,
-    match_ids,
-    name_classes,
-    name_test_images,
     open_template,
-    read_class_order,
-    read_csv_text,
-    read_synonyms,
     read_template,
     render_rows,
     shorten,
@@ -40,17 +27,12 @@ from transfer.data.labels import (
     strip_quotes,
     to_number,
 )
-from transfer.data.layouts import DatasetFiles, find_layout
-from transfer.data.listing import NATURALLY, WNIDS_NAME, find_split_folder
-from transfer.errors import UserError, exits_cleanly
+from transfer.data.layouts import DatasetFiles
+from transfer.data.listing import NATURALLY, WNIDS_NAME
+from transfer.errors import UserError
 
 WAY_OUT = "say how labels are written with --submission_labels index, folder, name, wnid or probability"
-UNKNOWN = (
-    "the classes are unknown, since no dataset lies beside {}; list them with --classes_file, or give --num_classes N "
-    "for labels 0 to N-1"
-)
 UNDECIDED = frozenset({"", "0"})  # what a template has in its label column where it shows no label
-MOST_LINES = 20  # of faults
 UNICODE_FORMS = [partial(unicodedata.normalize, "NFC"), partial(unicodedata.normalize, "NFD")]
 
 
@@ -448,182 +430,3 @@ def fill_submission(data: DatasetFiles, ids: Sequence[str], scores: np.ndarray, 
     form = form_of(data)
     cells = dict(zip(ids, form.render(scores, temperature), strict=True))
     return render_rows(open_template(data.template_path, data.test_ids, form.columns), cells)
-
-
-# The check of a csv
-
-
-def check_rows(path: Path, data: DatasetFiles) -> int:
-    """The number of rows of a dataset's csv, after checking it as the command does. Raises `UserError` for a fault."""
-    form = form_of(data)
-    template = open_template(data.template_path, data.test_ids, form.columns)
-    if faults := find_faults(path, template, form):
-        raise UserError(f"{path}: {faults[0]}")
-    return len(template)
-
-
-def _list_by_kind(found: Sequence[tuple[int, str, str]]) -> list[str]:
-    """A line for each kind of fault, from (line, value, kind): the first with the count and two more examples."""
-    kinds = defaultdict(list)
-    for line, value, kind in found:
-        kinds[kind].append((line, value))
-    lines = []
-    for kind, places in kinds.items():
-        (line, value), others = places[0], [f"line {line}: {value}" for line, value in places[1:3]]
-        others += ["..."] if len(places) > 3 else []
-        more = f" ({len(places)} in all; {'; '.join(others)})" if others else ""
-        lines.append(f"line {line}: {value}{kind}{more}")
-    return lines
-
-
-def _explain_width(cells: Sequence[str], width: int, separator: str, form: LabelForm | None) -> tuple[str, str]:
-    """(what a row is, what is wrong with it) of a row with more or fewer columns than others."""
-    if not any(map(str.strip, cells)):
-        return "is a row of empty cells", "; remove it"
-    value, kind = f"has {len(cells)} columns", f", not {width}"
-    if form and len(cells) > width and separator.join(cells[1:]).strip() in form.words:
-        kind += f"; put names that contain {separator!r} in quotes"
-    elif form and form.labels and separator == "," and len(cells) == 2 * width - 1:
-        kind += "; is the comma a decimal sign? write a point"
-    return value, kind
-
-
-def find_faults(path: Path, template: pd.DataFrame, form: LabelForm | int | None) -> list[str]:
-    """Every kind of fault of a csv against its template, a line each; an empty list if the csv can be submitted.
-
-    `form` says how labels are written; an int N stands for labels 0 to N-1, and None leaves labels unchecked.
-    """
-    form = IndexForm.make(number_classes(form)) if isinstance(form, int) else form
-    aligned, separator = align_csv(path, template), template.attrs.get("separator", ",")
-    if not aligned.ids and not aligned.width:
-        return aligned.faults
-    widths = [(line, *_explain_width(cells, aligned.width, separator, form)) for line, cells in aligned.short]
-    faults = [*aligned.faults, *_list_by_kind(widths), *find_id_faults(aligned.ids, list(template.iloc[:, 0]))]
-    if form:
-        labels = [cells[1:] for _, cells in aligned.rows]
-        found = [
-            (line, fault)
-            for (line, _), cells in zip(aligned.rows, labels, strict=True)
-            if (fault := form.find_fault(cells))
-        ]
-        hints = {kind: form.explain(kind, labels) for kind in {kind for _, (_, kind) in found}}
-        faults += _list_by_kind([(line, value, f" {kind}{hints[kind]}") for line, (value, kind) in found])
-    rest = len(faults) - MOST_LINES
-    return faults if rest <= 0 else [*faults[: MOST_LINES - 1], f"has {rest + 1} more kinds of faults"]
-
-
-def number_classes(number: int) -> Classes:
-    """Classes that are named by the numbers from 0."""
-    names = tuple(map(str, range(number)))
-    return Classes(names, names, order="")
-
-
-def find_data(template_path: Path, classes_file: Path | None) -> DatasetFiles | None:
-    """The dataset beside a template, or in a folder below whose test images it lists; None if there is none."""
-    folder = template_path.parent
-    try:
-        root, layout = find_layout(folder)
-        data = layout.read(root, DataOptions(classes_file=str(classes_file) if classes_file else None))
-        is_sure = root == folder and find_split_folder(root, "train") is not None
-        ids = set(read_template(template_path).iloc[:, 0])
-        return data if is_sure or match_ids(data.test_files, ids) else None
-    except UserError:
-        return None
-
-
-def read_classes(data: DatasetFiles | None, folder: Path, classes_file: Path | None) -> Classes | None:
-    """The classes of a dataset, a file, or the wnids.txt beside a template; None if there is none of them."""
-    if data is not None:
-        return Classes(tuple(data.class_ids), tuple(data.class_names), data.label_order)
-    if classes_file is None and not (folder / WNIDS_NAME).is_file():
-        return None
-    ids, order = read_class_order(folder, classes_file)
-    names = ids if classes_file else name_classes(ids, read_synonyms(folder, ids, order))
-    return Classes(tuple(ids), tuple(names), order)
-
-
-def classes_of_template(shown: Shown) -> Classes | None:
-    """The classes that a template shows without a dataset: a column for each, or fractions for the second of two."""
-    if len(shown.columns) > 1:
-        return Classes(tuple(shown.columns), tuple(shown.columns), "the header")
-    return number_classes(2) if shown.has_fractions else None
-
-
-def _other_test_ids(data: DatasetFiles | None, template_path: Path) -> list[str]:
-    """Ids of the test images of a dataset whose template may leave some out; the competition's own is complete."""
-    if data is None or (data.root / WNIDS_NAME).is_file():
-        return []
-    return name_test_images(data.root, data.test_files, set(read_template(template_path).iloc[:, 0]))
-
-
-def choose_form(args: argparse.Namespace, classes: Classes | None) -> LabelForm | None:
-    """How the labels of a csv are to be written; None if nothing tells the classes. Raises `UserError`."""
-    number, shown, asked = args.num_classes, look_at(args.template), args.submission_labels
-    if number is None:
-        classes = classes or classes_of_template(shown)
-        if classes is None and asked:
-            raise UserError(f"--submission_labels {asked}: {UNKNOWN.format(args.template)}")
-        return decide_form(args.template, classes, asked) if classes else None
-    if asked or args.classes_file:
-        other = "--submission_labels" if asked else "--classes_file"
-        raise UserError(f"{other} and --num_classes cannot be combined; leave one of them out")
-    if number < 1:
-        raise UserError(f"--num_classes {number}: must be at least 1; give the number of classes, such as 100")
-    if len(shown.columns) not in (1, number):
-        raise UserError(
-            f"--num_classes {number}: {args.template} has {len(shown.columns)} label columns; leave it out"
-        )
-    if (classes := classes_of_template(shown)) and len(classes.ids) == number:
-        return decide_form(args.template, classes)
-    return IndexForm.make(number_classes(number))
-
-
-@exits_cleanly
-def main(argv: Sequence[str] | None = None) -> None:
-    """Check a csv against its template."""
-    parser = argparse.ArgumentParser(
-        prog="python -m transfer.submission",
-        description="Check a submission against its template: lists every kind of fault once, with its count, and "
-        "exits with 2 if there are any.",
-        epilog="example: python -m transfer.submission outputs/offline/submission.csv "
-        "--template tiny-imagenet-100/submission_sample.csv",
-    )
-    parser.add_argument("csv", type=Path, help="the csv to submit, also as .zip or .gz")
-    parser.add_argument("--template", type=Path, required=True, help="the competition's submission_sample.csv")
-    parser.add_argument(
-        "--num_classes", type=int, help="labels are 0..N-1 [as the template and the dataset beside it show]"
-    )
-    parser.add_argument("--classes_file", type=Path, help="the classes, one per line in label order")
-    parser.add_argument(
-        "--submission_labels", choices=[*dict.fromkeys(form.flag for form in FORMS)], help="how labels are written"
-    )
-    args = parser.parse_args(argv)
-    folder, data = args.template.parent, find_data(args.template, args.classes_file)
-    classes = read_classes(data, folder, args.classes_file)
-    form = choose_form(args, classes)
-    template = open_template(args.template, _other_test_ids(data, args.template))
-    faults = find_faults(args.csv, template, form)
-    if form is None:
-        faults.append(f"labels are not checked: {UNKNOWN.format(args.template)}")
-    if faults:
-        print(*(f"error: {args.csv}: {fault}" for fault in faults), sep="\n", file=sys.stderr)
-        sys.exit(2)
-    warnings = []
-    if (encoding := read_csv_text(args.csv)[1]) != "utf-8":
-        warnings.append(f"is {encoding.upper()} text; save it as UTF-8 if the competition refuses it")
-    # The test images of tiny-imagenet-100 are balanced.
-    is_balanced = (folder / WNIDS_NAME).is_file() or (data is not None and data.label_order == WNIDS_NAME)
-    if is_balanced and isinstance(form, WordForm):
-        from transfer.evaluation.predictions import balance_warning  # here, as it loads transformers for seconds
-
-        labels = [form.words.index(cells[1]) for _, cells in align_csv(args.csv, template).rows]
-        if warning := balance_warning(labels, len(form.words)):
-            warnings.append(warning)
-    for warning in warnings:
-        print(f"warning: {args.csv}: {warning}", file=sys.stderr)
-    assert form is not None  # otherwise labels are not checked, which is a fault
-    print(f"ok: {len(template)} rows match {args.template}, labels written as {form.what}")
-
-
-if __name__ == "__main__":
-    main()
