@@ -3,9 +3,9 @@
     accelerate launch --quiet --config_file accelerate_config.yaml finetune_vit.py recipes/sample.yaml
     accelerate launch --quiet --config_file accelerate_config.yaml finetune_vit.py RECIPE.yaml --data_dir DATA.zip
 
-The first needs no data and no Hub access, and takes one to two minutes on two CPU cores. Every run writes
-submission.csv, metrics.json, report.html, run.json and model/ to outputs/<recipe name>; `--help` lists what a recipe
-may contain.
+The first needs no data and no Hub access, and takes about a minute on two CPU cores. A run writes metrics.json,
+report.html, run.json, model/ and, if there are test images, submission.csv to outputs/<recipe name>; `--help` lists
+what a recipe may contain.
 
 `main` is the run from arguments to sharing; `fine_tune` is one training, from the model to submission.csv. Everywhere,
 `run` holds the arguments that this project adds, and `args` those of the Trainer (transfer/config.py).
@@ -70,9 +70,9 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
     precision = set_up_runtime()
     run, args, _ = parse_command_line(sys.argv[1:] if argv is None else argv)
     out, repeated = Path(args.output_dir), bool(run.seeds or (run.kfold and not run.fold))
-    checkpoint = None if repeated or run.search else find_checkpoint(out, args.resume_from_checkpoint)
     single.set_up_logging(args)
-    single.prepare_output(run, args)
+    single.prepare_output(run, args)  # its lock comes first: a run that is alive writes the checkpoints
+    checkpoint = None if repeated or run.search else find_checkpoint(out, args.resume_from_checkpoint)
     arguments = describe_arguments(run, args)
     say(precision, *share_steps(args))
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -48,6 +49,20 @@ def run_out_of_memory() -> None:
 
     FinetuningTrainer.compute_loss = compute
     errors.OTHERS_WAIT_SECONDS = 0.1
+
+
+def get_sigterm_in_step_7() -> None:
+    """In the second process alone."""
+    from transfer.training.trainer import FinetuningTrainer
+
+    original = FinetuningTrainer.compute_loss
+
+    def compute(self, model, *args, **kwargs):
+        if model.training and self.args.process_index == 1 and self.state.global_step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, model, *args, **kwargs)
+
+    FinetuningTrainer.compute_loss = compute
 
 
 def be_slow_in_the_second_process() -> None:

@@ -4,6 +4,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 import warnings
 import zipfile
 from collections import namedtuple
@@ -348,3 +349,33 @@ def test_processes_that_start_together_all_get_the_complete_folder(tmp_path, cac
     both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate()[0].strip() for process in both] == ["2000", "2000"]
     assert len([p for p in cache.iterdir() if p.is_dir()]) == 1
+
+
+# Archives in archives, and of other kinds
+
+
+def test_zips_in_a_zip_are_unpacked(tmp_path, cache):
+    inner = write_zip(tmp_path / "train.zip", {"train/bee/1.jpg": b"1"}).read_bytes()
+    outer = write_zip(tmp_path / "download.zip", {"train.zip": inner, "sample_submission.csv": b"id,label\n"})
+    assert contents(extract_zip(outer, cache)) == {
+        "train/train/bee/1.jpg": b"1",
+        "sample_submission.csv": b"id,label\n",
+    }
+
+
+def test_an_unsafe_zip_in_a_zip_is_refused(tmp_path, cache):
+    inner = write_zip(tmp_path / "train.zip", {"../bee.jpg": b"1"}).read_bytes()
+    with pytest.raises(UserError, match=r"train\.zip: member '\.\./bee\.jpg' would be written outside the folder"):
+        extract_zip(write_zip(tmp_path / "download.zip", {"train.zip": inner}), cache)
+    assert not [p for p in cache.iterdir() if p.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"), [("w:gz", "a.tar.gz"), ("w", "a.tar"), ("w:xz", "a.zip"), ("w:gz", "a.tgz")]
+)
+def test_a_tar_archive_is_named_as_what_it_is(mode, name, tmp_path, refused):
+    (tmp_path / "picture.jpg").write_bytes(b"1")
+    with tarfile.open(tmp_path / name, mode) as archive:
+        archive.add(tmp_path / "picture.jpg", "picture.jpg")
+    kind = "xz file" if name == "a.zip" else "tar archive"
+    refused(tmp_path / name, f"is a {kind}, not a zip; unpack it, and give its folder as --data_dir")

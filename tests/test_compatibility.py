@@ -8,11 +8,11 @@ import torch
 import transformers
 from conftest import ROOT
 
-from transfer import compatibility
-from transfer.compatibility import CALLED, OVERRIDDEN, TESTED, check_libraries
+from transfer import runtime
 from transfer.errors import UserError
 from transfer.evaluation import metrics
 from transfer.runs import search, timing  # noqa: F401  their callbacks are looked at below
+from transfer.runtime import CALLED, OVERRIDDEN, TESTED, check_libraries
 from transfer.training import averaging  # noqa: F401
 from transfer.training.trainer import FinetuningTrainer
 
@@ -34,7 +34,7 @@ def test_a_method_that_was_renamed_is_named_with_both_versions(name, method, mon
     original = getattr(parent, method)
     monkeypatch.delattr(parent, method)
     monkeypatch.setattr(parent, f"{method}_renamed", original, raising=False)
-    monkeypatch.setattr(compatibility.importlib.metadata, "version", lambda _: "99.0")
+    monkeypatch.setattr(runtime.importlib.metadata, "version", lambda _: "99.0")
     with pytest.raises(
         UserError, match=rf"{package} 99\.0 has no {method}\(.*tested with {package} {TESTED[package]}"
     ):

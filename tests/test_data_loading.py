@@ -4,15 +4,19 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from conftest import COLORS, ROOT, WNIDS, draw_picture, write_data_set
 from PIL import Image
 
-from data_loading import load_dataset, main, open_data
+from data_loading import find_data, load_dataset, main, open_data
+from transfer.config import RunArguments
 from transfer.data.listing import image_id_of
 from transfer.data.splits import CopyCounts, count_copies, split_fingerprint, split_validation
 from transfer.errors import UserError
+from transfer.runs import RunContext
 
 
 def zip_folder(folder, path):
@@ -181,7 +185,35 @@ def test_unreadable_images_are_all_named(data, capsys):
         main([str(data)])
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and error.startswith(f"error: {images / f'{WNIDS[0]}_1.JPEG'}: cannot be read")
-    assert f"{WNIDS[0]}_2.JPEG" in error and "2 of 58 images" in error
+    assert f"{WNIDS[0]}_2.JPEG" in error and "2 of 58 images" in error and "--skip_unreadable true" in error
+
+
+def test_unreadable_training_images_are_left_out_if_asked_for(data, capsys):
+    broken = [f"train/{WNIDS[0]}/images/{WNIDS[0]}_{number}.JPEG" for number in (1, 2)]
+    for file in broken:
+        (data / file).write_bytes(b"no picture")
+    next((data / "test" / "images").iterdir()).write_bytes(b"")
+    main([str(data), "--skip_unreadable"])
+    assert f"warning     2 images cannot be read and are left out: {', '.join(broken)}" in capsys.readouterr().out
+    found = find_data(RunArguments(data_dir=str(data), skip_unreadable=True))
+    assert len(found.train_files) == len(found.train_labels) == 46 and not set(broken) & set(found.train_files)
+    assert len(found.test_files) == 10 and found.train_labels.count(0) == 10
+    for file in (data / "train" / WNIDS[0] / "images").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match=f"no training image of class {WNIDS[0]} can be read; replace its images"):
+        find_data(RunArguments(data_dir=str(data), skip_unreadable=True))
+
+
+def test_folds_are_recommended_only_where_they_can_be_drawn(tmp_path):
+    def advice(per_class, **published):
+        data = replace(open_data(str(write_data_set(tmp_path / str(per_class), per_class=per_class))), **published)
+        context = RunContext(RunArguments(), {}, "", data, load_dataset(data))
+        return "\n".join(context.describe_shortage(SimpleNamespace(do_train=False, max_steps=1)))
+
+    assert "--kfold 5 validates on every image" in advice(5)
+    few = advice(4)
+    assert "4 validation images are few" in few and "--kfold" not in few and "add images" in few
+    assert "--kfold" not in advice(6, validation_files=["test/images/test_0.JPEG"], validation_labels=[0])
 
 
 def test_copies_stay_on_one_side_of_the_split_and_of_every_fold(tmp_path, capsys):
@@ -200,7 +232,7 @@ def test_copies_stay_on_one_side_of_the_split_and_of_every_fold(tmp_path, capsys
         assert held_out and kept and not held_out & kept and len(held_out | kept) == 40
     assert [load_dataset(data, 0.2)["validation"]["label"].count(label) for label in range(4)] == [10] * 4
     main([str(root)])
-    assert "40 pictures stand more than once in train (200 images), 0 of them under several" in capsys.readouterr().out
+    assert "40 pictures occur more than once in train (200 images), 0 of them with several" in capsys.readouterr().out
 
 
 def test_a_copy_under_another_label_moves_alone_and_all_else_stays_where_it_was(data):
@@ -240,7 +272,9 @@ def test_a_class_with_a_single_image_is_trained_on_and_the_check_says_what_the_r
     draw_picture(WNIDS[0], 0).save(data / "train" / WNIDS[0] / "images" / "only.JPEG")
     main([str(data)])
     said = capsys.readouterr().out
-    assert "ok " in said and "1 class has too few images to validate on: n00000030 (1)" in said
+    assert (
+        "ok " in said and "1 class has too few images to validate on" in said and "add images: n00000030 (1)" in said
+    )
     splits = load_dataset(open_data(str(data)))
     assert splits["train"]["label"].count(0) == 1 and 0 not in splits["validation"]["label"]
 
@@ -269,5 +303,6 @@ def test_the_command_prints_what_it_found(data):
         "submission_sample.csv lists exactly the 10 test images",
         "modes 54 RGB, 4 L (all are converted to RGB); sizes 58 of 32x32",
         "1 repeated within train, 1 test images also in train",
+        f"two labels  train/{WNIDS[0]}/images/{WNIDS[0]}_3.JPEG (red thing) = train/{WNIDS[1]}/images/",
     ):
         assert part in done.stdout

@@ -1,11 +1,16 @@
 """Folders that are built once, free space, and json files of a run."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
 
 import pytest
 
 from transfer import files
-from transfer.errors import UserError
+from transfer.errors import UserError, exits_cleanly
 
 
 def test_a_folder_that_cannot_be_built_names_the_variable_that_moves_it(tmp_path):
@@ -65,3 +70,114 @@ def test_a_json_file_that_is_not_one_is_named_with_a_hint(tmp_path, content, mes
         path.write_bytes(content)
     with pytest.raises(UserError, match=rf"run\.json: {message}.*; name a run's folder"):
         files.read_json(path, "name a run's folder")
+
+
+@pytest.fixture
+def lock_of(tmp_path):
+    """lock_of(**changes): the lock of this process in tmp_path, with some of its facts changed."""
+
+    def write(**changes):
+        facts = json.loads(files.FolderLock(tmp_path).content) | changes
+        (tmp_path / files.LOCK).write_text(json.dumps(facts))
+        return tmp_path / files.LOCK
+
+    return write
+
+
+def claim(folder):
+    """Claim a folder as a command does, which gives it back at its end."""
+    exits_cleanly(lambda: files.claim_output_dir(folder, resuming=False))()
+
+
+def test_a_folder_in_use_names_its_owner_until_the_owner_ends(tmp_path, capsys):
+    @exits_cleanly
+    def run():
+        files.claim_output_dir(tmp_path / "out", resuming=False)
+        with pytest.raises(SystemExit) as refused:
+            claim(tmp_path / "out")
+        assert refused.value.code == 2
+        assert f"out: is in use by another run, process {os.getpid()} on " in capsys.readouterr().err
+        raise UserError("the owner fails")
+
+    with pytest.raises(SystemExit):
+        run()
+    assert list((tmp_path / "out").iterdir()) == []
+    claim(tmp_path / "out")
+
+
+def test_the_lock_of_a_dead_process_is_stale(tmp_path, lock_of):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+    lock_of(pid=dead.pid, started=files._start_of(os.getpid()))  # a zombie: its launcher has not noticed
+    claim(tmp_path)
+    dead.wait()
+    lock_of(pid=dead.pid)
+    claim(tmp_path)
+    lock_of(started="1")  # the number went to another process
+    claim(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("part", ["seed-1", "fold-2"])
+def test_a_part_of_a_run_belongs_to_it(tmp_path, lock_of, part, capsys):
+    lock_of()
+    with pytest.raises(SystemExit):
+        claim(tmp_path / part)
+    assert "is in use by another run" in capsys.readouterr().err and not (tmp_path / part).exists()
+
+
+def test_a_run_waits_for_the_parts_that_others_are_training(tmp_path, lock_of):
+    lock = lock_of()
+    (tmp_path / "whole" / "seed-1").mkdir(parents=True)
+    lock.rename(tmp_path / "whole" / "seed-1" / files.LOCK)
+    with pytest.raises(UserError, match="seed-1: is in use by another run"):
+        files.lock_output_dir(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("content", ["elsewhere", "empty"])
+def test_a_lock_of_another_machine_is_stale_if_nobody_touches_it(tmp_path, lock_of, content, monkeypatch, capsys):
+    lock = lock_of(machine="another boot", host="node7", pid=4711)
+    if content == "empty":
+        lock.write_text("")
+    waited = []
+    monkeypatch.setattr(files, "_seconds_untouched", lambda path: 25.0 * len(waited))
+    monkeypatch.setattr(files.time, "sleep", waited.append)
+    claim(tmp_path)
+    assert len(waited) == 3 and capsys.readouterr().out.count("alive?") == 1
+
+
+def test_a_lock_of_another_machine_that_is_touched_is_refused(tmp_path, lock_of, monkeypatch):
+    lock = lock_of(machine="another boot", host="node7", pid=4711)
+    monkeypatch.setattr(files.time, "sleep", lambda _: os.utime(lock, (1, lock.stat().st_mtime + 10)))
+    with pytest.raises(UserError, match=r"in use by another run, process 4711 on node7 since .*; wait for it"):
+        files.lock_output_dir(tmp_path)
+
+
+def test_a_lock_is_touched_while_its_owner_lives(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "HEARTBEAT_SECONDS", 0.01)
+    lock, touched = files.FolderLock(tmp_path), threading.Event()
+    monkeypatch.setattr(files.os, "utime", lambda path: touched.set())
+    lock.acquire()
+    assert touched.wait(5)
+    lock.release()
+
+
+def test_of_many_that_find_a_stale_lock_one_gets_the_folder(tmp_path, lock_of):
+    lock_of(started="1")
+    locks, refused = [files.FolderLock(tmp_path) for _ in range(8)], []
+
+    def acquire(lock):
+        try:
+            lock.acquire()
+        except UserError:
+            refused.append(lock)
+
+    threads = [threading.Thread(target=acquire, args=(lock,)) for lock in locks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 7
+    for lock in locks:
+        lock.release()
+    assert list(tmp_path.iterdir()) == []

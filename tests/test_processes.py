@@ -1,7 +1,6 @@
 """Several processes train and predict what one does."""
 
 import json
-import shutil
 import subprocess
 import sys
 
@@ -97,7 +96,9 @@ def test_two_processes_resume_to_the_weights_that_they_would_have_had(tmp_path, 
     model, recipe = checkpoints("vit"), {"save_total_limit": 3, "learning_rate": "3e-3"}
     code, said = launch(pristine_data, model, "whole", **recipe)
     assert code == 0, said
-    shutil.copytree(tmp_path / "whole" / "checkpoint-5", tmp_path / "stopped" / "checkpoint-5")
+    code, said = launch(pristine_data, model, "stopped", several.get_sigterm_in_step_7, **recipe)
+    stop = "error: stopped by SIGTERM in epoch 1.40; resume with --resume_from_checkpoint true, from checkpoint-7"
+    assert code == 143 and said.count(stop) == 1, said
     code, said = launch(pristine_data, model, "stopped", resume_from_checkpoint="true", **recipe)
     assert code == 0, said
     ours, theirs = ((tmp_path / name / "checkpoint-10" / "model.safetensors") for name in ("stopped", "whole"))

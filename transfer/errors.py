@@ -1,19 +1,42 @@
 """`UserError`, and how commands end: one line on stderr and an exit code, without a traceback."""
 
+import atexit
+import contextlib
 import errno
 import functools
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
 # Errors of the system, not of the program: a full disk or quota, a file or folder that cannot be written.
 SYSTEM_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 OTHERS_WAIT_SECONDS = 10.0  # the launcher ends the other processes once the first has ended
+START_AGAIN = "run the same command again: it starts over, or tells you how to resume"
+
+_endings: list[contextlib.ExitStack] = []  # one of each command that runs in this process, the innermost last
 
 
 class UserError(Exception):
     """A user's mistake: one line that names the file or flag and says what to do."""
+
+
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP, which ends a command with exit code 128 + its number, as in a shell."""
+
+    def __init__(self, number: int, where: str = "", advice: str = START_AGAIN):
+        super().__init__(f"stopped by {signal.Signals(number).name}{f' {where}' if where else ''}; {advice}")
+        self.number = number
+
+
+def at_end(release: Callable[[], object]) -> None:
+    """Call `release` when the running command ends in any way: locks and signal handlers must not outlive it."""
+    if _endings:
+        _endings[-1].callback(release)
+    else:
+        atexit.register(release)
 
 
 def _stop(message: str, code: int) -> NoReturn:
@@ -34,17 +57,25 @@ def exits_cleanly(main):
     """Decorate a command so that a `UserError` ends it with one `error:` line on stderr and exit code 2.
 
     A full disk and a folder that cannot be written end it in the same way; Ctrl-C ends it with exit code 130, as in a
-    shell.
+    shell, and SIGTERM and SIGHUP with 143 and 129. What `at_end` was given is then released.
     """
 
     @functools.wraps(main)
     def run(*args, **kwargs):
         try:
-            return main(*args, **kwargs)
+            with contextlib.ExitStack() as ending:
+                _endings.append(ending)
+                ending.callback(_endings.remove, ending)
+                return main(*args, **kwargs)
         except UserError as mistake:
             _stop(str(mistake), 2)
+        except Terminated as end:
+            if int(os.environ.get("LOCAL_RANK", 0)):  # the first process says it, and needs a moment for it
+                time.sleep(min(1.0, OTHERS_WAIT_SECONDS))
+                sys.exit(128 + end.number)
+            _stop(str(end), 128 + end.number)
         except KeyboardInterrupt:
-            _stop("interrupted; run the same command again: it starts over, or tells you how to resume", 130)
+            _stop(f"interrupted; {START_AGAIN}", 130)
         except RuntimeError as fault:
             if not _lost_a_process(fault):
                 raise
@@ -53,10 +84,6 @@ def exits_cleanly(main):
             if fault.errno not in SYSTEM_FAULTS:
                 raise
             where = f"{fault.filename}: " if fault.filename else ""
-            _stop(
-                f"{where}cannot be written ({fault.strerror}); fix this and run the same command again: it starts "
-                "over, or tells you how to resume",
-                2,
-            )
+            _stop(f"{where}cannot be written ({fault.strerror}); fix this and {START_AGAIN}", 2)
 
     return run

@@ -4,10 +4,15 @@ import getpass
 import hashlib
 import json
 import os
+import platform
 import re
+import secrets
 import shlex
 import shutil
 import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,13 +20,18 @@ import datasets
 from filelock import FileLock
 from huggingface_hub import constants, get_token
 
-from transfer.errors import UserError
+from transfer.errors import UserError, at_end
 
 PROJECT = Path(__file__).resolve().parent.parent  # the folder that holds finetune_vit.py
 READ_BYTES = 2**20
 
 # What an interrupted run leaves in its output folder, and in those of its seeds or folds.
-UNFINISHED = ["checkpoint-*/trainer_state.json", *(f"{part}-*/**/trainer_state.json" for part in ("seed", "fold"))]
+PARTS = ("seed", "fold")
+UNFINISHED = ["checkpoint-*/trainer_state.json", *(f"{part}-*/**/trainer_state.json" for part in PARTS)]
+
+LOCK = ".run.lock"  # in the output folder of a run that is alive
+HEARTBEAT_SECONDS = 10.0  # how often a run touches its lock
+STALE_SECONDS = 60.0  # a lock that was touched less recently, and whose process cannot be looked up, is stale
 
 # Weights hold no text, so they are not searched for secrets.
 UNSEARCHED_SUFFIXES = frozenset({".safetensors", ".onnx"})
@@ -150,8 +160,186 @@ def is_finished(folder: Path) -> bool:
     return weights is None or digest_of_folder(folder / "model", "*.safetensors") == weights
 
 
+def _start_of(pid: int) -> str | None:
+    """When a process of this machine started, in clock ticks since boot; None if there is none.
+
+    A process that got the number of a dead one has another start. Where the system does not tell, "" stands for it.
+    """
+    if not Path("/proc/self/stat").exists():
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except OSError:  # somebody else's
+            return ""
+        return ""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()  # the name may hold anything
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else fields[19].decode()  # a zombie has ended
+
+
+def _machine() -> str:
+    """What must be equal for a process number to mean the same process: the boot, and the container."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return platform.node()
+
+
+class FolderLock:
+    """The right of one run to write into a folder: a file in it that names the run's process.
+
+    A file that must not exist yet is made atomically on network file systems too. A lock whose process has ended is
+    stale. The process of another machine or container cannot be looked up: its lock is stale if it is not touched any
+    more.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.path = folder, folder / LOCK
+        facts = {"host": platform.node(), "pid": os.getpid(), "started": _start_of(os.getpid()), "machine": _machine()}
+        self.content = json.dumps(facts | {"token": secrets.token_hex(8), "since": time.strftime("%Y-%m-%d %H:%M")})
+        self.released = threading.Event()
+
+    def acquire(self) -> None:
+        """Take the lock. Raises `UserError` if a run that is alive holds it, and `OSError` as `open` does."""
+        while True:
+            try:
+                self._create()
+                break
+            except FileExistsError:
+                self._remove_stale(refuse_owned(self.folder))
+        threading.Thread(target=self._keep_fresh, daemon=True).start()
+
+    def _create(self) -> None:
+        """Make the lock with its content at once, by a hard link where the file system has them."""
+        whole = self.path.with_name(f"{LOCK}.{secrets.token_hex(4)}")
+        whole.write_text(self.content)
+        try:
+            os.link(whole, self.path)
+        except FileExistsError:
+            raise
+        except OSError:
+            with self.path.open("x") as file:
+                file.write(self.content)
+        finally:
+            whole.unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Remove the lock, unless this is a fork of the process that took it."""
+        if json.loads(self.content)["pid"] == os.getpid() and not self.released.is_set():
+            self.released.set()
+            if _read_text(self.path) == self.content:
+                self.path.unlink(missing_ok=True)
+
+    def _remove_stale(self, stale: str | None) -> None:
+        """Remove a stale lock; renaming it first, because another run may have replaced it by its own meanwhile."""
+        aside = self.path.with_name(f"{LOCK}.{secrets.token_hex(4)}")
+        try:
+            self.path.rename(aside)
+        except FileNotFoundError:
+            return
+        if _read_text(aside) != stale and not self.path.exists():
+            aside.rename(self.path)
+        aside.unlink(missing_ok=True)
+
+    def _keep_fresh(self) -> None:
+        while not self.released.wait(HEARTBEAT_SECONDS):
+            try:
+                content = self.path.read_text()
+                os.utime(self.path)
+            except OSError:  # the folder was deleted, or its server does not answer
+                continue
+            if content not in (self.content, "") and not self.released.is_set():  # this run was suspended for long
+                print(f"error: {self.folder}: another run has taken this folder over", file=sys.stderr, flush=True)
+                os._exit(2)
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
+def _seconds_untouched(path: Path) -> float:
+    """How long ago a file was touched, by the clock of its file system. Raises `OSError`."""
+    probe = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    try:
+        probe.touch()
+        with path.open():  # a network file system then asks its server
+            return probe.stat().st_mtime - path.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _is_touched(path: Path, owner: str) -> bool:
+    """Whether somebody touches a lock; takes as long as it may be untouched, and says so."""
+    try:
+        first, said = path.stat().st_mtime, False
+        while (age := _seconds_untouched(path)) <= STALE_SECONDS:
+            if path.stat().st_mtime != first:
+                return True
+            if not said:
+                print(f"waiting     {path.parent}: is {owner} alive? last seen {age:.0f} s ago", flush=True)
+                said = True
+            time.sleep(1)
+    except FileNotFoundError:
+        pass
+    return False
+
+
+def refuse_owned(folder: Path) -> str | None:
+    """Raise `UserError` that names the owner if a run that is alive holds a folder's lock.
+
+    Returns the text of a lock that is stale.
+    """
+    path = folder / LOCK
+    if (content := _read_text(path)) is None:
+        return None
+    try:
+        facts = json.loads(content)
+        pid, host, since = int(facts["pid"]), str(facts["host"]), facts["since"]
+    except (ValueError, KeyError, TypeError):  # its maker was killed before it wrote, or is about to write
+        facts, pid, host, since = {}, 0, "", ""
+    owner = f"process {pid} on {host}" if pid else "the run that made it"
+    if facts.get("machine") == _machine():
+        start = _start_of(pid)
+        alive = start is not None and start == facts.get("started")
+    else:
+        alive = _is_touched(path, owner)
+    if alive:
+        raise UserError(
+            f"{folder}: is in use by another run, {owner}{f' since {since}' if since else ''}; wait for it, stop it, "
+            "or choose another --output_dir"
+        )
+    return content
+
+
+def lock_output_dir(folder: Path) -> None:
+    """Make the output folder, check that it can be written, and hold its lock until the command ends.
+
+    The folders of seeds and folds belong to the run that makes them. Raises `UserError` if a run that is alive holds
+    this folder, one that this is a part of, or a part of it.
+    """
+    parts = [path.parent for part in PARTS for path in folder.glob(f"{part}-*/{LOCK}")]
+    if folder.name.partition("-")[0] in PARTS:
+        parts.append(folder.parent)
+    for place in parts:
+        refuse_owned(place)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(folder)
+        lock.acquire()
+    except OSError as fault:
+        raise UserError(f"--output_dir {folder}: cannot be written ({fault.strerror})") from None
+    at_end(lock.release)
+
+
 def claim_output_dir(folder: Path, resuming: bool) -> None:
-    """Make the output folder and check that it can be written. Raises `UserError` if it holds another run."""
+    """Lock the output folder, made if it is missing. Raises `UserError` if another run holds it or is held by it."""
+    lock_output_dir(folder)
     if not resuming and is_finished(folder):
         raise UserError(
             f"{folder}: holds a finished run; choose another --output_dir or remove it "
@@ -161,13 +349,6 @@ def claim_output_dir(folder: Path, resuming: bool) -> None:
         raise UserError(
             f"{folder}: holds an unfinished run; resume it with --resume_from_checkpoint true, or remove the folder"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as fault:
-        raise UserError(f"--output_dir {folder}: cannot be written ({fault.strerror})") from None
 
 
 def _user_name() -> str:

@@ -1,17 +1,107 @@
-"""The process and its environment: mixed precision, CPU threads and memory, and the number of processes."""
+"""The process and its environment: supported libraries, precision, CPU threads and memory, signals, and processes."""
 
+import contextlib
 import ctypes
+import functools
+import importlib
+import importlib.metadata
+import inspect
 import os
 import platform
+import select
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
 
 import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from transfer.compatibility import check_libraries
-from transfer.errors import UserError
+from transfer.errors import Terminated, UserError, at_end
+
+# Supported libraries. This project overrides methods of other libraries, and calls some that are private there. If one
+# of them is renamed, an override becomes dead code and nothing says so: the run would end with silently wrong results.
+# So every run checks these lists before it does anything else.
+
+# The versions that the list below was written for; constraints.txt pins them.
+TESTED = {"transformers": "5.23.0", "accelerate": "1.15.0", "torch": "2.13.0", "evaluate": "0.4.6"}
+
+# Class -> method that we override -> the parameters that we rely on.
+OVERRIDDEN: dict[str, dict[str, tuple[str, ...]]] = {
+    "transformers:Trainer": {
+        "train": ("resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
+        "training_step": ("model", "inputs", "num_items_in_batch"),
+        "prediction_step": ("model", "inputs", "prediction_loss_only", "ignore_keys"),
+        "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
+        "create_optimizer": ("model",),
+        "save_model": ("output_dir", "_internal_call"),
+        "floating_point_ops": ("inputs",),
+        # Private: without it, the norm of all gradients is computed at every step, only to be logged.
+        "_get_grad_norm": ("model", "grad_norm"),
+    },
+    "evaluate:Metric": {"_info": (), "_compute": ()},  # both are meant to be overridden
+    # The hooks of the callbacks: without on_train_end, a run would end with the last epoch instead of the best.
+    "transformers:TrainerCallback": dict.fromkeys(
+        (
+            "on_train_begin",
+            "on_train_end",
+            "on_epoch_end",
+            "on_step_begin",
+            "on_step_end",
+            "on_evaluate",
+            "on_save",
+            "on_log",
+        ),
+        ("args", "state", "control"),
+    ),
+}
+
+# Private function that we call -> its parameters. Where torch emulates bf16 on a CPU, fp32 is faster.
+CALLED: dict[str, tuple[str, ...]] = {"torch.cpu:_is_avx512_bf16_supported": ()}
+
+
+def _find(name: str):
+    """What `module:attribute` names, or None."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute, None)
+
+
+def _misses(function, parameters: tuple[str, ...]) -> bool:
+    """Whether a function is missing or lacks one of the parameters."""
+    return function is None or not set(parameters) <= inspect.signature(function).parameters.keys()
+
+
+def check_libraries() -> None:
+    """Raise `UserError` unless the installed libraries have all that we override and call."""
+    for name, methods in OVERRIDDEN.items():
+        for method, parameters in methods.items():
+            if _misses(getattr(_find(name), method, None), parameters):
+                _refuse(name, method, parameters)
+    for name, parameters in CALLED.items():
+        if _misses(_find(name), parameters):
+            _refuse(name, name.partition(":")[2], parameters)
+
+
+def _refuse(name: str, method: str, parameters: tuple[str, ...]) -> None:
+    package = name.partition(":")[0].partition(".")[0]
+    raise UserError(
+        f"{package} {importlib.metadata.version(package)} has no {method}({', '.join(parameters)}) in "
+        f"{name.partition(':')[0]}, which this project needs; it was tested with {package} {TESTED[package]}: "
+        "pip install -r requirements.txt"
+    )
+
+
+# Precision, threads and memory
 
 PRECISION_VARIABLE = "ACCELERATE_MIXED_PRECISION"  # how accelerate launch tells the script
+
+# Only accelerate launch and torchrun set these: a precision may also come from the user's own environment.
+LAUNCHER_VARIABLES = ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID")
+LAST_SECONDS = 600.0  # for the last checkpoint of a run whose launcher has ended
+# What a terminal's or scheduler's end looks like; nohup ignores SIGHUP, which then stays ignored.
+END_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def _has_bf16_units() -> bool:
@@ -73,8 +163,117 @@ def tune_malloc() -> None:
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 
+class EndSignals:
+    """SIGTERM and SIGHUP: they raise `Terminated` at once, or at the end of the step while a training can be saved."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._is_deferred = False
+
+    def handle(self, number: int, frame: FrameType | None = None) -> None:
+        self.received = number
+        _silence_lost_outputs()
+        if not self._is_deferred:
+            raise Terminated(number)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Only note signals: the training looks for them after every step."""
+        self._is_deferred = True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+        if self.received is not None:  # after the last step: everything is saved
+            raise Terminated(self.received)
+
+
+end_signals = EndSignals()
+
+
+def _silence_lost_outputs() -> None:
+    """Send what is printed from now on nowhere, where the terminal or the reader of a pipe has gone."""
+    if not hasattr(select, "poll"):
+        return
+    for descriptor in (1, 2):
+        poll = select.poll()
+        poll.register(descriptor, select.POLLOUT)
+        with contextlib.suppress(OSError):
+            if any(event & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, event in poll.poll(0)):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
+
+
+@functools.cache
+def shield_worker(pid: int) -> None:
+    """For a data worker: it ends with its run, which may still need it for the last step, and not by itself.
+
+    `pid` is its own. SIGTERM is obeyed only if it comes from the run, which torch and multiprocessing may send.
+    """
+    for number in END_SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def obey() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey, daemon=True).start()
+
+
+def handle_end_signals() -> None:
+    """Let SIGTERM and SIGHUP end the running command in order, until it ends; those that somebody handles stay."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    end_signals.received = None
+    for number in END_SIGNALS:
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, end_signals.handle)
+            at_end(functools.partial(signal.signal, number, signal.SIG_DFL))
+
+
+def _is_orphan(parent: int) -> bool:
+    """Whether a launched process belongs to the system's first process, which is not the launcher."""
+    try:
+        command = Path(f"/proc/{parent}/cmdline").read_bytes()
+        name = Path(f"/proc/{parent}/comm").read_text().strip()
+    except OSError:
+        return False
+    return (parent == 1 or name == "systemd") and not any(word in command for word in (b"accelerate", b"torch"))
+
+
+def end_with_launcher() -> None:
+    """End this process in order when the launcher that started it has ended, in whatever way.
+
+    Schedulers, notebooks and IDEs stop the process that they started, and accelerate launch does not pass that on.
+    """
+    if not any(name in os.environ for name in LAUNCHER_VARIABLES) or not hasattr(signal, "SIGHUP"):
+        return
+    parent, ended = os.getppid(), threading.Event()
+    if _is_orphan(parent):
+        raise Terminated(signal.SIGTERM, "because its launcher has ended")
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            if ended.wait(0.5):
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not ended.wait(LAST_SECONDS):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+    at_end(ended.set)
+
+
 def set_up_runtime() -> str:
     """Check the libraries and tune the process before anything is computed; returns a line on the precision."""
+    handle_end_signals()
+    end_with_launcher()
     check_libraries()
     precision = resolve_mixed_precision()
     use_all_cores()

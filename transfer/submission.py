@@ -8,43 +8,50 @@ import hashlib
 import re
 import sys
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
+from scipy.special import softmax
 
-from transfer.config import SUBMISSION_LABELS
+from transfer.data.label_tables import DataOptions
 from transfer.data.labels import (
     HEADER,
-    LabelForm,
-    ProbabilityForm,
-    WordForm,
-    find_separator,
-    index_form,
+    align_csv,
+    find_id_faults,
+    is_missing,
     match_ids,
     name_classes,
     name_test_images,
     open_template,
     read_class_order,
-    read_rows,
+    read_csv_text,
     read_synonyms,
     read_template,
     render_rows,
+    shorten,
     show_first,
+    strip_quotes,
     to_number,
 )
-from transfer.data.layouts import DatasetFiles, find_root, list_test_images
-from transfer.data.listing import NATURALLY, WNIDS_NAME, read_text
+from transfer.data.layouts import DatasetFiles, find_layout
+from transfer.data.listing import NATURALLY, WNIDS_NAME, find_split_folder
 from transfer.errors import UserError, exits_cleanly
-from transfer.evaluation.predictions import balance_warning
-
-COMPETITION_CLASSES = 100  # if nothing beside the template shows the classes
 
 WAY_OUT = "say how labels are written with --submission_labels index, folder, name, wnid or probability"
-UNDECIDED = {"", "0"}  # what a template has in its label column where it shows no label
+UNKNOWN = (
+    "the classes are unknown, since no dataset lies beside {}; list them with --classes_file, or give --num_classes N "
+    "for labels 0 to N-1"
+)
+UNDECIDED = frozenset({"", "0"})  # what a template has in its label column where it shows no label
+MOST_LINES = 20  # of faults
+UNICODE_FORMS = [partial(unicodedata.normalize, "NFC"), partial(unicodedata.normalize, "NFD")]
 
 
 def digest_of(content: bytes) -> str:
@@ -52,15 +59,15 @@ def digest_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-# How a submission writes labels
+# What decides how a submission writes labels
 
 
 @dataclass(frozen=True)
 class Classes:
     """The classes of a dataset in label order, as far as a submission may name them."""
 
-    ids: Sequence[str]
-    names: Sequence[str]
+    ids: tuple[str, ...]
+    names: tuple[str, ...]
     order: str  # what gave the order, as in `DatasetFiles`
 
     @property
@@ -69,34 +76,324 @@ class Classes:
         return not self.order.endswith(NATURALLY)
 
     @property
+    def id_word(self) -> str:
+        """What the ids are, for messages."""
+        return "wnids" if self.order == WNIDS_NAME else "folder names"
+
+    @cached_property
     def numbers(self) -> tuple[str, ...]:
         """The number of each class id, if all are distinct numbers; otherwise empty."""
         is_number = all(re.fullmatch("[0-9]{1,18}", class_id) for class_id in self.ids)
         numbers = tuple(str(int(class_id)) for class_id in self.ids) if is_number else ()
         return numbers if len(set(numbers)) == len(numbers) else ()
 
+    def change(self, change: Callable[[str], str]) -> "Classes":
+        """The same classes, with a function applied to all names."""
+        return Classes(tuple(map(change, self.ids)), tuple(map(change, self.names)), self.order)
 
-def word_forms(classes: Classes) -> dict[str, WordForm]:
-    """The forms that write a word for each class, by their value of --submission_labels."""
-    folder = "folder numbers" if classes.numbers else "folder names"
-    return {
-        "folder": WordForm(folder, classes.numbers or tuple(classes.ids)),
-        "name": WordForm("class names", tuple(classes.names)),
-        "wnid": WordForm("wnids" if classes.order == WNIDS_NAME else "folder names", tuple(classes.ids)),
-        "index": index_form(len(classes.ids), classes.order),
-    }
+
+@dataclass(frozen=True)
+class Shown:
+    """The label columns of a template, and the distinct values in them."""
+
+    path: Path | None  # None without a template
+    columns: Sequence[str]
+    values: Set[str]
+
+    @property
+    def has_fractions(self) -> bool:
+        """Whether all values are numbers from 0 to 1, not all of them 0 or 1."""
+        numbers = [to_number(value) for value in self.values]
+        known = [n for n in numbers if n is not None and 0 <= n <= 1]
+        return len(known) == len(numbers) and any(0 < n < 1 for n in known)
+
+
+def look_at(path: Path | None) -> Shown:
+    """What a template shows. Raises `UserError`."""
+    if path is None:
+        return Shown(None, HEADER[1:], frozenset())
+    cells = read_template(path).iloc[:, 1:]
+    return Shown(path, list(cells.columns), {text.strip() for text in cells.to_numpy().ravel()})
+
+
+# The ways to write labels, of which docs/data.md has a table
+
+
+def plain_word(word: str) -> str:
+    """A word without case, spaces and signs."""
+    return re.sub(r"[\W_]+", "", UNICODE_FORMS[0](word).casefold())
+
+
+@dataclass(frozen=True)
+class LabelForm(ABC):
+    """A way to write labels in a csv. To add one, write a subclass and add it to `FORMS`."""
+
+    flag: ClassVar[str]  # its value of --submission_labels
+    classes: Classes
+    what: str  # that the csv has, for messages, such as "class names"
+    words: tuple[str, ...] = ()  # what stands for each class, if that is a word
+    labels: tuple[int, ...] = ()  # the classes whose probabilities the columns hold, if they do
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The label columns of a csv without a template."""
+        return [self.classes.names[label] for label in self.labels] or HEADER[1:]
+
+    @classmethod
+    @abstractmethod
+    def fill(cls, shown: Shown, classes: Classes) -> "LabelForm | None":
+        """This form, asked for by its flag; None if the template's columns cannot hold it. Raises `UserError`."""
+
+    @classmethod
+    @abstractmethod
+    def recognize(cls, shown: Shown, classes: Classes) -> "LabelForm | None":
+        """This form, if the template shows it. Raises `UserError`."""
+
+    @abstractmethod
+    def render(self, scores: np.ndarray, temperature: float) -> list[list[str]]:
+        """The cells of each row after its id, from logits (M, classes)."""
+
+    @abstractmethod
+    def find_fault(self, cells: Sequence[str]) -> tuple[str, str] | None:
+        """(the value, what is wrong with it) of a row's cells after its id; None if they are right."""
+
+    def explain(self, kind: str, rows: Sequence[Sequence[str]]) -> str:
+        """What the cells of all rows tell about a kind of fault, to be added to it; empty if nothing."""
+        return ""
+
+
+class WordForm(LabelForm):
+    """A label column that names the likeliest class of each image. Subclasses choose the words."""
+
+    @classmethod
+    @abstractmethod
+    def make(cls, classes: Classes) -> "WordForm":
+        """The form for these classes."""
+
+    @classmethod
+    def fill(cls, shown: Shown, classes: Classes) -> "WordForm | None":
+        return cls.make(classes) if len(shown.columns) == 1 else None
+
+    @classmethod
+    def recognize(cls, shown: Shown, classes: Classes) -> "WordForm | None":
+        form = cls.fill(shown, classes)
+        return form if form and form.fits(shown.values) else None
+
+    def fits(self, values: Set[str]) -> bool:
+        """Whether the values in a template's label column are these words."""
+        return bool(values - UNDECIDED) and values <= {*self.words, ""}
+
+    def render(self, scores: np.ndarray, temperature: float) -> list[list[str]]:
+        return [[self.words[label]] for label in scores.argmax(-1)]
+
+    @cached_property
+    def _known(self) -> Set[str]:
+        return set(self.words)
+
+    @cached_property
+    def _others(self) -> dict[str, str]:
+        """What each word of the other forms is."""
+        return {word: form.what for form in reversed(word_forms(self.classes)) for word in form.words}
+
+    @cached_property
+    def _plain_words(self) -> Set[str]:
+        return set(map(plain_word, self.words))
+
+    @cached_property
+    def _numbers(self) -> list[int]:
+        """The words as numbers in order; empty if they are not."""
+        return sorted(map(int, self.words)) if all(word.isdecimal() for word in self.words) else []
+
+    @cached_property
+    def _is_gapless(self) -> bool:
+        return bool(self._numbers) and self._numbers[-1] - self._numbers[0] == len(self._numbers) - 1
+
+    def find_fault(self, cells: Sequence[str]) -> tuple[str, str] | None:
+        (text,) = cells
+        if text in self._known:
+            return None
+        value = f"label {shorten(text)}"
+        if is_missing(text):
+            return value, "is blank or a missing value"
+        if strip_quotes(text) in self._known:
+            return value, "has spaces or quotes around it"
+        hint = f", but one of the {self._others[text]}" if text in self._others else ""
+        if self._numbers:
+            return self._find_number_fault(text, hint)
+        if plain_word(text) in self._plain_words:
+            hint = "; it differs in case, spaces or signs only"
+        elif not hint and to_number(text) is not None:
+            hint = ", but a number"
+        return value, f"is not one of the {self.what} ({show_first(self.words)}){hint}"
+
+    def _find_number_fault(self, text: str, hint: str) -> tuple[str, str]:
+        """What is wrong with a label where numbers are wanted; `hint` says what else it is."""
+        if re.fullmatch("0|-?[1-9][0-9]{0,17}", text):  # bounded, since int() raises over 4,300 digits
+            if self._is_gapless:
+                return f"label {text}", f"is out of range {self._numbers[0]} to {self._numbers[-1]}"
+            return f"label {text}", f"is not one of the {self.what} ({show_first(self.words)}){hint}"
+        number = to_number(text.replace(",", "."))
+        if number is None:
+            hint = hint or ", but a wnid" * bool(re.fullmatch("n[0-9]{8}", text))
+        elif not number.is_integer():
+            hint = ", but a fraction; the template does not show probabilities"
+        elif re.search("[.,eE]", text):
+            hint = ", but a float; with pandas, convert the column with astype(int)"
+        else:
+            hint = "; it has a sign or leading zeros"
+        return f"label {shorten(text)}", f"is not an integer{hint}"
+
+    def explain(self, kind: str, rows: Sequence[Sequence[str]]) -> str:
+        if not kind.startswith("is out of range"):
+            return ""
+        seen = [int(text) for (text,) in rows if re.fullmatch("-?[0-9]{1,18}", text)]
+        for low, high in ((self._numbers[0] + by, self._numbers[-1] + by) for by in (1, -1)):
+            if low <= min(seen) and max(seen) <= high:
+                return f", but all labels fit {low} to {high}: they may be shifted by one"
+        return ""
+
+
+class FolderForm(WordForm):
+    """The numbers that the class folders are named by; asked for, the folders' names where they are not numbers."""
+
+    flag = "folder"
+
+    @classmethod
+    def make(cls, classes: Classes) -> WordForm:
+        return cls(classes, "folder numbers" if classes.numbers else classes.id_word, classes.numbers or classes.ids)
+
+    def fits(self, values: Set[str]) -> bool:
+        return bool(self.classes.numbers) and values <= {*self.words, *UNDECIDED}
+
+
+class NameForm(WordForm):
+    """The names of the classes."""
+
+    flag = "name"
+
+    @classmethod
+    def make(cls, classes: Classes) -> WordForm:
+        is_wnid = classes.id_word == "wnids" and classes.names == classes.ids
+        return cls(classes, "wnids" if is_wnid else "class names", classes.names)
+
+
+class WnidForm(WordForm):
+    """The names of the class folders as they are, such as wnids."""
+
+    flag = "wnid"
+
+    @classmethod
+    def make(cls, classes: Classes) -> WordForm:
+        return cls(classes, classes.id_word, classes.ids)
+
+
+class IndexForm(WordForm):
+    """Integers from 0 in label order."""
+
+    flag = "index"
+
+    @classmethod
+    def make(cls, classes: Classes) -> WordForm:
+        what = f"integers 0 to {len(classes.ids) - 1}" + f", by {classes.order}" * bool(classes.order)
+        return cls(classes, what, tuple(map(str, range(len(classes.ids)))))
+
+    def fits(self, values: Set[str]) -> bool:
+        return self.classes.is_ordered and values <= {*self.words, ""}
+
+
+class ProbabilityForm(LabelForm):
+    """Probabilities: `labels` are the classes that the columns hold."""
+
+    flag = "probability"
+
+    def render(self, scores: np.ndarray, temperature: float) -> list[list[str]]:
+        probabilities = softmax(np.asarray(scores, dtype=np.float64) / temperature, axis=-1)
+        return [[format(p, ".10g") for p in row] for row in probabilities[:, list(self.labels)]]
+
+    def find_fault(self, cells: Sequence[str]) -> tuple[str, str] | None:
+        numbers = [to_number(text) for text in cells]
+        for text, number in zip(cells, numbers, strict=True):
+            if number is not None and 0 <= number <= 1:
+                continue
+            value = f"value {shorten(text)}"
+            if is_missing(text):
+                return value, "is blank or a missing value"
+            if to_number(text.replace(",", ".")) is not None and "," in text:
+                return value, "has a decimal comma; write a point"
+            may_be_percent = text.endswith("%") or (number is not None and 1 < number <= 100)
+            return value, "is not a probability from 0 to 1" + ", but may be a percentage" * may_be_percent
+        total = sum(number for number in numbers if number is not None)
+        if len(cells) > 1 and abs(total - 1) > 1e-3:
+            return f"the sum {total:.6g} of the probabilities", "is not 1"
+        return None
+
+    def explain(self, kind: str, rows: Sequence[Sequence[str]]) -> str:
+        if len(self.labels) == 1 or not kind.endswith("percentage"):
+            return ""
+        totals = [sum(to_number(text.rstrip("%")) or 0 for text in cells) for cells in rows]
+        return ": the sums are 100, so divide by 100" if all(99 <= total <= 101 for total in totals) else ""
+
+
+class PositiveForm(ProbabilityForm):
+    """One column with the probability of one of two classes."""
+
+    @classmethod
+    def fill(cls, shown: Shown, classes: Classes) -> LabelForm | None:
+        if shown.path is None or len(shown.columns) > 1 or len(classes.ids) != 2:
+            return None
+        positive = positive_class(shown.columns[0], classes)
+        positive = 1 if positive is None else positive
+        return cls(classes, f"the probability of {classes.names[positive]!r}", labels=(positive,))
+
+    @classmethod
+    def recognize(cls, shown: Shown, classes: Classes) -> LabelForm | None:
+        form = cls.fill(shown, classes)
+        if form is None or not shown.has_fractions or shown.values <= set(classes.names):
+            return None
+        if positive_class(shown.columns[0], classes) is None:
+            raise UserError(
+                f"{shown.path}: has probabilities of one class, but does not say of which "
+                f"({show_first(classes.names)}); give the order with --classes_file, the positive class last, or "
+                f"--submission_labels probability for {classes.names[1]!r}"
+            )
+        return form
+
+
+class ColumnsForm(ProbabilityForm):
+    """A column for each class, which the header names."""
+
+    @classmethod
+    def fill(cls, shown: Shown, classes: Classes) -> LabelForm | None:
+        if shown.path is None:
+            return cls(classes, "a probability for each class", labels=tuple(range(len(classes.ids))))
+        labels = match_columns(shown.columns, classes)
+        if labels is None:
+            raise UserError(
+                f"{shown.path}: the columns {show_first(shown.columns)} are not the {len(classes.ids)} classes "
+                f"({show_first(classes.names)}); {WAY_OUT}, and rename the columns or the class folders for "
+                "probabilities"
+            )
+        return cls(classes, "a probability for each class, in the columns of the header", labels=labels)
+
+    @classmethod
+    def recognize(cls, shown: Shown, classes: Classes) -> LabelForm | None:
+        return cls.fill(shown, classes) if len(shown.columns) > 1 else None
+
+
+# Of forms with the same words, the first one gives the name. Of --submission_labels, the first that can be filled.
+FORMS: tuple[type[LabelForm], ...] = (FolderForm, NameForm, WnidForm, IndexForm, PositiveForm, ColumnsForm)
+
+
+def word_forms(classes: Classes) -> list[WordForm]:
+    """All forms that write a word for each class."""
+    return [form.make(classes) for form in FORMS if issubclass(form, WordForm)]
 
 
 def match_columns(columns: Sequence[str], classes: Classes) -> tuple[int, ...] | None:
     """The label of the class that each column of a header names; None unless they name every class once."""
-
-    def plain(word: str) -> str:
-        return re.sub(r"[\W_]+", "", word.casefold())
-
-    forms = word_forms(classes)
-    known = [form.words for name, form in forms.items() if name != "index" or classes.is_ordered]
-    for change in (str, plain):
-        changed = [change(unicodedata.normalize("NFC", column)) for column in columns]
+    known = [form.words for form in word_forms(classes) if classes.is_ordered or not isinstance(form, IndexForm)]
+    for change in (UNICODE_FORMS[0], plain_word):
+        changed = [change(column) for column in columns]
         for words in ([change(word) for word in listed] for listed in known):
             # Around the class, every column may have the same words, as in p_bee and p_lion.
             for around in [changed[0].split(word, 1) for word in words if word and word in changed[0]]:
@@ -116,116 +413,42 @@ def positive_class(column: str, classes: Classes) -> int | None:
     return 1 if classes.numbers == ("0", "1") or (classes.is_ordered and not classes.numbers) else None
 
 
-def probability_form(path: Path | None, columns: Sequence[str], classes: Classes, asked: bool) -> ProbabilityForm:
-    """The form with the probabilities that a template's columns hold. Raises `UserError`."""
-    everything = tuple(range(len(classes.ids)))
-    if path is None:
-        return ProbabilityForm("a probability for each class", everything)
-    if len(columns) == 1 and len(everything) == 2:
-        positive = positive_class(columns[0], classes)
-        if positive is None and not asked:
-            raise UserError(
-                f"{path}: has probabilities of one class, but does not say of which ({show_first(classes.names)}); "
-                "give the order with --classes_file, the positive class last, or --submission_labels probability "
-                f"for {classes.names[1]!r}"
-            )
-        positive = 1 if positive is None else positive
-        return ProbabilityForm(f"the probability of {classes.names[positive]!r}", (positive,))
-    labels = match_columns(columns, classes)
-    if labels is None:
-        raise UserError(
-            f"{path}: the columns {show_first(columns)} are not the {len(everything)} classes "
-            f"({show_first(classes.names)}); {WAY_OUT}, and rename the columns or the class folders for probabilities"
-        )
-    return ProbabilityForm("a probability for each class, in the columns of the header", labels)
-
-
-def are_fractions(numbers: Sequence[float | None]) -> bool:
-    """Whether all cells are numbers from 0 to 1, not all of them 0 or 1."""
-    known = [n for n in numbers if n is not None and 0 <= n <= 1]
-    return len(known) == len(numbers) and any(0 < n < 1 for n in known)
-
-
-def decide_words(values: set[str], classes: Classes) -> WordForm | None:
-    """The only form whose words the labels of a template are; None where several fit, or none."""
-    forms = word_forms(classes)
-    folder, index = forms["folder"], forms["index"]
-    if classes.numbers:
-        own = folder if values <= {*folder.words, *UNDECIDED} else None
-        # A list of classes that are numbers may number them anew; then both would fit.
-        if own and classes.is_ordered and folder.words != index.words and values <= {*index.words, ""}:
-            return None
-        return own or next((form for form in (forms["name"], forms["wnid"]) if values <= set(form.words)), None)
-    if values <= UNDECIDED:
-        return index if classes.is_ordered else None
-    preferred = ("wnid", "name") if classes.order == WNIDS_NAME else ("name", "wnid")
-    found = [forms[name] for name in preferred] + [index] * classes.is_ordered
-    found = [form for form in found if values <= set(form.words)]
-    return found[0] if len({form.words for form in found}) == 1 else None
-
-
 def decide_form(path: Path | None, classes: Classes, asked: str | None = None) -> LabelForm:
     """How a submission writes labels: as `asked`, or as the template's label columns show it. Raises `UserError`."""
-    forms = word_forms(classes)
-    if path is None:
-        if asked == "probability":
-            return probability_form(None, [], classes, asked=True)
-        return forms[asked or ("folder" if classes.numbers and not classes.is_ordered else "index")]
-    template = read_template(path)
-    columns, values = list(template.columns[1:]), set(template.iloc[:, 1].str.strip())
-    if len(columns) > 1 and asked not in (None, "probability"):
-        raise UserError(f"{path}: has {len(columns)} label columns, which --submission_labels {asked} cannot fill")
-    if len(columns) > 1 or asked == "probability":
-        return probability_form(path, columns, classes, asked=asked is not None)
+    shown = look_at(path)
+    if path is None and asked is None:
+        asked = "folder" if classes.numbers and not classes.is_ordered else "index"
     if asked:
-        return forms[asked]
-    for unicode_form in ("NFC", "NFD"):  # as the template has it; names on disk may have the other
-
-        def change(words: Sequence[str], unicode_form=unicode_form) -> list[str]:
-            return [unicodedata.normalize(unicode_form, word) for word in words]
-
-        if form := decide_words(values, Classes(change(classes.ids), change(classes.names), classes.order)):
-            return form
-    if len(classes.ids) == 2 and are_fractions([to_number(value) for value in values]):
-        return probability_form(path, columns, classes, asked=False)
+        form = next((form for kind in FORMS if kind.flag == asked and (form := kind.fill(shown, classes))), None)
+        if form is None:
+            columns = len(shown.columns)
+            raise UserError(f"{path}: has {columns} label columns, which --submission_labels {asked} cannot fill")
+        return form
+    for spelled in map(classes.change, UNICODE_FORMS):  # as the template has it; names on disk may have the other
+        found = [form for kind in FORMS if (form := kind.recognize(shown, spelled))]
+        if len({form.words for form in found}) == 1:
+            return found[0]
     order = "" if classes.is_ordered else "; there is no wnids.txt, which gives every class its label"
     raise UserError(
-        f"{path}: the labels {show_first(sorted(values))} do not show how the classes ({show_first(classes.names)}) "
-        f"are written{order}; {WAY_OUT}, or give the order with --classes_file"
+        f"{path}: the labels {show_first(sorted(shown.values))} do not show how the classes "
+        f"({show_first(classes.names)}) are written{order}; {WAY_OUT}, or give the order with --classes_file"
     )
 
 
 def form_of(data: DatasetFiles) -> LabelForm:
     """How the submission of a dataset writes labels. Raises `UserError`."""
-    classes = Classes(data.class_ids, data.class_names, data.label_order)
+    classes = Classes(tuple(data.class_ids), tuple(data.class_names), data.label_order)
     return decide_form(data.template_path, classes, data.submission_labels)
 
 
 def fill_submission(data: DatasetFiles, ids: Sequence[str], scores: np.ndarray, temperature: float) -> bytes:
     """The bytes of a dataset's submission, from the scores (M, classes) of its test images. Raises `UserError`."""
     form = form_of(data)
-    columns = data.class_names if isinstance(form, ProbabilityForm) else HEADER[1:]
     cells = dict(zip(ids, form.render(scores, temperature), strict=True))
-    return render_rows(open_template(data.template_path, data.test_ids, columns), cells)
+    return render_rows(open_template(data.template_path, data.test_ids, form.columns), cells)
 
 
 # The check of a csv
-
-
-def _read_csv(path: Path, template: pd.DataFrame) -> tuple[list[tuple[int, list[str]]], list[str]]:
-    """(rows of a csv, faults of all rows at once); rows are read on as if these faults were corrected."""
-    separator, header = template.attrs.get("separator", ","), list(template.columns)
-    rows, faults = read_rows(path, separator), []
-    other = find_separator(read_text(path))
-    if rows and other != separator and all(len(cells) == 1 for _, cells in rows):
-        split = read_rows(path, other)
-        if split[0][1] == header:
-            rows = split
-            faults.append(f"columns are separated by {other!r}, not by {separator!r}")
-    if rows and rows[0][1][1:] == header and all(len(cells) == len(header) + 1 for _, cells in rows):
-        rows = [(line, cells[1:]) for line, cells in rows]
-        faults.append("the first column is extra, probably row numbers; with pandas, save with index=False")
-    return rows, faults
 
 
 def _list_by_kind(found: Sequence[tuple[int, str, str]]) -> list[str]:
@@ -242,78 +465,106 @@ def _list_by_kind(found: Sequence[tuple[int, str, str]]) -> list[str]:
     return lines
 
 
-def find_faults(path: Path, template: pd.DataFrame, form: LabelForm | int) -> list[str]:
+def _explain_width(cells: Sequence[str], width: int, separator: str, form: LabelForm | None) -> tuple[str, str]:
+    """(what a row is, what is wrong with it) of a row with more or fewer columns than others."""
+    if not any(map(str.strip, cells)):
+        return "is a row of empty cells", "; remove it"
+    value, kind = f"has {len(cells)} columns", f", not {width}"
+    if form and len(cells) > width and separator.join(cells[1:]).strip() in form.words:
+        kind += f"; put names that contain {separator!r} in quotes"
+    elif form and form.labels and separator == "," and len(cells) == 2 * width - 1:
+        kind += "; is the comma a decimal sign? write a point"
+    return value, kind
+
+
+def find_faults(path: Path, template: pd.DataFrame, form: LabelForm | int | None) -> list[str]:
     """Every kind of fault of a csv against its template, a line each; an empty list if the csv can be submitted.
 
-    `form` says how labels are written; an int N stands for labels 0 to N-1.
+    `form` says how labels are written; an int N stands for labels 0 to N-1, and None leaves labels unchecked.
     """
-    form = index_form(form) if isinstance(form, int) else form
-    rows, faults = _read_csv(path, template)
-    if not rows:
-        return ["is empty"]
-    header = list(template.columns)
-    if rows[0][1] != header:
-        faults.append(f"line 1: the header is {','.join(rows[0][1])!r}, not {','.join(header)!r}")
-    good = [(line, cells) for line, cells in rows[1:] if len(cells) == len(header)]
-    faults += _list_by_kind(
-        [(line, f"has {len(c)} columns", f", not {len(header)}") for line, c in rows[1:] if len(c) != len(header)]
-    )
-    counts = Counter(cells[0] for _, cells in good)
-    expected = list(template.iloc[:, 0])
-    missing = [i for i in expected if i not in counts]
-    extra = sorted(set(counts) - set(expected))
-    repeated = [i for i, count in counts.items() if count > 1]
-    for ids, what in ((missing, "missing"), (extra, "not in the template"), (repeated, "repeated")):
-        if ids:
-            faults.append(f"{len(ids)} ids are {what} ({show_first(ids)})")
-    found = [(line, fault) for line, cells in good if (fault := form.find_fault(cells[1:]))]
-    return faults + _list_by_kind([(line, value, f" {kind}") for line, (value, kind) in found])
+    form = IndexForm.make(number_classes(form)) if isinstance(form, int) else form
+    aligned, separator = align_csv(path, template), template.attrs.get("separator", ",")
+    if not aligned.ids and not aligned.width:
+        return aligned.faults
+    widths = [(line, *_explain_width(cells, aligned.width, separator, form)) for line, cells in aligned.short]
+    faults = [*aligned.faults, *_list_by_kind(widths), *find_id_faults(aligned.ids, list(template.iloc[:, 0]))]
+    if form:
+        labels = [cells[1:] for _, cells in aligned.rows]
+        found = [
+            (line, fault)
+            for (line, _), cells in zip(aligned.rows, labels, strict=True)
+            if (fault := form.find_fault(cells))
+        ]
+        hints = {kind: form.explain(kind, labels) for kind in {kind for _, (_, kind) in found}}
+        faults += _list_by_kind([(line, value, f" {kind}{hints[kind]}") for line, (value, kind) in found])
+    rest = len(faults) - MOST_LINES
+    return faults if rest <= 0 else [*faults[: MOST_LINES - 1], f"has {rest + 1} more kinds of faults"]
 
 
-def _find_data(template_path: Path) -> Path | None:
-    """The root of the dataset beside a template, or in the folder below whose test images it lists."""
+def number_classes(number: int) -> Classes:
+    """Classes that are named by the numbers from 0."""
+    names = tuple(map(str, range(number)))
+    return Classes(names, names, order="")
+
+
+def find_data(template_path: Path, classes_file: Path | None) -> DatasetFiles | None:
+    """The dataset beside a template, or in a folder below whose test images it lists; None if there is none."""
     folder = template_path.parent
-    if (folder / WNIDS_NAME).is_file():
-        return folder
     try:
-        root = find_root(folder)
+        root, layout = find_layout(folder)
+        data = layout.read(root, DataOptions(classes_file=str(classes_file) if classes_file else None))
+        is_sure = root == folder and find_split_folder(root, "train") is not None
+        ids = set(read_template(template_path).iloc[:, 0])
+        return data if is_sure or match_ids(data.test_files, ids) else None
     except UserError:
         return None
-    ids = set(read_template(template_path).iloc[:, 0])
-    return root if root == folder or match_ids(list_test_images(root), ids) else None
 
 
-def _read_classes(root: Path | None, classes_file: Path | None) -> Classes | None:
-    """The classes of a file, or of a dataset; None if there is neither."""
-    if root is None and classes_file is None:
+def read_classes(data: DatasetFiles | None, folder: Path, classes_file: Path | None) -> Classes | None:
+    """The classes of a dataset, a file, or the wnids.txt beside a template; None if there is none of them."""
+    if data is not None:
+        return Classes(tuple(data.class_ids), tuple(data.class_names), data.label_order)
+    if classes_file is None and not (folder / WNIDS_NAME).is_file():
         return None
-    class_ids, order = read_class_order(root or Path(), classes_file)
-    names = name_classes(class_ids, read_synonyms(root, class_ids, order)) if root else class_ids
-    return Classes(class_ids, names, order)
+    ids, order = read_class_order(folder, classes_file)
+    names = ids if classes_file else name_classes(ids, read_synonyms(folder, ids, order))
+    return Classes(tuple(ids), tuple(names), order)
 
 
-def form_without_classes(path: Path) -> LabelForm:
-    """How a submission writes labels, as its template alone can show it. Raises `UserError`."""
-    template = read_template(path)
-    cells = template.iloc[:, 1:]
-    numbers = [to_number(text) for text in cells.to_numpy().ravel()]
-    if cells.shape[1] > 1:
-        return ProbabilityForm("a probability for each class", tuple(range(cells.shape[1])))
-    if are_fractions(numbers):
-        return ProbabilityForm("the probability of the positive class", (1,))
-    if set(cells.iloc[:, 0].str.strip()) <= UNDECIDED:
-        return index_form(COMPETITION_CLASSES)
-    raise UserError(
-        f"{path}: the classes are unknown, since no dataset lies beside it; list them with --classes_file, or give "
-        "--num_classes N for labels 0 to N-1"
-    )
+def classes_of_template(shown: Shown) -> Classes | None:
+    """The classes that a template shows without a dataset: a column for each, or fractions for the second of two."""
+    if len(shown.columns) > 1:
+        return Classes(tuple(shown.columns), tuple(shown.columns), "the header")
+    return number_classes(2) if shown.has_fractions else None
 
 
-def _other_test_ids(root: Path | None, template_path: Path) -> list[str]:
+def _other_test_ids(data: DatasetFiles | None, template_path: Path) -> list[str]:
     """Ids of the test images of a dataset whose template may leave some out; the competition's own is complete."""
-    if root is None or (root / WNIDS_NAME).is_file():
+    if data is None or (data.root / WNIDS_NAME).is_file():
         return []
-    return name_test_images(root, list_test_images(root), set(read_template(template_path).iloc[:, 0]))
+    return name_test_images(data.root, data.test_files, set(read_template(template_path).iloc[:, 0]))
+
+
+def choose_form(args: argparse.Namespace, classes: Classes | None) -> LabelForm | None:
+    """How the labels of a csv are to be written; None if nothing tells the classes. Raises `UserError`."""
+    number, shown, asked = args.num_classes, look_at(args.template), args.submission_labels
+    if number is None:
+        classes = classes or classes_of_template(shown)
+        if classes is None and asked:
+            raise UserError(f"--submission_labels {asked}: {UNKNOWN.format(args.template)}")
+        return decide_form(args.template, classes, asked) if classes else None
+    if asked or args.classes_file:
+        other = "--submission_labels" if asked else "--classes_file"
+        raise UserError(f"{other} and --num_classes cannot be combined; leave one of them out")
+    if number < 1:
+        raise UserError(f"--num_classes {number}: must be at least 1; give the number of classes, such as 100")
+    if len(shown.columns) not in (1, number):
+        raise UserError(
+            f"--num_classes {number}: {args.template} has {len(shown.columns)} label columns; leave it out"
+        )
+    if (classes := classes_of_template(shown)) and len(classes.ids) == number:
+        return decide_form(args.template, classes)
+    return IndexForm.make(number_classes(number))
 
 
 @exits_cleanly
@@ -321,46 +572,45 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Check a csv against its template."""
     parser = argparse.ArgumentParser(
         prog="python -m transfer.submission",
-        description="Check a submission against its template: lists every fault and exits with 2 if there are any.",
+        description="Check a submission against its template: lists every kind of fault once, with its count, and "
+        "exits with 2 if there are any.",
         epilog="example: python -m transfer.submission outputs/offline/submission.csv "
         "--template tiny-imagenet-100/submission_sample.csv",
     )
-    parser.add_argument("csv", type=Path, help="the csv to submit")
+    parser.add_argument("csv", type=Path, help="the csv to submit, also as .zip or .gz")
     parser.add_argument("--template", type=Path, required=True, help="the competition's submission_sample.csv")
     parser.add_argument(
-        "--num_classes", type=int, help="labels are 0..N-1 [as the template and the dataset beside it show, or 100]"
+        "--num_classes", type=int, help="labels are 0..N-1 [as the template and the dataset beside it show]"
     )
     parser.add_argument("--classes_file", type=Path, help="the classes, one per line in label order")
-    parser.add_argument("--submission_labels", choices=SUBMISSION_LABELS, help="how labels are written")
+    parser.add_argument(
+        "--submission_labels", choices=[*dict.fromkeys(form.flag for form in FORMS)], help="how labels are written"
+    )
     args = parser.parse_args(argv)
-    if args.num_classes is not None and args.num_classes < 1:
-        raise UserError(
-            f"--num_classes {args.num_classes}: must be at least 1; give the number of classes, such as 100"
-        )
-    root = _find_data(args.template)
-    classes = _read_classes(root, args.classes_file)
-    if args.submission_labels and args.num_classes is not None:
-        raise UserError("--submission_labels and --num_classes cannot be combined; leave one of them out")
-    if args.submission_labels and classes is None:
-        raise UserError(
-            f"--submission_labels {args.submission_labels}: the classes are unknown, since no dataset lies beside "
-            f"{args.template}; list them with --classes_file"
-        )
-    if args.num_classes is not None:
-        form: LabelForm = index_form(args.num_classes)
-    elif classes is None:
-        form = form_without_classes(args.template)
-    else:
-        form = decide_form(args.template, classes, args.submission_labels)
-    template = open_template(args.template, _other_test_ids(root, args.template))
-    if faults := find_faults(args.csv, template, form):
+    folder, data = args.template.parent, find_data(args.template, args.classes_file)
+    classes = read_classes(data, folder, args.classes_file)
+    form = choose_form(args, classes)
+    template = open_template(args.template, _other_test_ids(data, args.template))
+    faults = find_faults(args.csv, template, form)
+    if form is None:
+        faults.append(f"labels are not checked: {UNKNOWN.format(args.template)}")
+    if faults:
         print(*(f"error: {args.csv}: {fault}" for fault in faults), sep="\n", file=sys.stderr)
         sys.exit(2)
-    is_balanced = classes is None or classes.order == WNIDS_NAME
+    warnings = []
+    if (encoding := read_csv_text(args.csv)[1]) != "utf-8":
+        warnings.append(f"is {encoding.upper()} text; save it as UTF-8 if the competition refuses it")
+    # The test images of tiny-imagenet-100 are balanced.
+    is_balanced = (folder / WNIDS_NAME).is_file() or (data is not None and data.label_order == WNIDS_NAME)
     if is_balanced and isinstance(form, WordForm):
-        labels = [form.words.index(cells[1]) for _, cells in read_rows(args.csv)[1:]]
+        from transfer.evaluation.predictions import balance_warning  # here, as it loads transformers for seconds
+
+        labels = [form.words.index(cells[1]) for _, cells in align_csv(args.csv, template).rows]
         if warning := balance_warning(labels, len(form.words)):
-            print(f"warning: {args.csv}: {warning}", file=sys.stderr)
+            warnings.append(warning)
+    for warning in warnings:
+        print(f"warning: {args.csv}: {warning}", file=sys.stderr)
+    assert form is not None  # otherwise labels are not checked, which is a fault
     print(f"ok: {len(template)} rows match {args.template}, labels written as {form.what}")
 
 

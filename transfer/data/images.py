@@ -13,11 +13,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from transfer.errors import UserError
 from transfer.files import build_folder_once, check_free_space, datasets_cache, read_json
+from transfer.runtime import shield_worker
 
 # The geometry
 
@@ -103,7 +104,8 @@ def read_image(root: Path, file: str) -> tuple[ImageRecord, Image.Image | None]:
         content = (root / file).read_bytes()
         image = decode(content)
     except Exception as fault:  # damaged bytes make decoders raise anything: struct.error, IndexError, MemoryError
-        reason = " ".join(str(fault).split()) or type(fault).__name__
+        unknown = isinstance(fault, UnidentifiedImageError)  # its text names only the memory that held the bytes
+        reason = "unknown format" if unknown else " ".join(str(fault).split()) or type(fault).__name__
         return ImageRecord(file, fault=f"cannot be read as an image ({reason})"), None
     digest = hashlib.blake2b(content, digest_size=16).hexdigest()  # 128 bits: equal only if the bytes are equal
     return ImageRecord(file, image.mode, image.size, digest), image
@@ -207,8 +209,9 @@ def _refuse_faults(root: Path, records: Sequence[ImageRecord]) -> None:
     faults = [record for record in records if record.fault]
     if faults:
         raise UserError(
-            f"{root / faults[0].file}: {faults[0].fault}; {len(faults)} of {len(records)} images cannot be used; "
-            "`python data_loading.py` lists them"
+            f"{root / faults[0].file}: {faults[0].fault}; {len(faults)} of {len(records)} images cannot be used"
+            f"{': ' + ', '.join(r.file for r in faults) if len(faults) > 1 else ''}; replace them, or leave them out "
+            "with --skip_unreadable true"
         )
 
 
@@ -328,6 +331,8 @@ class PixelDataset(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitems__(self, positions: Sequence[int]) -> dict[str, torch.Tensor]:
+        if torch.utils.data.get_worker_info():  # its process may be about to save a last checkpoint
+            shield_worker(os.getpid())
         # (B, H, W, 3) in memory, seen as (B, 3, H, W): channels-last, as convolutions like it
         images = torch.from_numpy(self.pixels[self.rows[positions]]).permute(0, 3, 1, 2)
         batch = {"images": images}

@@ -1,19 +1,23 @@
-"""Labels: the order of the classes, their names, how a submission writes them, and the template that it fills in."""
+"""Labels: the order and the names of the classes, the template of a submission, and the ids of the test images."""
 
+import codecs
+import contextlib
 import csv
+import gzip
 import io
+import itertools
 import math
 import operator
 import re
 import unicodedata
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from scipy.special import softmax
 
 from transfer.data.listing import (
     IMAGE_SUFFIXES,
@@ -26,12 +30,17 @@ from transfer.data.listing import (
     natural_key,
     normal_name,
     read_lines,
-    read_text,
 )
 from transfer.errors import UserError
 
 HEADER = ["image_id", "label"]
 SEPARATORS = ",;\t"
+MOST_SHOWN = 40  # characters of a value in a message
+ROWS_LOOKED_AT = 100  # to find the separator and the columns
+MOST_CSV_BYTES = 2**28  # of a csv that is unpacked
+MISSING = frozenset({"", "nan", "null", "none", "na", "n/a", "<na>", "#n/a", "nat"})  # as pandas reads and writes them
+
+Rows = Sequence[tuple[int, list[str]]]  # (line number as in an editor, cells) of each row
 
 # The order of the classes
 
@@ -101,59 +110,17 @@ def name_classes(class_ids: Sequence[str], synonyms: Sequence[str]) -> list[str]
     ]
 
 
-# How a submission writes labels
+# Reading a csv
 
 
-@dataclass(frozen=True)
-class WordForm:
-    """A submission with a label column that names the likeliest class of each image."""
-
-    what: str  # for messages, such as "class names"
-    words: tuple[str, ...]  # of each class
-
-    def render(self, scores: np.ndarray, temperature: float) -> list[list[str]]:
-        """The cells of each row after its id, from scores (M, classes)."""
-        return [[self.words[label]] for label in scores.argmax(-1)]
-
-    def find_fault(self, cells: Sequence[str]) -> tuple[str, str] | None:
-        """(the value, what is wrong with it) of a row's cells after its id; None if they are right."""
-        (text,) = cells
-        if text in self.words:
-            return None
-        if not all(word.isdecimal() for word in self.words):
-            return f"label {text!r}", f"is not one of the {self.what} ({show_first(self.words)})"
-        if not re.fullmatch("0|-?[1-9][0-9]{0,17}", text):  # bounded, since int() raises over 4,300 digits
-            return f"label {text!r}", "is not an integer"
-        numbers = sorted(int(word) for word in self.words)
-        if numbers[-1] - numbers[0] == len(numbers) - 1:
-            return f"label {text}", f"is out of range {numbers[0]} to {numbers[-1]}"
-        return f"label {text}", f"is not one of the {self.what} ({show_first(self.words)})"
+def shorten(text: str) -> str:
+    """A value for a message: quoted, and cut if it is long."""
+    return repr(text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 3] + "...")
 
 
-@dataclass(frozen=True)
-class ProbabilityForm:
-    """A submission with a column per class, or with one column for the positive class of two."""
-
-    what: str
-    classes: tuple[int, ...]  # the label whose probability each column holds
-
-    def render(self, scores: np.ndarray, temperature: float) -> list[list[str]]:
-        """The cells of each row after its id, from logits (M, classes); all columns of a row sum to one."""
-        probabilities = softmax(np.asarray(scores, dtype=np.float64) / temperature, axis=-1)
-        return [[format(p, ".10g") for p in row] for row in probabilities[:, list(self.classes)]]
-
-    def find_fault(self, cells: Sequence[str]) -> tuple[str, str] | None:
-        """(the value, what is wrong with it) of a row's cells after its id; None if they are right."""
-        for text in cells:
-            if (value := to_number(text)) is None or not 0 <= value <= 1:
-                return f"value {text!r}", "is not a probability from 0 to 1"
-        total = sum(float(text) for text in cells)
-        if len(cells) > 1 and abs(total - 1) > 1e-3:
-            return f"the sum {total:.6g} of the probabilities", "is not 1"
-        return None
-
-
-LabelForm = WordForm | ProbabilityForm
+def show_first(values: Sequence[str], count: int = 3) -> str:
+    """The first values, quoted, with an ellipsis if there are more: for messages."""
+    return ", ".join(map(shorten, values[:count])) + (", ..." if len(values) > count else "")
 
 
 def to_number(text: str) -> float | None:
@@ -164,17 +131,62 @@ def to_number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def index_form(count: int, order: str = "") -> WordForm:
-    """The form in which class number n, counted from 0, is written as n."""
-    return WordForm(f"integers 0 to {count - 1}" + f", by {order}" * bool(order), tuple(map(str, range(count))))
+def is_missing(text: str) -> bool:
+    """Whether a cell is blank or has what programs write for a missing value."""
+    return text.strip().casefold() in MISSING
 
 
-# The template, and the submission made from it
+def strip_quotes(text: str) -> str:
+    """A cell without the spaces and quotes around it."""
+    return text.strip(" \t'\"\u00a0\u200b")
 
 
-def show_first(values: Sequence[str], count: int = 3) -> str:
-    """The first values, quoted, with an ellipsis if there are more: for messages."""
-    return ", ".join(repr(v) for v in values[:count]) + (", ..." if len(values) > count else "")
+def _unpack(path: Path, content: bytes) -> bytes:
+    """The content of the only csv in a zip, or of a gz; other content as it is. Raises `UserError`."""
+    try:
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(MOST_CSV_BYTES + 1)
+        elif content.startswith(b"PK\x03\x04"):
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                names = [name for name in archive.namelist() if not re.match(r"__MACOSX/|(.*/)?\.", name)]
+                if "[Content_Types].xml" in names:
+                    raise UserError(f"{path}: is an Excel workbook; save it as CSV (UTF-8)")
+                found = [name for name in names if re.search(r"(?i)\.[ct]sv$", name)]
+                if len(found) != 1:
+                    listed = f" ({show_first(found or names)})" if names else ""
+                    raise UserError(
+                        f"{path}: has {len(found)} csv files in it{listed}; pack exactly one, or give the csv itself"
+                    )
+                content = archive.open(found[0]).read(MOST_CSV_BYTES + 1)
+    except UserError:
+        raise
+    except Exception as fault:  # zipfile and gzip raise many kinds for damaged files
+        raise UserError(f"{path}: cannot be unpacked ({fault}); pack it again, or give the csv itself") from None
+    if len(content) > MOST_CSV_BYTES:
+        raise UserError(f"{path}: unpacks to more than {MOST_CSV_BYTES >> 20} MiB; give the csv itself")
+    return content
+
+
+def read_csv_text(path: Path) -> tuple[str, str]:
+    """(text of a csv without a byte-order mark, its encoding: utf-8, utf-16 or cp1252), also from a zip or gz.
+
+    Windows-1252 (cp1252) is what a text is that is neither UTF-8 nor UTF-16. Raises `UserError`.
+    """
+    try:
+        content = _unpack(path, path.read_bytes())
+    except OSError as fault:
+        raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
+    encodings = ["utf-8-sig", "cp1252"]
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encodings = ["utf-16"]
+    elif b"\0" in content[:2]:  # one byte of each character in the header is zero, and no mark says which
+        encodings = ["utf-16-be" if content.startswith(b"\0") else "utf-16-le"]
+    for encoding in encodings:
+        with contextlib.suppress(UnicodeDecodeError):
+            text = content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+            if not re.search(r"[\0-\x08\x0e-\x1f]", text):
+                return text, re.sub("-(sig|le|be)", "", encoding)
+    raise UserError(f"{path}: is not a text file")
 
 
 def find_separator(text: str) -> str:
@@ -183,14 +195,128 @@ def find_separator(text: str) -> str:
     return max(SEPARATORS, key=line.count)
 
 
-def read_rows(path: Path, separator: str | None = None) -> list[tuple[int, list[str]]]:
-    """(line number as in an editor, cells) of every row of a csv that is not blank. Raises `UserError`."""
-    text = read_text(path)
-    reader = csv.reader(io.StringIO(text), delimiter=separator or find_separator(text))
+def split_rows(path: Path, text: str, separator: str) -> list[tuple[int, list[str]]]:
+    """(line number as in an editor, cells) of every row of a csv's text that is not blank. Raises `UserError`."""
+    reader = csv.reader(io.StringIO(text), delimiter=separator)
     try:
         return [(reader.line_num, row) for row in reader if row]
     except csv.Error as fault:
         raise UserError(f"{path}: is not a csv file (line {reader.line_num}: {fault})") from None
+
+
+# A csv beside its template: rows are read as they are meant, and what is wrong with all of them is said
+
+
+def _split_as_meant(path: Path, text: str, template: pd.DataFrame) -> tuple[list[tuple[int, list[str]]], list[str]]:
+    """(rows of a csv, by the separator that suits the template; faults). Raises `UserError`."""
+    wanted, width, ids = template.attrs.get("separator", ","), len(template.columns), set(template.iloc[:, 0])
+    start = "\n".join(text.split("\n")[:ROWS_LOOKED_AT])
+
+    def fit(separator: str) -> int:
+        try:
+            cells = [cells for _, cells in split_rows(path, start, separator)]
+        except UserError:  # such as a line that is too long for one cell
+            return 0
+        return sum(
+            (len(row) in (width, width + 1)) + (not ids.isdisjoint(map(strip_quotes, row[:2]))) for row in cells
+        )
+
+    separator = max([wanted, *SEPARATORS, "|", " "], key=fit)  # the wanted one, if several suit
+    rows = split_rows(path, text, separator)
+    if separator != wanted:
+        return rows, [f"columns are separated by {separator!r}, not by {wanted!r}"]
+    if rows and all(len(cells) == 1 and separator in cells[0] and "\n" not in cells[0] for _, cells in rows):
+        rows = [(line, split_rows(path, cells[0], separator)[0][1]) for line, cells in rows]
+        return rows, ["every line as a whole is in quotes; save it again without them"]
+    return rows, []
+
+
+def _compare_headers(found: Sequence[str], wanted: Sequence[str], separator: str) -> str:
+    """The found header and the wanted one in words; of long headers, only the first column that differs."""
+    texts = [separator.join(header) for header in (found, wanted)]
+    if max(map(len, texts)) <= 3 * MOST_SHOWN:
+        return f"{texts[0]!r}, not {texts[1]!r}"
+    pairs = itertools.zip_longest(found, wanted, fillvalue="(nothing)")
+    column, (name, other) = next((n, pair) for n, pair in enumerate(pairs, 1) if pair[0] != pair[1])
+    return f"of {len(found)} columns, not {len(wanted)}, and column {column} is {shorten(name)}, not {shorten(other)}"
+
+
+def _find_columns(
+    rows: Rows, header: Sequence[str], ids: Set[str], separator: str
+) -> tuple[int, list[int], bool, list[str]]:
+    """(cells that a row should have, which of them are the template's columns, whether there is a header, faults)."""
+    (line, first), width, faults = rows[0], len(header), []
+
+    def count_ids(column: int) -> int:
+        cells = [cells for _, cells in rows[1:][:ROWS_LOOKED_AT] if column < len(cells)]
+        return sum(plain_id(row[column]) in ids for row in cells)
+
+    names, wanted = ([strip_quotes(name).casefold() for name in cells] for cells in (first, header))
+    size = Counter([len(cells) for _, cells in rows[1:]] or [width]).most_common(1)[0][0]
+    keep, seen, by_name = list(range(width)), first, len(set(names)) == len(names) and set(wanted) <= set(names)
+    if size == width + 1 and not any(cells[width].strip() for _, cells in rows[1:] if len(cells) > width):
+        faults.append(f"rows end with {separator!r}, which makes an extra column; remove it")
+        seen, names = first[:width], names[:width]
+    elif size == width + 1 and (names[1:] == wanted or count_ids(1) > count_ids(0)):
+        faults.append("the first column is extra, probably row numbers; with pandas, save with index=False")
+        keep, seen, names = list(range(1, width + 1)), first[-width:], names[-width:]
+    elif by_name and size == len(names) and count_ids(names.index(wanted[0])) >= count_ids(0):
+        keep = [names.index(name) for name in wanted]
+    else:
+        size, by_name = width, False
+    if seen == list(header):
+        return size, keep, True, faults
+    compared, has_header = _compare_headers(seen, header, separator), True
+    if others := [name for name, plain in zip(seen, names, strict=False) if plain not in wanted] * by_name:
+        fault = f"has columns that the template has not ({show_first(others)}); remove them"
+    elif by_name and keep != sorted(keep):
+        fault = f"has another order: it is {compared}"
+    elif by_name:
+        fault = f"is {compared}; it differs in case, spaces or quotes only"
+    elif len(seen) == width and plain_id(seen[0]) in ids:
+        fault, has_header = f"is missing: it must be {separator.join(header)[: 3 * MOST_SHOWN]!r}", False
+    else:
+        fault = f"is {compared}"
+    return size, keep, has_header, [*faults, f"line {line}: the header {fault}"]
+
+
+@dataclass(frozen=True)
+class AlignedCsv:
+    """A csv in the columns of its template."""
+
+    rows: Rows  # that have all columns
+    short: Rows  # that have more or fewer columns, as they are
+    width: int  # of the others in the file
+    ids: list[str]  # of all rows
+    faults: list[str]  # of all rows at once
+
+
+def align_csv(path: Path, template: pd.DataFrame) -> AlignedCsv:
+    """Read a csv as if what is wrong with all of its rows were corrected. Raises `UserError`."""
+    text, encoding = read_csv_text(path)
+    rows, faults = _split_as_meant(path, text, template)
+    if not rows:
+        return AlignedCsv([], [], 0, [], ["is empty"])
+    if encoding == "cp1252":
+        faults.insert(0, "is not UTF-8 text, but Windows-1252, Latin-1 or the like; save it as UTF-8")
+    ids = {plain_id(image_id) for image_id in template.iloc[:, 0]}
+    separator = template.attrs.get("separator", ",")
+    width, keep, has_header, more = _find_columns(rows, list(template.columns), ids, separator)
+    data = rows[has_header:]
+
+    def is_whole(cells: Sequence[str]) -> bool:
+        return len(cells) == width and any(map(str.strip, cells))
+
+    return AlignedCsv(
+        rows=[(line, [cells[column] for column in keep]) for line, cells in data if is_whole(cells)],
+        short=[(line, cells) for line, cells in data if not is_whole(cells)],
+        width=width,
+        ids=[cells[keep[0]] if keep[0] < len(cells) else "" for _, cells in data if any(map(str.strip, cells))],
+        faults=faults + more,
+    )
+
+
+# The template, and the submission made from it
 
 
 def read_template(path: Path) -> pd.DataFrame:
@@ -199,7 +325,8 @@ def read_template(path: Path) -> pd.DataFrame:
     `attrs["separator"]` is its separator. Raises `UserError`.
     """
     # Not pandas.read_csv: it drops a third cell of a row with a warning, and renames equal columns.
-    rows = read_rows(path)
+    text, _ = read_csv_text(path)
+    rows = split_rows(path, text, find_separator(text))
     if not rows:
         raise UserError(f"{path}: is empty; a template has a header, {','.join(HEADER)}, and a row for each id")
     width = len(rows[0][1])
@@ -216,7 +343,7 @@ def read_template(path: Path) -> pd.DataFrame:
         raise UserError(f"{path}: has {'no rows' if table.empty else 'a row without an id'}")
     if ids.duplicated().any():
         raise UserError(f"{path}: id {ids[ids.duplicated()].iloc[0]!r} appears twice")
-    table.attrs["separator"] = find_separator(read_text(path))
+    table.attrs["separator"] = find_separator(text)
     return table
 
 
@@ -260,7 +387,7 @@ def check_template(
         raise UserError(f"{path}: does not match the test images: {' and '.join(faults)}{beside}")
 
 
-def _plain_id(text: str) -> str:
+def plain_id(text: str) -> str:
     """An id or image name without folder, known ending, case and leading zeros."""
     name = re.split(r"[/\\\\]", text.strip())[-1]
     stem, _, ending = name.rpartition(".")
@@ -278,13 +405,18 @@ def _stem_below(file: str) -> str:
     return _below(file).rpartition(".")[0]
 
 
+def _in_lower_case(text: str) -> str:
+    """A file name with its ending, regardless of case and Unicode form: `A.JPG` is `a.jpg` even beside `a.png`."""
+    return normal_name(file_name(text)).casefold()
+
+
 def match_ids(files: Sequence[str], ids: Set[str]) -> dict[str, str]:
     """The id of each test image that one of `ids` names: exactly, without ending, or uniquely once made plain."""
     id_of: dict[str, str] = {}
     matched: set[str] = set()
-    ways: list[Callable[[str], str]] = [file_name, image_id_of, _below, _stem_below, str, _plain_id]
+    ways: list[Callable[[str], str]] = [file_name, image_id_of, _below, _stem_below, str, _in_lower_case, plain_id]
     for key_of_file in ways:
-        key_of_id = _plain_id if key_of_file is _plain_id else str
+        key_of_id = key_of_file if key_of_file in (_in_lower_case, plain_id) else str
         file_counts, id_counts = Counter(map(key_of_file, files)), Counter(map(key_of_id, ids))
         file_of = {key_of_file(file): file for file in files if file_counts[key_of_file(file)] == 1}
         id_with = {key_of_id(i): i for i in ids if id_counts[key_of_id(i)] == 1}
@@ -311,6 +443,66 @@ def name_test_images(root: Path, files: Sequence[str], template_ids: Set[str] = 
     if repeated:
         raise UserError(f"{root / 'test'}: two images have the id '{repeated[0]}'; rename one of them")
     return ids
+
+
+# What a spreadsheet or a program makes of an id
+
+
+def _number_key(text: str) -> str | None:
+    value = to_number(text)
+    return None if value is None else str(Decimal(text.strip()).normalize())
+
+
+def _rounded_key(text: str) -> str | None:
+    return None if to_number(text) is None else f"{Decimal(text.strip()):.5E}"
+
+
+def _date_key(text: str) -> str | None:
+    return "date" if re.fullmatch(DATE, text.strip()) or re.fullmatch(f"{MONTH}-?[0-9]{{1,4}}", text) else None
+
+
+MONTH = r"(?i:(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*)"
+DATE = rf"[0-9]{{1,4}}[-/. ](?:[0-9]{{1,2}}|{MONTH})(?:[-/. ][0-9]{{2,4}})?(?: 0?0:00.*)?|{MONTH}[-/. ][0-9]{{2,4}}"
+# (what happened to ids, what such ids look like, what stays the same)
+ID_CHANGES: tuple[tuple[str, str, Callable[[str], str | None]], ...] = (
+    ("have spaces or quotes around them", r"[\s\S]*", strip_quotes),
+    ("differ in case or Unicode form", r"[\s\S]*", lambda text: normal_name(text).casefold()),
+    ("have lost or gained leading zeros, as in a spreadsheet", "[0-9]+", lambda text: text.lstrip("0")),
+    ("are written as other numbers, as in a spreadsheet", r"[0-9.,eE+ -]+", _number_key),
+    ("have lost digits, as in a spreadsheet", r"[0-9.]+[eE]\+?[0-9]+", _rounded_key),
+    ("have lost digits, as in a spreadsheet", "[0-9]{15}0+", lambda text: f"{text[:15]} {len(text)}"),
+    ("have become dates, as in a spreadsheet", DATE, _date_key),
+    (
+        "are blank or missing values; with pandas, read ids with dtype=str, keep_default_na=False",
+        r"[\s\S]*",
+        lambda text: "" if is_missing(text) else None,
+    ),
+    ("differ in folder or extension", r"[\s\S]*", plain_id),
+)
+
+
+def find_id_faults(found: Sequence[str], expected: Sequence[str]) -> list[str]:
+    """Every kind of fault of the ids of a csv, a line each, with what was probably done to them."""
+    counts, wanted = Counter(found), set(expected)
+    missing, extra, faults = [i for i in expected if i not in counts], sorted(set(counts) - wanted), []
+    for what, pattern, key_of in ID_CHANGES:
+        by_key: dict[str | None, list[str]] = {}
+        for image_id in missing:
+            by_key.setdefault(key_of(image_id), []).append(image_id)
+        by_key.pop(None, None)
+        pairs = [(i, by_key[key]) for i in extra if re.fullmatch(pattern, i) and (key := key_of(i)) in by_key]
+        if pairs:
+            shown = [f"{shorten(i)} for {shorten(ids[0])}" if len(ids) == 1 else shorten(i) for i, ids in pairs[:3]]
+            faults.append(f"{len(pairs)} ids {what} ({', '.join(shown)}{', ...' * (len(pairs) > 3)})")
+            explained = {i for changed, ids in pairs for i in (changed, *ids)}
+            missing, extra = ([i for i in ids if i not in explained] for ids in (missing, extra))
+    if extra and set(found) in ({str(n) for n in range(by, len(counts) + by)} for by in (0, 1)):
+        return [*faults, f"the ids are row numbers ({show_first(list(counts))}), not ids ({show_first(missing)})"]
+    repeated = [i for i, count in counts.items() if count > 1]
+    for ids, what in ((missing, "missing"), (extra, "not in the template"), (repeated, "repeated")):
+        if ids:
+            faults.append(f"{len(ids)} ids are {what} ({show_first(ids)})")
+    return faults
 
 
 def render_rows(template: pd.DataFrame, cells_of_id: Mapping[str, Sequence[str]]) -> bytes:

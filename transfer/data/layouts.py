@@ -82,6 +82,7 @@ class DatasetFiles:
     train_groups: list[str] = field(default_factory=list)  # images of a group stay on one side of a split
     sources: list[Path] = field(default_factory=list)  # files that were read besides images
     ignored: Counter[str] = field(default_factory=Counter)  # files of other kinds that are not used -> how many
+    unreadable: dict[str, str] = field(default_factory=dict)  # image that is left out -> why it cannot be read
     unused_images: Counter[str] = field(default_factory=Counter)  # folders of images that are not used -> how many
 
     @property

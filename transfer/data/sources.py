@@ -35,9 +35,22 @@ DISK_BLOCK = 4096  # bytes; a file takes whole blocks
 DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, UnicodeDecodeError)
 
 
+def _other_archive(path: Path) -> str | None:
+    """What a file is by its first bytes, if it is packed in another way than as a zip."""
+    with path.open("rb") as file:
+        start = file.read(265)
+    kinds = {b"\x1f\x8b": "gzip file", b"BZh": "bzip2 file", b"\xfd7zXZ": "xz file", b"7z\xbc\xaf": "7z archive"}
+    found = next((kind for magic, kind in kinds.items() if start.startswith(magic)), None)
+    if (found and path.suffixes[-2:-1] == [".tar"]) or path.suffix in (".tgz", ".tbz2", ".txz"):
+        return "tar archive"
+    return "tar archive" if start[257:262] == b"ustar" else "rar archive" if start.startswith(b"Rar!") else found
+
+
 def _list_members(path: Path) -> list[zipfile.ZipInfo]:
     """The members to extract; what macOS adds is left out. Raises `UserError` if the file is not a complete zip."""
     try:
+        if kind := _other_archive(path):
+            raise UserError(f"{path}: is a {kind}, not a zip; unpack it, and give its folder as --data_dir")
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except DAMAGE as fault:
@@ -113,10 +126,28 @@ def _extract(path: Path, members: Sequence[zipfile.ZipInfo], folder: Path) -> No
         raise UserError(f"{path}: cannot be unpacked, since several members have the same name on this file system")
 
 
+def _extract_nested(folder: Path) -> None:
+    """Unpack the zips that lie in an unpacked zip, each into a folder of its name; they are removed.
+
+    Competitions often hand out one zip that holds train.zip and test.zip. Raises `UserError`.
+    """
+    for path in sorted(folder.rglob("*.zip")):
+        members = _list_members(path)
+        _check_members(path, members)
+        inside = path.with_suffix("")
+        if inside.exists():
+            raise UserError(f"{path}: there is already a folder of this name; unpack the zips, and give their folder")
+        inside.mkdir()
+        check_free_space(folder.parent, sum(m.file_size for m in members), f"{path}: unpacking it")
+        _extract(path, members, inside)
+        path.unlink()
+
+
 def extract_zip(zip_path: Path, cache_dir: Path | None = None) -> Path:
     """Extract a zip into the datasets cache, once per content, and return the folder.
 
-    The folder's name holds a hash of the content: a copy of the zip finds it, a changed zip gets another folder.
+    The folder's name holds a hash of the content: a copy of the zip finds it, a changed zip gets another folder. Zips
+    in the zip are unpacked too.
     Raises `UserError`, with nothing written, for a zip that is damaged, encrypted or too large, and for members
     outside the folder, symbolic links and duplicate names.
     """
@@ -128,6 +159,7 @@ def extract_zip(zip_path: Path, cache_dir: Path | None = None) -> Path:
         needed = sum(-(-m.file_size // DISK_BLOCK) * DISK_BLOCK for m in members)
         check_free_space(folder.parent, needed, f"{zip_path}: unpacking it", "HF_DATASETS_CACHE chooses another place")
         _extract(zip_path, members, folder)
+        _extract_nested(folder)
 
     return build_folder_once(cache_dir / f"{zip_path.stem}-{_content_key(members)}", build, "HF_DATASETS_CACHE")
 

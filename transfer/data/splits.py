@@ -105,7 +105,7 @@ def find_straddling(copies: Sequence[Sequence[int]], held_out: Set[int]) -> list
 class CopyCounts:
     """Pictures that byte-identical training images show, and what the split does with them."""
 
-    pictures: int  # that stand more than once
+    pictures: int  # that occur more than once
     images: int  # that show them
     with_several_labels: int  # of the pictures
     moved: int  # pictures whose copies a split by file names alone would have put on both sides
@@ -115,12 +115,12 @@ class CopyCounts:
     def text(self) -> str:
         """The counts in words."""
         parts = [
-            f"{self.pictures} picture{'s stand' if self.pictures != 1 else ' stands'} more than once in train "
+            f"{self.pictures} picture{'s occur' if self.pictures != 1 else ' occurs'} more than once in train "
             f"({self.images} images), "
-            f"{self.with_several_labels} of them under several labels"
+            f"{self.with_several_labels} of them with several labels"
         ]
         if self.moved:
-            parts.append(f"{self.moved} would have been in train and validation: moved to one side")
+            parts.append(f"{self.moved} would have been in both train and validation and were moved to one side")
         if self.published:
             parts.append(f"{self.published} validation images are also in train")
         return "; ".join(parts)
@@ -161,7 +161,7 @@ def _hold_out_of_class(
 def _join_labels(
     files: Sequence[str], labels: Sequence[int], contents: Sequence[str], held_out: set[int], seed: int
 ) -> None:
-    """Move copies that stand under several labels to the side of the one that is drawn first.
+    """Move copies that have several labels to the side of the one that is drawn first.
 
     They go to the training side where a class would have no other image there.
     """
@@ -238,6 +238,7 @@ def split_fold(
     return [p for p in order if fold_of[p] != fold], [p for p in order if fold_of[p] == fold]
 
 
+FEW_IMAGES = 3  # of a class, in training and validation
 IMBALANCE = 10  # the largest class's size over the smallest one's, above which it is said
 
 
@@ -253,17 +254,21 @@ def describe_imbalance(class_ids: Sequence[str], labels: Sequence[int]) -> list[
 
 
 def describe_small_classes(class_ids: Sequence[str], dataset: datasets.DatasetDict) -> list[str]:
-    """A warning about classes that have no validation image, with a remedy; nothing if there are none."""
+    """Warnings about classes that have few images, or none to validate on, with a remedy."""
     train, validation = (Counter(dataset[split]["label"][:]) for split in ("train", "validation"))
-    unseen = [f"{name} ({train[label]})" for label, name in enumerate(class_ids) if not validation[label]]
-    if not unseen:
-        return []
-    number = f"{len(unseen)} classes have" if len(unseen) > 1 else "1 class has"
-    shown = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
-    return [
-        f"warning     {number} too few images to validate on: {shown}; trained on, but how well is not measured: "
-        "add images"
-    ]
+    counts = {name: train[label] + validation[label] for label, name in enumerate(class_ids)}
+    unseen = [name for label, name in enumerate(class_ids) if not validation[label]]
+    few = [name for name, count in counts.items() if count <= FEW_IMAGES and name not in unseen]
+    lines = []
+    for names, fault in (
+        (unseen, "too few images to validate on: trained on, but not measured"),
+        (few, f"{FEW_IMAGES} images or fewer: their accuracy means little"),
+    ):
+        if names:
+            number = f"{len(names)} classes have" if len(names) > 1 else "1 class has"
+            shown = ", ".join(f"{name} ({counts[name]})" for name in names[:5]) + ", ..." * (len(names) > 5)
+            lines.append(f"warning     {number} {fault}; add images: {shown}")
+    return lines
 
 
 def take_evenly(positions: Sequence[int], files: Sequence[str], labels: Sequence[int], count: int) -> list[int]:

@@ -253,11 +253,16 @@ def load_processor(source: str, config: PreTrainedConfig, options: dict) -> Base
 
 
 def load_checkpoint(
-    name: str, revision: str = "main", trust_remote_code: bool = False, drop_path_rate: float | None = None
+    name: str,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+    drop_path_rate: float | None = None,
+    needs_head: bool = False,
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """Return a checkpoint's model in fp32 and its image processor.
 
-    Raises `UserError` if the checkpoint cannot be loaded or lacks weights other than the head's.
+    Raises `UserError` if the checkpoint cannot be loaded, or lacks weights other than the head's; if it `needs_head`,
+    also those.
     """
     source = locate_checkpoint(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}  # None would ask at the terminal
@@ -273,6 +278,8 @@ def load_checkpoint(
     loader, convert = CONVERSIONS.get(config.model_type, (AutoModelForImageClassification, None))
     model, report = _from_pretrained(loader, source, config=config, **options, **WEIGHT_OPTIONS)
     absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    if needs_head and (loader is AutoModel or absent & head_names(model)):
+        raise UserError(f"--model_name_or_path {name}: has no trained classification head; fine-tune it first")
     lost = sorted(absent - head_names(model))
     if lost:
         shown = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")

@@ -11,7 +11,8 @@ from PIL import Image
 from scipy.special import softmax
 
 from transfer.data.images import read_image
-from transfer.data.listing import IMAGE_SUFFIXES
+from transfer.data.layouts import ROOT_DEPTH
+from transfer.data.listing import IMAGE_SUFFIXES, list_visible_folders
 from transfer.data.sources import extract_zip
 from transfer.data.tiny_imagenet import sample_data
 from transfer.errors import UserError
@@ -49,10 +50,12 @@ def find_data_root(data_dir: str, known_file: str) -> Path:
         path = extract_zip(path)
     if not path.is_dir():
         raise UserError(f"{data_dir}: no such folder or zip; give the dataset of this run with --data_dir")
-    inside = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
-    for root in (path, *inside):
-        if (root / known_file).is_file():
-            return root
+    folders = [path]
+    for _ in range(ROOT_DEPTH + 1):
+        for root in folders:
+            if (root / known_file).is_file():
+                return root
+        folders = [folder / name for folder in folders for name in list_visible_folders(folder)]
     raise UserError(f"{data_dir}: is not this run's dataset: it does not hold {known_file}")
 
 
@@ -73,6 +76,15 @@ def find_test_files(root: Path, ids: Iterable[str], labelled_files: Iterable[str
     return found
 
 
+def encode_thumbnail(image: Image.Image, size: int = PICTURE_SIZE) -> str:
+    """A small copy of an RGB image, with a longer side of at most `size` pixels, as a data URI."""
+    image = image.copy()
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=JPEG_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
 class Album:
     """Small pictures of the images below a root; without a root there are none."""
 
@@ -86,11 +98,7 @@ class Album:
         _, image = read_image(self.root, file)
         if image is None:
             return None
-        image = image.convert("RGB")
-        image.thumbnail((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
-        content = io.BytesIO()
-        image.save(content, "JPEG", quality=JPEG_QUALITY)
-        return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+        return encode_thumbnail(image.convert("RGB"))
 
     def show_test(self, image_id: str) -> str | None:
         """The test image with this id, as a data URI; None if it cannot be read."""

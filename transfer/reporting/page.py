@@ -196,6 +196,7 @@ def render_page(run: RunResults, album: Album, without_pictures: str | None = No
             leaderboard=leaderboard,
             submission=run.metrics.submission,
             copies=run.metrics.copies and run.metrics.copies.text,
+            unreadable=run.record.get("unreadable_images", {}),
             calibration=run.metrics.calibration,
             reliability=reliability,
             reliability_chart=draw_reliability(reliability),

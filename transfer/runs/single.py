@@ -36,6 +36,7 @@ from transfer.files import (
     anonymize_file,
     claim_output_dir,
     digest_of_folder,
+    lock_output_dir,
     write_atomically,
     write_folder_atomically,
 )
@@ -78,7 +79,9 @@ def prepare_output(run: RunArguments, args: FinetuningArguments) -> None:
     """Claim the output folder, and check that the results can be exported, packed or pushed. Raises `UserError`."""
     if args.process_index != 0 or run.estimate:
         return
-    if not run.search:
+    if run.search:
+        lock_output_dir(Path(args.output_dir))  # open_study says what it holds
+    else:
         claim_output_dir(Path(args.output_dir), resuming=args.resume_from_checkpoint is not None)
     if run.export:
         check_export()
@@ -109,6 +112,8 @@ def start_record(context: RunContext, trainer: FinetuningTrainer, checkpoint: st
         split_fingerprint(context.dataset),
         fingerprint_of_weights(trainer.model),
     )
+    if unreadable := context.data.unreadable | store.unreadable:
+        record["unreadable_images"] = unreadable
     if context.run.reproduce:
         parent = context.parent_split
         now = record if parent is None else record | {"split_fingerprint": split_fingerprint(parent)}
@@ -193,8 +198,8 @@ def fill_unreadable(context: RunContext, store: PixelStore, logits: np.ndarray) 
     filled[rows] = np.log(counts / counts.sum())
     shown = "; ".join(f"{context.data.root / files[row]}: {store.unreadable[files[row]]}" for row in rows[:5])
     say(
-        f"warning     {len(rows)} of {len(files)} test images cannot be read; each gets the commonest class of the "
-        f"training images, {context.data.class_names[int(counts.argmax())]}: {shown}{'; ...' if len(rows) > 5 else ''}"
+        f"warning     {len(rows)} of {len(files)} test images cannot be read; each gets the most frequent class of "
+        f"train, {context.data.class_names[int(counts.argmax())]}: {shown}{'; ...' if len(rows) > 5 else ''}"
     )
     return filled
 

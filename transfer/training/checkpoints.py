@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import secrets
 import shutil
 import time
 from collections.abc import Mapping
@@ -16,7 +17,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import rotate_checkpoints
 
-from transfer.errors import UserError
+from transfer.errors import Terminated, UserError
+from transfer.runtime import end_signals
 
 if TYPE_CHECKING:
     from transfer.training.trainer import FinetuningTrainer
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STATE = "trainer_state.json"  # the Trainer writes it last
+
+STEPS_BETWEEN_QUESTIONS = 8  # whether a process of several got a signal
 
 # A run may also be killed while it deletes a checkpoint, whose files go in any order.
 PARTS = ("*.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth")
@@ -168,21 +172,38 @@ def check_optimizer_fits(optimizer: torch.optim.Optimizer, checkpoint: Path) -> 
         )
 
 
+def _provenance_of(checkpoint: Path) -> dict | None:
+    """What a `RunProvenance` kept in a checkpoint; None in one from before there was any."""
+    return read_state(checkpoint).get("stateful_callbacks", {}).get(RunProvenance.__name__, {}).get("args")
+
+
+def check_own(checkpoint: Path, provenance: "RunProvenance") -> None:
+    """Refuse a checkpoint that neither this run nor one that it resumes wrote. Raises `UserError`."""
+    runs = (_provenance_of(checkpoint) or {}).get("runs", provenance.runs)
+    if not set(runs) & set(provenance.runs):
+        raise UserError(
+            f"{checkpoint}: was written by another run, so this run's weights are lost; start again in another "
+            "--output_dir"
+        )
+
+
 class RunProvenance(TrainerCallback, ExportableState):
     """What a run is made from, kept in its checkpoints so that resuming notices what has changed since."""
 
     def __init__(self, data_fingerprint: str, split_fingerprint: str, arguments: Mapping):
         self.data_fingerprint, self.split_fingerprint = data_fingerprint, split_fingerprint
         self.arguments = {name: value for name, value in arguments.items() if decides_weights(name)}
+        self.runs = [secrets.token_hex(8)]  # this run, and those that it resumes
 
     def state(self) -> dict:
         return {"args": vars(self).copy(), "attributes": {}}
 
     def check(self, checkpoint: Path) -> None:
         """Refuse a checkpoint of other data; warn of arguments that differ. Raises `UserError`."""
-        then = read_state(checkpoint).get("stateful_callbacks", {}).get(type(self).__name__, {}).get("args")
+        then = _provenance_of(checkpoint)
         if then is not None:
             self.compare(checkpoint, then)
+            self.runs += then.get("runs", [])
 
     def compare(self, place: Path, then: Mapping) -> None:
         """Check a checkpoint or a finished run against `then`, what was recorded for it. Raises `UserError`."""
@@ -241,4 +262,51 @@ class KeepBestEpoch(TrainerCallback):
         if not best.is_dir():  # the output folder was moved since
             best = Path(args.output_dir) / best.name
             state.best_model_checkpoint = str(best)
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, RunProvenance) and self.trainer.is_world_process_zero():
+                check_own(best, callback)
         self.trainer.choose_weights(best)
+
+
+class SaveBeforeEnd(TrainerCallback):
+    """Writes a last checkpoint when SIGTERM or SIGHUP came, and ends the run.
+
+    Within an epoch, the checkpoint follows the step. After the last step of an epoch, it follows the evaluation, which
+    a resumed run would not do any more.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # On an accelerator, asking the other processes waits for the step, which is computed in the background.
+        seldom = args.world_size > 1 and args.device.type != "cpu"
+        if seldom and state.global_step % STEPS_BETWEEN_QUESTIONS:
+            return
+        self.number = _signal_of_any(args)
+        is_last = state.global_step >= state.max_steps or abs(state.epoch - round(state.epoch)) < 1e-9
+        if self.number is not None and not is_last:
+            self._save(args, state, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.number = _signal_of_any(args)
+        if self.number is not None:
+            self._save(args, state, control)
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.number is not None:
+            raise Terminated(self.number, f"in epoch {state.epoch:.2f}", describe_resume(Path(args.output_dir)))
+
+    def _save(self, args, state, control) -> None:
+        if args.save_strategy == "no":
+            self.on_save(args, state, control)
+        control.should_save = True
+
+
+def _signal_of_any(args: TrainingArguments) -> int | None:
+    """The signal that any of the processes got: all must stop after the same step."""
+    if args.world_size == 1:
+        return end_signals.received
+    received = torch.tensor([end_signals.received or 0], device=args.device)
+    torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+    return int(received) or None

@@ -1,6 +1,6 @@
 """The Trainer: takes uint8 images, applies the transforms on the device, and ends with the best epoch's weights.
 
-It overrides the Trainer's public methods, and one private one; transfer/compatibility.py lists them all.
+It overrides the Trainer's public methods, and one private one; transfer/runtime.py lists them all.
 """
 
 import copy
@@ -31,9 +31,10 @@ from transfer.models.build import Classifier
 from transfer.models.layers import find_blocks, parameter_groups
 from transfer.models.load import load_complete
 from transfer.models.lora import check_same_adapters, holds_adapters, is_adapted, load_adapters, merge_adapters
-from transfer.runtime import shards_model
+from transfer.runtime import end_signals, shards_model
 from transfer.training.checkpoints import (
     KeepBestEpoch,
+    SaveBeforeEnd,
     StampSeconds,
     check_optimizer_fits,
     check_training_state,
@@ -141,7 +142,7 @@ class FinetuningTrainer(Trainer):
             compute_metrics=logits_to_metrics,
             processing_class=classifier.processor,
             compute_loss_func=self.classification_loss,
-            callbacks=[StopAtNonFiniteLoss(), StampSeconds(), KeepBestEpoch(self)],
+            callbacks=[StopAtNonFiniteLoss(), StampSeconds(), KeepBestEpoch(self), SaveBeforeEnd()],
         )
         self.eval_transform, self.train_transform = eval_transform.to(args.device), train_transform.to(args.device)
         self.layer_decay = layer_decay
@@ -194,7 +195,8 @@ class FinetuningTrainer(Trainer):
                 # The parent then loads the file by raw names: the same weights, or, where the names differ, none.
                 self.load_weights(self.resumed_from, self.model)
         try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            with end_signals.deferred():
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except (OSError, RuntimeError, SafetensorError) as fault:
             self._explain_failed_checkpoint(fault)
             raise
