@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from transfer.config import RunArguments
 from transfer.data.label_tables import DataOptions
 from transfer.data.layouts import LAYOUTS, find_layout
 from transfer.errors import UserError
+from transfer.runs import RunContext
 from transfer.submission import fill_submission
 
 ANIMALS = ["bee", "lion", "wolf"]
@@ -315,7 +317,7 @@ def test_copies_stay_on_one_side_and_are_counted(tmp_path):
         {(data.root / file).read_bytes() for file in dataset[split]["file"]} for split in ("train", "validation")
     ]
     assert not contents[0] & contents[1]
-    assert "24 pictures stand more than once in train (72 images)" in "\n".join(describe_split(run, data, dataset))
+    assert "24 pictures occur more than once in train (72 images)" in "\n".join(describe_split(run, data, dataset))
 
 
 def test_a_broken_test_image_is_named_and_has_a_row(tmp_path):
@@ -343,7 +345,7 @@ def test_a_class_with_one_image_is_said_by_the_check(tmp_path, capsys):
     save(paint(5, 0), root / "train" / "zebra" / "1.jpg")
     main([str(root)])
     said = capsys.readouterr().out
-    assert "1 class has too few images to validate on: zebra (1)" in said and "ok  " in said
+    assert "1 class has too few images to validate on" in said and "add images: zebra (1)" in said and "ok  " in said
 
 
 def test_uneven_classes_are_said_with_what_helps(tmp_path):
@@ -354,6 +356,22 @@ def test_uneven_classes_are_said_with_what_helps(tmp_path):
     data = find_data(run)
     said = "\n".join(describe_split(run, data, load_dataset(data)))
     assert "class bee has" in said and "--class_weights balanced" in said
+
+
+def test_three_small_classes_are_few_steps_and_few_held_out_images(tmp_path):
+    run = RunArguments(data_dir=str(write(tmp_path / "data", per_class=40)))
+    data = find_data(run)
+    context = RunContext(run, {}, "", data, load_dataset(data))
+    args = SimpleNamespace(
+        do_train=True,
+        max_steps=0,
+        train_batch_size=64,
+        world_size=1,
+        num_train_epochs=3,
+        gradient_accumulation_steps=1,
+    )
+    said = "\n".join(context.describe_shortage(args))
+    assert "optimizer steps are few: use recipes/small_folder.yaml" in said and "12 validation images are few" in said
 
 
 def test_images_that_are_not_used_are_a_warning(tmp_path):

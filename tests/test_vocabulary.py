@@ -16,7 +16,7 @@ from transfer.data.listing import NATURAL_ORDER
 from transfer.errors import UserError
 from transfer.evaluation.predictions import Predictions, average_probabilities, fit_temperature
 from transfer.submission import Classes, decide_form, form_of
-from transfer.submission.__main__ import main as check
+from transfer.submission.__main__ import main as check_csv
 
 ANIMALS = ["bee", "lion", "wolf"]
 COLORS = [(230, 20, 20), (20, 200, 20), (20, 20, 230)]
@@ -105,7 +105,7 @@ def test_a_form_is_added_with_one_class_and_one_row(tmp_path, monkeypatch):
     assert "labels      written as letters" in "\n".join(describe_layout(data))
     (tmp_path / "a.csv").write_bytes(csv.replace(b"A", b"D"))
     with pytest.raises(SystemExit):
-        check([str(tmp_path / "a.csv"), "--template", str(root / "sample_submission.csv")])
+        check_csv([str(tmp_path / "a.csv"), "--template", str(root / "sample_submission.csv")])
 
 
 def test_names_of_words_txt_and_wnids_are_told_apart(tmp_path):
@@ -217,6 +217,11 @@ def test_ids_match_exactly_or_uniquely_once_made_plain(tmp_path, images, ids, ex
         assert "." not in image_id or "jpg" in image_id.lower() or Path(file).suffix == Path(image_id).suffix
 
 
+def test_images_that_differ_by_their_ending_match_ids_in_another_case():
+    ids = match_ids(["test/a.png", "test/a.jpg", "test/b.jpg"], {"A.JPG", "A.PNG", "B"})
+    assert ids == {"test/a.png": "A.PNG", "test/a.jpg": "A.JPG", "test/b.jpg": "B"}
+
+
 @pytest.mark.parametrize("ids", [["1", "2"], ["01.png", "1"], ["001", "01"]])
 def test_ids_that_match_several_images_are_refused_beside_image_names(tmp_path, ids):
     root = write_data(tmp_path / "d", ANIMALS, rows("bee", ids=ids), ["1.png", "1.jpg", "3.png"])
@@ -286,7 +291,7 @@ def predicted_labels(out: Path) -> dict[str, int]:
 
 def check(out: Path, template: Path) -> int:
     try:
-        check([str(out / "submission.csv"), "--template", str(template)])
+        check_csv([str(out / "submission.csv"), "--template", str(template)])
     except SystemExit as end:
         return int(end.code or 0)
     return 0

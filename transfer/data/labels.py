@@ -290,13 +290,18 @@ def _stem_below(file: str) -> str:
     return _below(file).rpartition(".")[0]
 
 
+def _in_lower_case(text: str) -> str:
+    """A file name with its ending, regardless of case and Unicode form: `A.JPG` is `a.jpg` even beside `a.png`."""
+    return normal_name(file_name(text)).casefold()
+
+
 def match_ids(files: Sequence[str], ids: Set[str]) -> dict[str, str]:
     """The id of each test image that one of `ids` names: exactly, without ending, or uniquely once made plain."""
     id_of: dict[str, str] = {}
     matched: set[str] = set()
-    ways: list[Callable[[str], str]] = [file_name, image_id_of, _below, _stem_below, str, plain_id]
+    ways: list[Callable[[str], str]] = [file_name, image_id_of, _below, _stem_below, str, _in_lower_case, plain_id]
     for key_of_file in ways:
-        key_of_id = plain_id if key_of_file is plain_id else str
+        key_of_id = key_of_file if key_of_file in (_in_lower_case, plain_id) else str
         file_counts, id_counts = Counter(map(key_of_file, files)), Counter(map(key_of_id, ids))
         file_of = {key_of_file(file): file for file in files if file_counts[key_of_file(file)] == 1}
         id_with = {key_of_id(i): i for i in ids if id_counts[key_of_id(i)] == 1}
