@@ -259,8 +259,11 @@ class _NotebookTable:
 class TrainingProgress(TrainerCallback):
     """Shows a training: a live bar per epoch, and a line with its validation accuracy when it ends.
 
-    It takes the place of the Trainer's own bars and dicts. With `--disable_tqdm` it shows the lines alone.
+    It takes the place of the Trainer's own bars and dicts. With `--disable_tqdm` it shows the lines alone; `tells` is
+    False where another callback says what was measured.
     """
+
+    tells = True
 
     def __init__(self) -> None:
         self.seconds_per_evaluation = self.seconds_afterwards = 0.0
@@ -384,7 +387,7 @@ class TrainingProgress(TrainerCallback):
             return
         self._close_finished_bar()
         is_best, self.best = state.best_metric != self.best, state.best_metric
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero or not self.tells:
             return
         name = self.name if args.eval_strategy == "epoch" else f"step {state.global_step:,}"
         metric = (args.metric_for_best_model or "accuracy").removeprefix("best_")

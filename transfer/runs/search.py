@@ -234,7 +234,9 @@ def search_settings(context: RunContext, args: FinetuningArguments, make_trainer
     def build(settings: dict) -> FinetuningTrainer:
         tried, own = trial_arguments(run, args, settings)
         trial = replace(context, run=tried, dataset=dataset)
-        return make_trainer(trial, own, prepare_model(tried, own, context.data))
+        trainer = make_trainer(trial, own, prepare_model(tried, own, context.data))
+        trainer.shown.tells = False  # ReportTrial does
+        return trainer
 
     say(f"search      {run.search} trials on the training images alone: {describe_splits(dataset)}")
     best, accuracy = search(build, space, run.search or 0, study, say)
