@@ -27,7 +27,6 @@ from transfer.runs import RunContext, repeats, search, single, timing
 from transfer.runs.record import report_reproduction
 from transfer.runtime import say, set_up_runtime, share_steps
 from transfer.training.averaging import WeightAveraging
-from transfer.training.checkpoints import find_checkpoint
 from transfer.training.trainer import FinetuningTrainer, balance_classes
 from transfer.transforms.evaluation import EvaluationTransform
 from transfer.transforms.training import make_train_transform
@@ -72,8 +71,7 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
     run, args, _ = parse_command_line(sys.argv[1:] if argv is None else argv)
     out, repeated = Path(args.output_dir), bool(run.seeds or (run.kfold and not run.fold))
     single.set_up_logging(args)
-    single.prepare_output(run, args)  # its lock comes first: a run that is alive writes the checkpoints
-    checkpoint = None if repeated or run.search else find_checkpoint(out, args.resume_from_checkpoint)
+    checkpoint = single.prepare_output(run, args)
     arguments = describe_arguments(run, args)
     say(precision, *share_steps(args))
 

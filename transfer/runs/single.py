@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file
 
 from transfer.bundle import check_target, pack
-from transfer.config import FinetuningArguments, RunArguments, training_only_names
+from transfer.config import FinetuningArguments, RunArguments, describe_arguments, training_only_names
 from transfer.data.images import PixelDataset, PixelStore, open_pixel_store, read_image
 from transfer.data.layouts import DatasetFiles
 from transfer.data.splits import count_copies, split_fingerprint, take_evenly
@@ -58,7 +58,7 @@ from transfer.runs.record import (
 from transfer.runs.timing import limit_training
 from transfer.runtime import say
 from transfer.submission import digest_of, fill_submission
-from transfer.training.checkpoints import RunProvenance
+from transfer.training.checkpoints import RunProvenance, find_checkpoint, refuse_changes
 from transfer.training.linear_probe import fit_probe
 from transfer.training.trainer import FinetuningTrainer, identity, run_training
 from transfer.transforms.evaluation import TTA_TRANSFORMS, EvaluationTransform, check_transform
@@ -75,8 +75,22 @@ def set_up_logging(args: FinetuningArguments) -> None:
     transformers.utils.logging.disable_progress_bar()  # the one for loading weights; the Trainer keeps its own
 
 
-def prepare_output(run: RunArguments, args: FinetuningArguments) -> None:
-    """Claim the output folder, and check that the results can be exported, packed or pushed. Raises `UserError`."""
+def prepare_output(run: RunArguments, args: FinetuningArguments) -> str | None:
+    """Claim the output folder; returns the checkpoint that a single training resumes from.
+
+    Raises `UserError`, also if the results could not be exported, packed or pushed.
+    """
+    claim_output(run, args)  # comes first: a run that is alive writes the checkpoints
+    if run.seeds or (run.kfold and not run.fold) or run.search:  # each training has its own
+        return None
+    checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
+    if checkpoint:
+        refuse_changes(Path(checkpoint), describe_arguments(run, args))
+    return checkpoint
+
+
+def claim_output(run: RunArguments, args: FinetuningArguments) -> None:
+    """Lock the output folder in the first process, and check where results are to go. Raises `UserError`."""
     if args.process_index != 0 or run.estimate:
         return
     if run.search:
