@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import errno
 import functools
+import io
 import os
 import signal
 import sys
@@ -53,6 +54,22 @@ def _lost_a_process(fault: RuntimeError) -> bool:
     return several and (type(fault).__name__.startswith("Dist") or "/gloo/" in str(fault))
 
 
+def _print_any_text() -> None:
+    """Let names that the terminal's encoding lacks be printed as escapes, instead of ending the run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _refuse_name(fault: UnicodeEncodeError) -> NoReturn:
+    """Stop because of a file name that is not valid UTF-8, which Python reads as lone surrogates."""
+    if not any("\ud800" <= letter <= "\udfff" for letter in fault.object[fault.start : fault.end]):
+        raise fault
+    line = fault.object[max(0, fault.start - 80) : fault.end + 40].replace("\n", " ")
+    shown = line.encode(errors="backslashreplace").decode()
+    _stop(f"{shown}: the name of a file or folder is not valid UTF-8; rename it", 2)
+
+
 def exits_cleanly(main):
     """Decorate a command so that a `UserError` ends it with one `error:` line on stderr and exit code 2.
 
@@ -62,6 +79,7 @@ def exits_cleanly(main):
 
     @functools.wraps(main)
     def run(*args, **kwargs):
+        _print_any_text()
         try:
             with contextlib.ExitStack() as ending:
                 _endings.append(ending)
@@ -76,6 +94,8 @@ def exits_cleanly(main):
             _stop(str(end), 128 + end.number)
         except KeyboardInterrupt:
             _stop(f"interrupted; {START_AGAIN}", 130)
+        except UnicodeEncodeError as fault:
+            _refuse_name(fault)
         except RuntimeError as fault:
             if not _lost_a_process(fault):
                 raise
