@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
     """Run one recipe from data to submission; `--max_minutes` counts from `started`, by default from now."""
     started = time.time() if started is None else started
     precision = set_up_runtime()
-    run, args, _ = parse_command_line(sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    run, args, _ = parse_command_line(words)
     out, repeated = Path(args.output_dir), bool(run.seeds or (run.kfold and not run.fold))
     single.set_up_logging(args)
     checkpoint = single.prepare_output(run, args)
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
         say(f"splits      {describe_splits(dataset)}")
     say(*data_loading.describe_warnings(run, data, dataset))
     ends_by = started + 60 * run.max_minutes if run.max_minutes else None
-    context = RunContext(run, arguments, precision, data, dataset, ends_by)
+    context = RunContext(run, arguments, precision, data, dataset, ends_by, words)
     say(*context.describe_shortage(args))
 
     if run.estimate:

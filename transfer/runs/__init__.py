@@ -1,6 +1,7 @@
 """One run, repeated runs, search, time limits, and the record that reproduces a run."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import datasets
@@ -31,6 +32,7 @@ class RunContext:
     data: DatasetFiles
     dataset: datasets.DatasetDict
     ends_by: float | None = None  # --max_minutes, in seconds since the epoch
+    words: Sequence[str] = ()  # of the command line, or of the call of `main`
     parent_split: datasets.DatasetDict | None = None  # of a repeated run's training: the split that all start from
 
     @property

@@ -120,6 +120,7 @@ def start_record(context: RunContext, trainer: FinetuningTrainer, checkpoint: st
     """
     store = trainer.eval_dataset.store
     record = make_record(
+        describe_command(context.words),
         context.arguments | {"seed": trainer.args.seed},
         context.precision,
         store.data_fingerprint,
@@ -337,7 +338,7 @@ def push_results(context: RunContext, args: FinetuningArguments, images: Sequenc
         if run.hub_space_id:
             print(f"demo        {push_space(run.hub_space_id, link)}", flush=True)
     except UserError as fault:
-        advice = command_to_push(describe_command(), out)
+        advice = command_to_push(describe_command(context.words), out)
         raise UserError(f"{fault}; the run is finished and complete, push it again with: {advice}") from None
 
 
