@@ -30,7 +30,6 @@ from transfer.runs import RunContext, repeats, search, single, timing
 from transfer.runs.record import report_reproduction
 from transfer.runtime import say, set_up_runtime, share_steps
 from transfer.training.averaging import WeightAveraging
-from transfer.training.checkpoints import find_checkpoint
 from transfer.training.trainer import FinetuningTrainer, balance_classes
 from transfer.transforms.evaluation import EvaluationTransform
 from transfer.transforms.training import make_train_transform
@@ -72,11 +71,11 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
     """Run one recipe from data to submission; `--max_minutes` counts from `started`, by default from now."""
     started = time.time() if started is None else started
     precision = set_up_runtime()
-    run, args, _ = parse_command_line(sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    run, args, _ = parse_command_line(words)
     out, repeated = Path(args.output_dir), bool(run.seeds or (run.kfold and not run.fold))
     single.set_up_logging(args)
-    single.prepare_output(run, args)  # its lock comes first: a run that is alive writes the checkpoints
-    checkpoint = None if repeated or run.search else find_checkpoint(out, args.resume_from_checkpoint)
+    checkpoint = single.prepare_output(run, args)
     arguments = describe_arguments(run, args)
     say(precision.replace(": ", "   ", 1), *share_steps(args))
 
@@ -85,7 +84,7 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
     single.say_data(run, data, dataset, data_loading.describe_layout(data))
     say(*data_loading.describe_warnings(run, data, dataset))
     ends_by = started + 60 * run.max_minutes if run.max_minutes else None
-    context = RunContext(run, arguments, precision, data, dataset, ends_by)
+    context = RunContext(run, arguments, precision, data, dataset, ends_by, words)
     say(*context.describe_shortage(args))
 
     if run.estimate:

@@ -1,9 +1,12 @@
 """Unusual data is read correctly or refused with the reason, and no code in it is run."""
 
 import csv
+import io
 import json
+import os
 import pickle
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from transformers.models.convnext import ConvNextConfig
 from data_loading import load_dataset, main, open_data
 from transfer.data.images import ImageGeometry, open_pixel_store, read_image
 from transfer.data.labels import read_template, render_submission
-from transfer.errors import UserError
+from transfer.errors import UserError, exits_cleanly
 from transfer.models.load import load_checkpoint
 from transfer.submission.checker import find_faults
 
@@ -194,3 +197,45 @@ def test_names_from_data_are_text_in_whatever_a_browser_shows(data, checkpoints,
     assert pages and not [page for page in pages if "<script>alert" in page.read_text()]
     names = AutoModelForImageClassification.from_pretrained(out / "model").config.id2label
     assert names[0] == f"<script>alert('{WNIDS[0]}')</script> & \"co\""
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_names_that_the_terminal_cannot_show_are_printed_as_escapes(encoding, monkeypatch):
+    written = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+    for name, stream in written.items():
+        monkeypatch.setattr(sys, name, stream)
+
+    @exits_cleanly
+    def run():
+        print("\u732b, \udce9 and \xe9")
+        raise UserError("\u732b: is not a class")
+
+    with pytest.raises(SystemExit):
+        run()
+    for stream in written.values():
+        stream.flush()
+    shown = "\u732b" if encoding == "utf-8" else "\\u732b"
+    assert written["stdout"].buffer.getvalue().decode(encoding).startswith(f"{shown}, \\udce9 and ")
+    assert written["stderr"].buffer.getvalue().decode(encoding) == f"error: {shown}: is not a class\n"
+
+
+@pytest.mark.parametrize("place", ["", f"train/{WNIDS[0]}/images/{WNIDS[0]}_1.JPEG", "test/images/ID.JPEG"])
+def test_a_name_that_is_not_valid_utf_8_is_refused_in_a_line(place, data, finetune, checkpoints, capsys):
+    path = next((data / "test" / "images").glob("*.JPEG")) if "ID" in place else data / place
+    (data / "submission_sample.csv").unlink()
+    renamed = Path(os.fsdecode(os.fsencode(path.parent) + b"/caf\xe9" + path.suffix.encode()))
+    path.rename(renamed)
+    with pytest.raises(SystemExit) as stop:
+        finetune(data if place else renamed, checkpoints("convnext"), num_train_epochs=1)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and message.startswith("error: ") and "caf\\udce9" in message
+    assert "is not valid UTF-8; rename it" in message or "has unprintable characters; rename the file" in message
+
+
+def test_another_text_that_cannot_be_encoded_is_not_taken_for_a_file_name():
+    @exits_cleanly
+    def run():
+        "\u732b".encode("ascii")
+
+    with pytest.raises(UnicodeEncodeError):
+        run()

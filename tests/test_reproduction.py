@@ -1,6 +1,7 @@
 """`--reproduce`: a run is repeated from its run.json, and its results are compared number by number."""
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 
@@ -9,6 +10,8 @@ from conftest import WNIDS, draw_picture, write_data_set
 from fabricated import trained_metrics
 
 from finetune_vit import main
+from transfer.cli import parse_command_line
+from transfer.config import describe_arguments
 from transfer.errors import UserError
 from transfer.evaluation.metrics import Scores, SplitScores
 from transfer.models import load
@@ -46,7 +49,13 @@ def test_a_run_is_reproduced_bit_for_bit_from_its_run_json_and_metrics_json_alon
     pristine_data, checkpoints, finetune, reproduce, tmp_path
 ):
     out = finetune(pristine_data, checkpoints("vit"), learning_rate="3e-3", seed=3, dataloader_num_workers=2)
-    assert "metrics" not in json.loads((out / "run.json").read_text())
+    written = json.loads((out / "run.json").read_text())
+    assert "metrics" not in written
+    script, _, words = written["command"].partition(" finetune_vit.py ")
+    assert script == "accelerate launch --config_file accelerate_config.yaml"  # though the test called main([...])
+    run, args, _ = parse_command_line(shlex.split(words))
+    parsed = describe_arguments(run, args) | {"disable_tqdm": written["arguments"]["disable_tqdm"]}  # by the log level
+    assert parsed == written["arguments"]
     moved = copy_record(out, tmp_path / "moved", "lone.json")
     code, said, _ = reproduce(moved)
     assert code == 0

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 import data_loading
 from finetune_vit import main
 from transfer import errors, files, runtime
+from transfer.config import known_names
 from transfer.data import images
 from transfer.errors import UserError
 from transfer.runs import single
@@ -587,3 +588,83 @@ def test_a_data_worker_ends_when_its_run_says_so_and_not_by_itself():
     assert os.waitpid(child, 0)[1] == 0
     process.kill()
     process.join()
+
+
+BEFORE = {
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 2,
+    "num_train_epochs": 4.0,
+    "max_steps": -1,
+    "processes": 2,
+}
+
+
+def changes_on_resume():
+    """(argument, earlier value, other changes): the outcome, an error's words or a line's meaning."""
+    for name, reason in checkpoint_files.FIXED.items():
+        yield {name: 1}, {name: 2}, f"--{name} was 1 and is now 2, but {reason}"
+    special = BEFORE.keys()
+    for name, meaning in checkpoint_files.CONTINUES.items():
+        if name not in special:
+            yield {name: 1}, {name: 2}, [f"{name} 1 -> 2: {meaning}"]
+    longer = "the learning rate goes on as in a training of that length"
+    yield {}, {"num_train_epochs": 6.0}, [f"num_train_epochs 4.0 -> 6.0: {longer}"]
+    yield {}, {"num_train_epochs": 3.0}, [f"num_train_epochs 4.0 -> 3.0: {longer}"]
+    yield {}, {"num_train_epochs": 2.0}, "--num_train_epochs 2: 2.50 epochs are done already; give more"
+    yield {}, {"max_steps": 20}, [f"max_steps -1 -> 20: {longer}"]
+    yield {}, {"max_steps": 9}, "--max_steps 9: 10 steps are done already; give more"
+    yield {}, {"per_device_train_batch_size": 4}, "16 images .* would be 8; --gradient_accumulation_steps 4 keeps the"
+    yield {}, {"gradient_accumulation_steps": 1}, "16 images .* would be 8; --gradient_accumulation_steps 2 keeps the"
+    yield {}, {"per_device_train_batch_size": 5}, "would be 10; --per_device_train_batch_size 8 keeps the step"
+    both = {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 3}
+    yield {}, both, "would be 15; --per_device_train_batch_size 8 --gradient_accumulation_steps 2 keeps the step"
+    same = "an optimizer step has as many images as before, with other random views"
+    halves = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+    yield {}, halves, [f"{name} {BEFORE[name]} -> 4: {same}" for name in halves]
+    yield {}, {"processes": 1}, [f"processes 2 -> 1: {same}"]
+    yield {}, {}, []
+
+
+@pytest.mark.parametrize(("then", "changes", "outcome"), list(changes_on_resume()), ids=lambda value: str(value)[:60])
+def test_a_change_on_resume_goes_on_with_a_meaning_or_is_refused_by_name(then, changes, outcome, tmp_path):
+    checkpoint = make_checkpoint(tmp_path, 10)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 10, "epoch": 2.5}))
+    before = BEFORE | then
+    if isinstance(outcome, str):
+        with pytest.raises(UserError, match=f"checkpoint-10: .*{outcome}"):
+            checkpoint_files.judge_changes(checkpoint, before, before | changes)
+    else:
+        assert checkpoint_files.judge_changes(checkpoint, before, before | changes) == outcome
+
+
+def test_every_argument_that_decides_weights_has_a_meaning_on_resume():
+    judged = [*checkpoint_files.FIXED, *checkpoint_files.CONTINUES]
+    assert len(judged) == len(set(judged))
+    assert set(judged) - {"processes"} == set(filter(checkpoint_files.decides_weights, known_names()))
+
+
+def test_a_change_that_cannot_be_resumed_is_refused_before_data_are_read(
+    pristine_data, checkpoints, finetune, stops_at_a_checkpoint, capsys, caplog
+):
+    with stops_at_a_checkpoint(), pytest.raises(SystemExit):
+        finetune(pristine_data, checkpoints("convnext"))
+    for flags, message in (
+        ({"optim": "sgd"}, "checkpoint-5: --optim was adamw_torch_fused and is now sgd"),
+        ({"per_device_train_batch_size": 4}, "--gradient_accumulation_steps 2 keeps the step"),
+    ):
+        with pytest.raises(SystemExit):
+            finetune("missing", checkpoints("convnext"), resume_from_checkpoint="true", **flags)
+        assert message in capsys.readouterr().err
+    halves = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    out = finetune(pristine_data, checkpoints("convnext"), resume_from_checkpoint="true", mixup_alpha=0.2, **halves)
+    assert json.loads((out / "run.json").read_text())["optimizer_steps"] == 10
+    said = capsys.readouterr().out
+    assert "resume      mixup_alpha 0.0 -> 0.2: it applies to the steps from here on\n" in said
+    assert "resume      per_device_train_batch_size 8 -> 4: an optimizer step has as many images as before" in said
+
+
+def test_a_folder_with_parts_of_checkpoints_alone_gets_advice_that_works(tmp_path):
+    (make_checkpoint(tmp_path, 5) / "optimizer.pt").unlink()
+    with pytest.raises(UserError, match="holds no complete checkpoint, only parts; remove the folder to start again"):
+        checkpoint_files.find_checkpoint(tmp_path, "true")
+    assert checkpoint_files.describe_resume(tmp_path) == "no checkpoint is complete; remove the folder to start again"

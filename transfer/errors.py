@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import errno
 import functools
+import io
 import logging
 import os
 import signal
@@ -85,6 +86,22 @@ def announce(what: str) -> None:
     signal.signal(signal.SIGINT, _stop_early)
 
 
+def _print_any_text() -> None:
+    """Let names that the terminal's encoding lacks be printed as escapes, instead of ending the run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _refuse_name(fault: UnicodeEncodeError) -> NoReturn:
+    """Stop because of a file name that is not valid UTF-8, which Python reads as lone surrogates."""
+    if not any("\ud800" <= letter <= "\udfff" for letter in fault.object[fault.start : fault.end]):
+        raise fault
+    line = fault.object[max(0, fault.start - 80) : fault.end + 40].replace("\n", " ")
+    shown = line.encode(errors="backslashreplace").decode()
+    _stop(f"{shown}: the name of a file or folder is not valid UTF-8; rename it", 2)
+
+
 def exits_cleanly(main):
     """Decorate a command so that a `UserError` ends it with one `error:` line on stderr and exit code 2.
 
@@ -103,6 +120,7 @@ def exits_cleanly(main):
 
     @functools.wraps(main)
     def run(*args, **kwargs):
+        _print_any_text()
         try:
             with contextlib.ExitStack() as ending:
                 _endings.append(ending)
@@ -120,6 +138,8 @@ def exits_cleanly(main):
         except KeyboardInterrupt:
             _let_launcher_end()
             _stop(f"interrupted; {START_AGAIN}", 130)
+        except UnicodeEncodeError as fault:
+            _refuse_name(fault)
         except RuntimeError as fault:
             if not _lost_a_process(fault):
                 raise

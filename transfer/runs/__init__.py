@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,7 @@ class RunContext:
     data: DatasetFiles
     dataset: datasets.DatasetDict
     ends_by: float | None = None  # --max_minutes, in seconds since the epoch
+    words: Sequence[str] = ()  # of the command line, or of the call of `main`
     parent_split: datasets.DatasetDict | None = None  # of a repeated run's training: the split that all start from
 
     @property

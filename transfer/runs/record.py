@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,9 +58,12 @@ def describe_device() -> str:
     return f"CPU, {model}, {threads} thread{'s' * (threads > 1)}"
 
 
-def describe_command() -> str:
-    """The command line of this run, with the launcher if one started it."""
-    script = [Path(sys.argv[0]).name, *sys.argv[1:]]
+def describe_command(words: Sequence[str]) -> str:
+    """The command line that repeats a run with these words, with the launcher if one started it.
+
+    The run may also have been started by `main(words)`, from Python or a notebook.
+    """
+    script = ["finetune_vit.py", *map(str, words)]
     if os.environ.get("ACCELERATE_MIXED_PRECISION") is None:
         return shlex.join(["python", *script])
     launcher = ["accelerate", "launch", "--config_file", "accelerate_config.yaml"]
@@ -83,11 +85,16 @@ def describe_packages() -> dict[str, str]:
 
 
 def make_record(
-    arguments: Mapping, precision: str, data_fingerprint: str, split_fingerprint: str, start_fingerprint: str
+    command: str,
+    arguments: Mapping,
+    precision: str,
+    data_fingerprint: str,
+    split_fingerprint: str,
+    start_fingerprint: str,
 ) -> dict:
     """The part of run.json that is known before training; `start_fingerprint` is that of the initial weights."""
     return {
-        "command": describe_command(),
+        "command": command,
         "arguments": dict(arguments),
         "precision": precision,
         "local_model": arguments["model_name_or_path"] == "offline" or Path(arguments["model_name_or_path"]).exists(),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from transfer import terminal
 from transfer.bundle import check_target, pack
-from transfer.config import FinetuningArguments, RunArguments, training_only_names
+from transfer.config import FinetuningArguments, RunArguments, describe_arguments, training_only_names
 from transfer.data.images import PixelDataset, PixelStore, open_pixel_store, read_image
 from transfer.data.layouts import DatasetFiles
 from transfer.data.splits import count_copies, describe_data, split_fingerprint
@@ -63,7 +63,7 @@ from transfer.runtime import note, say
 from transfer.submission import digest_of, fill_submission
 from transfer.submission.checker import check_rows
 from transfer.terminal import format_duration
-from transfer.training.checkpoints import RunProvenance
+from transfer.training.checkpoints import RunProvenance, find_checkpoint, refuse_changes
 from transfer.training.linear_probe import fit_probe
 from transfer.training.trainer import FinetuningTrainer, identity, run_training
 from transfer.transforms.evaluation import TTA_TRANSFORMS, EvaluationTransform, check_transform
@@ -102,8 +102,22 @@ def say_data(run: RunArguments, data: DatasetFiles, dataset: datasets.DatasetDic
     say(describe_data(run, data, dataset), *shown, *shorten_ignored(layout))
 
 
-def prepare_output(run: RunArguments, args: FinetuningArguments) -> None:
-    """Claim the output folder, open its run.log, and check that results can be exported, packed and pushed.
+def prepare_output(run: RunArguments, args: FinetuningArguments) -> str | None:
+    """Claim the output folder; returns the checkpoint that a single training resumes from.
+
+    Raises `UserError`, also if the results could not be exported, packed or pushed.
+    """
+    claim_output(run, args)  # comes first: a run that is alive writes the checkpoints
+    if run.seeds or (run.kfold and not run.fold) or run.search:  # each training has its own
+        return None
+    checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
+    if checkpoint:
+        refuse_changes(Path(checkpoint), describe_arguments(run, args))
+    return checkpoint
+
+
+def claim_output(run: RunArguments, args: FinetuningArguments) -> None:
+    """Lock the output folder in the first process, open its run.log, and check where results are to go.
 
     Raises `UserError`.
     """
@@ -137,6 +151,7 @@ def start_record(context: RunContext, trainer: FinetuningTrainer, checkpoint: st
     """
     store = trainer.eval_dataset.store
     record = make_record(
+        describe_command(context.words),
         context.arguments | {"seed": trainer.args.seed},
         context.precision,
         store.data_fingerprint,
@@ -394,7 +409,7 @@ def push_results(context: RunContext, args: FinetuningArguments, images: Sequenc
         if run.hub_space_id:
             print(f"demo        {push_space(run.hub_space_id, link)}", flush=True)
     except UserError as fault:
-        advice = command_to_push(describe_command(), out)
+        advice = command_to_push(describe_command(context.words), out)
         raise UserError(f"{fault}; the run is finished and complete, push it again with: {advice}") from None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import pickle
 import secrets
 import shutil
@@ -18,7 +19,7 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import rotate_checkpoints
 
 from transfer.errors import Terminated, UserError
-from transfer.runtime import end_signals
+from transfer.runtime import end_signals, launched_processes, say
 
 if TYPE_CHECKING:
     from transfer.training.trainer import FinetuningTrainer
@@ -57,6 +58,64 @@ WITHOUT_EFFECT_ON_WEIGHTS = {
     "push_to_hub",
 }
 PREFIXES_WITHOUT_EFFECT = ("hub_", "log", "trackio_", "local_rank", "skip_memory")
+
+# fmt: off
+# Why a training cannot be resumed with another value. The optimizer and the schedule are loaded from the checkpoint,
+# so another learning rate, for example, would be ignored.
+FIXED = {
+    **dict.fromkeys(
+        ["learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
+         "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "layer_decay", "freeze_layers", "lora_r"],
+        "its optimizer and learning-rate schedule were made with it",
+    ),
+    **dict.fromkeys(["seed", "data_seed"], "the order of the images follows from it"),
+    **dict.fromkeys(
+        ["max_train_samples", "validation_fraction", "split_seed", "seeds", "kfold", "fold"],
+        "it decides which images are trained on",
+    ),
+    **dict.fromkeys(["image_size"], "its weights were trained at that size"),
+    **dict.fromkeys(["linear_probe", "linear_probe_only"], "the head that it started from follows from it"),
+    **dict.fromkeys(["ema_decay"], "its average of the weights was made with it"),
+    **dict.fromkeys(["metric_for_best_model"], "the best epoch so far was chosen by it"),
+}
+# What another value means for the rest of a training.
+CONTINUES = {
+    **dict.fromkeys(
+        ["train_image_size", "min_crop_scale", "drop_path_rate", "freeze_batch_norm_stats", "class_weights",
+         "mixup_alpha", "cutmix_alpha", "trivial_augment", "erasing_probability", "augment_until",
+         "max_grad_norm", "label_smoothing_factor", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
+         "save_strategy", "save_steps", "load_best_model_at_end", "debug"],
+        "it applies to the steps from here on",
+    ),
+    **dict.fromkeys(
+        ["model_name_or_path", "model_revision", "trust_remote_code", "head_warm_start"],
+        "the weights are those of the checkpoint",
+    ),
+    **dict.fromkeys(
+        ["dataset_name", "dataset_config_name", "label_column_name", "classes_file", "labels_csv", "image_column",
+         "label_column", "label_pattern"],
+        "the images and their labels must be the same",
+    ),
+    **dict.fromkeys(
+        ["template", "submission_labels", "tta", "search", "search_space", "export", "hand_in"],
+        "it does not concern the training",
+    ),
+    **dict.fromkeys(
+        ["tf32", "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
+         "gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+         "torch_empty_cache_steps", "full_determinism", "use_cpu", "dataloader_multiprocessing_context",
+         "save_on_each_node", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
+         "ddp_static_graph", "ddp_timeout"],
+        "the training stays the same up to rounding",
+    ),
+    **dict.fromkeys(["num_train_epochs", "max_steps"], "the learning rate goes on as in a training of that length"),
+    **dict.fromkeys(
+        ["per_device_train_batch_size", "gradient_accumulation_steps"],
+        "an optimizer step has as many images as before, with other random views",
+    ),
+    "processes": "an optimizer step has as many images as before, with other random views",
+}
+# fmt: on
 
 
 def decides_weights(argument: str) -> bool:
@@ -100,6 +159,11 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> str | None:
             )
         return resume
     last = last_checkpoint(output_dir)
+    if last is None and any(output_dir.glob(f"checkpoint-*/{STATE}")):  # which counts as an unfinished run
+        raise UserError(
+            f"--resume_from_checkpoint true: {output_dir} holds no complete checkpoint, only parts; remove the folder "
+            "to start again"
+        )
     if last is None:
         raise UserError(f"--resume_from_checkpoint true: {output_dir} holds no checkpoint; run the command without it")
     return str(last)
@@ -114,6 +178,8 @@ def discard_checkpoint(checkpoint: Path) -> None:
 def describe_resume(output_dir: Path) -> str:
     """What to do after a run was interrupted."""
     last = last_checkpoint(output_dir)
+    if last is None and any(output_dir.glob(f"checkpoint-*/{STATE}")):
+        return "no checkpoint is complete; remove the folder to start again"
     if last is None:
         return "no epoch was finished; run the same command again: it starts over, or tells you how to resume"
     return f"resume with --resume_from_checkpoint true, from {last.name}"
@@ -187,12 +253,68 @@ def check_own(checkpoint: Path, provenance: "RunProvenance") -> None:
         )
 
 
+def _check_step_size(place: Path, then: Mapping, now: Mapping) -> None:
+    """Refuse optimizer steps of another number of images, which the count of steps and the schedule rest on."""
+    images, times = "per_device_train_batch_size", "gradient_accumulation_steps"
+    if not {images, times} <= then.keys() & now.keys():
+        return
+    step = then[images] * then[times]
+    if now[images] * now[times] == step:
+        return
+    if step % now[images] == 0:
+        keeps = f"--{times} {step // now[images]}"
+    elif step % now[times] == 0:
+        keeps = f"--{images} {step // now[times]}"
+    else:
+        keeps = f"--{images} {then[images]} --{times} {then[times]}"
+    raise UserError(
+        f"{place}: was trained with {step} images per optimizer step, and this would be {now[images] * now[times]}; "
+        f"{keeps} keeps the step"
+    )
+
+
+def _check_length(place: Path, now: Mapping) -> None:
+    """Refuse a length that the training has already passed."""
+    state, steps, epochs = read_state(place), now.get("max_steps", -1), now.get("num_train_epochs", math.inf)
+    done, trained = state.get("global_step", 0), state.get("epoch") or 0
+    advice = "give more, or take its weights with --model_name_or_path in another --output_dir"
+    if 0 < steps < done:
+        raise UserError(f"{place}: --max_steps {steps}: {done} steps are done already; {advice}")
+    if steps <= 0 and epochs < trained - 1e-6:
+        raise UserError(f"{place}: --num_train_epochs {epochs:g}: {trained:.2f} epochs are done already; {advice}")
+
+
+def judge_changes(place: Path, then: Mapping, now: Mapping) -> list[str]:
+    """What the changes from the arguments `then` to those of `now` mean for a training that is resumed, one line each.
+
+    Raises `UserError` for the first with which it cannot go on.
+    """
+    changed = [name for name in now if name in then and then[name] != now[name]]
+    for name in changed:
+        if name in FIXED:
+            raise UserError(
+                f"{place}: --{name} was {then[name]} and is now {now[name]}, but {FIXED[name]}; use the earlier "
+                "value, or start again in another --output_dir"
+            )
+    _check_step_size(place, then, now)
+    _check_length(place, now)
+    return [f"{name} {then[name]} -> {now[name]}: {CONTINUES[name]}" for name in changed if name in CONTINUES]
+
+
+def refuse_changes(checkpoint: Path, arguments: Mapping) -> None:
+    """Raise `UserError` if a checkpoint cannot be resumed with these arguments."""
+    if then := _provenance_of(checkpoint):
+        now = {name: value for name, value in arguments.items() if decides_weights(name)}
+        judge_changes(checkpoint, then["arguments"], now)
+
+
 class RunProvenance(TrainerCallback, ExportableState):
     """What a run is made from, kept in its checkpoints so that resuming notices what has changed since."""
 
     def __init__(self, data_fingerprint: str, split_fingerprint: str, arguments: Mapping):
         self.data_fingerprint, self.split_fingerprint = data_fingerprint, split_fingerprint
         self.arguments = {name: value for name, value in arguments.items() if decides_weights(name)}
+        self.arguments["processes"] = launched_processes()
         self.runs = [secrets.token_hex(8)]  # this run, and those that it resumes
 
     def state(self) -> dict:
@@ -213,13 +335,11 @@ class RunProvenance(TrainerCallback, ExportableState):
                     f"{place}: was made with other {what}; restore the data and the split, or start again in another "
                     "--output_dir"
                 )
-        changes = [
-            f"{name} {then['arguments'][name]} -> {value}"
-            for name, value in self.arguments.items()
-            if name in then["arguments"] and then["arguments"][name] != value
-        ]
+        changes = judge_changes(place, then["arguments"], self.arguments)
         if changes:
-            logger.warning("arguments have changed since %s: %s", place, ", ".join(changes))
+            listed = ", ".join(line.partition(": ")[0] for line in changes)
+            logger.warning("arguments have changed since %s: %s", place, listed)
+            say(*(f"resume      {line}" for line in changes))
 
 
 class StampSeconds(TrainerCallback):
