@@ -25,7 +25,7 @@ from test_layouts import (
     write_tiny_imagenet,
 )
 
-from data_loading import describe_images, describe_layout, describe_split, draw_splits, find_data, load_dataset, main
+from data_loading import describe_images, describe_layout, describe_warnings, draw_splits, find_data, load_dataset, main
 from transfer import submission
 from transfer.config import RunArguments
 from transfer.data.label_tables import DataOptions
@@ -317,7 +317,7 @@ def test_copies_stay_on_one_side_and_are_counted(tmp_path):
         {(data.root / file).read_bytes() for file in dataset[split]["file"]} for split in ("train", "validation")
     ]
     assert not contents[0] & contents[1]
-    assert "24 pictures occur more than once in train (72 images)" in "\n".join(describe_split(run, data, dataset))
+    assert "24 pictures occur more than once in train (72 images)" in "\n".join(describe_warnings(run, data, dataset))
 
 
 def test_a_broken_test_image_is_named_and_has_a_row(tmp_path):
@@ -354,7 +354,7 @@ def test_uneven_classes_are_said_with_what_helps(tmp_path):
         save(paint(2, 50 + i, (8, 8)), root / "train" / "bee" / f"more_{i}.jpg")
     run = RunArguments(data_dir=str(root))
     data = find_data(run)
-    said = "\n".join(describe_split(run, data, load_dataset(data)))
+    said = "\n".join(describe_warnings(run, data, load_dataset(data)))
     assert "class bee has" in said and "--class_weights balanced" in said
 
 
