@@ -25,7 +25,15 @@ from test_layouts import (
     write_tiny_imagenet,
 )
 
-from data_loading import describe_images, describe_layout, describe_warnings, draw_splits, find_data, load_dataset, main
+from data_loading import (
+    describe_images,
+    describe_layout,
+    describe_warnings,
+    draw_splits,
+    find_data,
+    load_dataset,
+    main,
+)
 from transfer import submission
 from transfer.config import RunArguments
 from transfer.data.label_tables import DataOptions
