@@ -1,14 +1,15 @@
 """A test of robustness: runs are killed again and again, and data are damaged at random.
 
-    python benchmarks/chaos.py --kills 20     # SIGKILL at random moments, of tiny ViTs and ConvNeXts, also in repeats
+    python benchmarks/chaos.py --kills 20     # kills at random moments, of tiny ViTs and ConvNeXts, also in repeats
     python benchmarks/chaos.py --fuzz 500     # byte flips, cuts and renames in data folder, zip and template
     python benchmarks/chaos.py --layouts 500  # small data sets in random layouts, whose truth is known
 
-A killed run is started again with the same command, or as its error message says; in the end, its weights and csv must
-equal those of an undisturbed run. Damaged data must be refused with one line, or read correctly. In a random layout,
-every label and every cell of the csv must be right, every file used or listed, and every refusal justified. The exit
-code is 1 if anything was lost, wrong, left out silently or half-written. The data are generated, and no network is
-needed; the same --seed repeats the damage and the layouts.
+The kills are SIGKILL, SIGTERM and SIGHUP to the run, to its launcher or to both with the data workers. A killed run is
+started again with the same command, or as its error message says; in the end, its weights and csv must equal those of
+an undisturbed run. A run that outlives its launcher ends the test. Damaged data must be refused with one line, or read
+correctly. In a random layout, every label and every cell of the csv must be right, every file used or listed, and every
+refusal justified. The exit code is 1 if anything was lost, wrong, left out silently or half-written. The data are
+generated, and no network is needed; the same --seed repeats the damage and the layouts.
 """
 
 import argparse
@@ -41,7 +42,8 @@ from data_loading import load_dataset, open_data
 from transfer.data.images import ImageGeometry, open_pixel_store
 from transfer.data.labels import open_template, render_submission
 from transfer.errors import UserError
-from transfer.files import digest_of_folder
+from transfer.files import digest_of_folder, is_alive
+from transfer.runtime import LAUNCHER_VARIABLES
 from transfer.submission.checker import find_faults
 
 SIZE = 32
@@ -112,13 +114,24 @@ def write_models(folder: Path) -> None:
 
 def run_in_child(words: list[str], cache: Path, log: Path) -> None:
     """The program in a forked process of its own, its output in a file."""
-    os.setsid()  # a kill takes its data workers too
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     datasets.config.HF_DATASETS_CACHE = cache
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     finetune_vit.main(words)
+
+
+def launch(words: list[str], cache: Path, log: Path, pid_file: Path) -> None:
+    """Start the program in a child, wait for it, and pass on its exit code, as accelerate launch does."""
+    os.setsid()  # a kill of the group takes the data workers too
+    child = os.fork()
+    if not child:
+        os.environ[LAUNCHER_VARIABLES[0]] = "NO"
+        return run_in_child(words, cache, log)
+    pid_file.write_text(str(child))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    sys.exit(code if code >= 0 else 128 - code)
 
 
 def appeared(folder: Path, since: float, *patterns: str) -> list[Path]:
@@ -142,6 +155,11 @@ MOMENTS: dict[str, Callable[[Path, Path, float], object] | None] = {
 }
 
 
+# Who gets which signal.
+ENDS = [("group", signal.SIGKILL), ("group", signal.SIGTERM), ("child", signal.SIGKILL), ("child", signal.SIGTERM)]
+ENDS += [("launcher", signal.SIGKILL), ("launcher", signal.SIGTERM), ("launcher", signal.SIGHUP)]
+
+
 class Victim:
     """One run: started, killed and started again until it is done."""
 
@@ -149,12 +167,15 @@ class Victim:
         self.place, self.out, self.cache = place, place / "out", place / "cache"
         place.mkdir(parents=True)
         self.words = [*words, "--output_dir", str(self.out)]
-        self.log = place / "log.txt"
+        self.log, self.pid_file = place / "log.txt", place / "pid.txt"
         self.context = multiprocessing.get_context("fork")
 
     def start(self, words: list[str] | None = None) -> multiprocessing.Process:
-        process = self.context.Process(target=run_in_child, args=(words or self.words, self.cache, self.log))
+        self.pid_file.unlink(missing_ok=True)
+        process = self.context.Process(target=launch, args=(words or self.words, self.cache, self.log, self.pid_file))
         process.start()
+        while not self.pid_file.exists() or not self.pid_file.read_text():
+            time.sleep(0.001)
         return process
 
     def finish(self, process: multiprocessing.Process) -> int:
@@ -165,19 +186,32 @@ class Victim:
             process.join()
         return process.exitcode
 
-    def kill(self, moment: str, wait: float) -> bool:
+    def kill(self, moment: str, wait: float, whom: str, number: int) -> bool:
         """Start the run, again as its error says, and kill it; False if it was done before."""
         if moment == "cache":
             shutil.rmtree(self.cache, ignore_errors=True)
         for words in (self.words, self.words + RESUME):
             process = self.start(words)
             self._await(process, MOMENTS[moment], wait)
+            child = int(self.pid_file.read_text())
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+                if whom == "group":
+                    os.killpg(process.pid, number)
+                else:
+                    os.kill(child if whom == "child" else process.pid, number)
             process.join()
+            self._await_end(child)
             if process.exitcode != 2 or RESUME[0] not in self.log.read_text():
                 break
-        return process.exitcode == -signal.SIGKILL
+        return process.exitcode < 0 or process.exitcode > 128
+
+    def _await_end(self, child: int) -> None:
+        """A run ends with its launcher; its data workers end a little later."""
+        start = time.monotonic()
+        while is_alive(child):
+            if time.monotonic() - start > PATIENCE:
+                raise SystemExit(f"process {child} has outlived its launcher: {self.log.read_text()[-500:]}")
+            time.sleep(0.01)
 
     def _await(self, process, condition, wait: float) -> None:
         start, since = time.monotonic(), time.time()
@@ -206,10 +240,10 @@ def kill_runs(kind: str, words: list[str], kills: int, place: Path, rng: random.
         number += 1
         victim, here, moments = Victim(words, place / f"run-{number}"), 0, []
         while killed + here < kills and here < 5:
-            moment = rng.choice(list(MOMENTS))
-            if not victim.kill(moment, rng.uniform(0, seconds)):
+            moment, (whom, number_sent) = rng.choice(list(MOMENTS)), rng.choice(ENDS)
+            if not victim.kill(moment, rng.uniform(0, seconds), whom, number_sent):
                 break
-            here, moments = here + 1, [*moments, moment]
+            here, moments = here + 1, [*moments, f"{moment}: {number_sent.name} to {whom}"]
         code = victim.finish(victim.start()) if not (victim.out / "submission.csv").exists() else 0
         same = victim.results() == calm.results()
         killed, survived = killed + here, survived + here * same

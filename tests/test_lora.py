@@ -94,10 +94,11 @@ def test_a_run_with_adapters_that_was_stopped_resumes_to_the_same_weights(
 
     with stops_at_a_checkpoint(), pytest.raises(SystemExit):
         finetune(pristine_data, checkpoints("vit"), output_dir="stopped", **options)
-    for wrong, message in ({"lora_r": 2}, "holds other adapters"), ({}, "holds LoRA adapters; set the --lora_r"):
+    for rank in (2, 0):
+        wrong = options | {"lora_r": rank, "resume_from_checkpoint": "true"}
         with pytest.raises(SystemExit):
-            finetune(pristine_data, checkpoints("vit"), output_dir="stopped", resume_from_checkpoint="true", **wrong)
-        assert message in capsys.readouterr().err
+            finetune(pristine_data, checkpoints("vit"), output_dir="stopped", **wrong)
+        assert f"--lora_r was 4 and is now {rank}, but its optimizer" in capsys.readouterr().err
     resumed = finetune(
         pristine_data, checkpoints("vit"), output_dir="stopped", resume_from_checkpoint="true", **options
     )

@@ -180,6 +180,11 @@ def _start_of(pid: int) -> str | None:
     return None if fields[0] in (b"Z", b"X") else fields[19].decode()  # a zombie has ended
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine is there and has not ended."""
+    return _start_of(pid) is not None
+
+
 def _machine() -> str:
     """What must be equal for a process number to mean the same process: the boot, and the container."""
     try:
