@@ -4,8 +4,10 @@ import errno
 import functools
 import logging
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from typing import NoReturn
@@ -27,7 +29,11 @@ def _stop(message: str, code: int) -> NoReturn:
     if int(os.environ.get("LOCAL_RANK", 0)):
         time.sleep(OTHERS_WAIT_SECONDS)
     logging.getLogger("transfer.run_log").info("error: %s", message)
-    print(f"error: {message}", file=sys.stderr)
+    line = f"error: {message}"
+    if sys.stderr.isatty():
+        columns = shutil.get_terminal_size().columns
+        line = textwrap.fill(line, columns, break_long_words=False, break_on_hyphens=False)
+    print(line, file=sys.stderr)
     sys.exit(code)
 
 
