@@ -66,9 +66,9 @@ def _stop_early(number, frame) -> NoReturn:
 
 def announce(what: str) -> None:
     """Say in the first process what takes the first seconds; until `exits_cleanly` Ctrl-C ends them in one line."""
+    signal.signal(signal.SIGINT, _stop_early)
     if os.environ.get("RANK", "0") == "0":
         print(f"starting    {what}", flush=True)
-    signal.signal(signal.SIGINT, _stop_early)
 
 
 def exits_cleanly(main):
