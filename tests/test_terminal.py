@@ -154,16 +154,17 @@ def test_the_expected_time_counts_evaluations_and_the_prediction(capsys, args, m
     assert "time        about 2 min 5 s, of which 1 min 5 s to evaluate and predict in the end\n" in said
 
 
-def test_a_named_bar_shows_its_speed_and_leaves_a_line_if_it_took_a_while(on_screen, monkeypatch):
+def test_a_named_bar_shows_its_speed_and_leaves_its_time_in_run_log(on_screen, tmp_path):
     screen = on_screen()
-    monkeypatch.setattr(terminal, "SECONDS_WORTH_A_LINE", 0.0)
+    terminal.open_log(tmp_path)
     with terminal.Bar("validation", 1500) as bar:
         bar.advance(1000)
         time.sleep(0.3)
         bar.advance(500)
     drawn = without_codes(screen.getvalue())
     assert "validation  ━" in drawn and "1,000/1,500 images" in drawn
-    assert drawn.rstrip().endswith("validation  1,500 images in 0 s")
+    assert "validation  1,500 images in 0 s\n" in (tmp_path / "run.log").read_text()
+    terminal.close_log()
 
 
 def test_a_long_message_is_wrapped_beside_its_label_and_a_short_one_stays(on_screen):

@@ -7,8 +7,10 @@ import functools
 import io
 import logging
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from typing import NoReturn
@@ -48,7 +50,11 @@ def _stop(message: str, code: int) -> NoReturn:
     if int(os.environ.get("LOCAL_RANK", 0)):
         time.sleep(OTHERS_WAIT_SECONDS)
     logging.getLogger("transfer.run_log").info("error: %s", message)
-    print(f"error: {message}", file=sys.stderr)
+    line = f"error: {message}"
+    if sys.stderr.isatty():
+        columns = shutil.get_terminal_size().columns
+        line = textwrap.fill(line, columns, break_long_words=False, break_on_hyphens=False)
+    print(line, file=sys.stderr)
     sys.exit(code)
 
 
@@ -81,9 +87,9 @@ def _stop_early(number, frame) -> NoReturn:
 
 def announce(what: str) -> None:
     """Say in the first process what takes the first seconds; until `exits_cleanly` Ctrl-C ends them in one line."""
+    signal.signal(signal.SIGINT, _stop_early)
     if os.environ.get("RANK", "0") == "0":
         print(f"starting    {what}", flush=True)
-    signal.signal(signal.SIGINT, _stop_early)
 
 
 def _print_any_text() -> None:

@@ -29,7 +29,6 @@ LOG_NAME = "run.log"
 LABEL_WIDTH = 12  # of the word that a message starts with
 BAR_WIDTH = 18  # leaves room for the text beside the bar in 80 columns
 SECONDS_BETWEEN_LINES = 600.0  # without a terminal
-SECONDS_WORTH_A_LINE = 2.0  # a finished bar that took less leaves no line
 FORESEEN_AFTER = 5, 3.0  # steps and seconds of training, after which the expected time is said
 STYLES = {"warning": "yellow", "accuracy": "bold green", "error": "bold red"}
 
@@ -185,11 +184,11 @@ BEFORE_EXIT.append(_screen.close)  # or a bar would be drawn below the error
 class Bar:
     """A named, timed progress bar, as a context manager; `hidden` where another process or nobody shows it.
 
-    Without a terminal it is a line every ten minutes. One that took a while leaves a line with its time.
+    Without a terminal it is a line every ten minutes. Its time goes to run.log.
     """
 
-    def __init__(self, name: str, total: int, unit: str = "images", hidden: bool = False, leaves_line: bool = True):
-        self.name, self.total, self.unit, self.hidden, self.leaves_line = name, total, unit, hidden, leaves_line
+    def __init__(self, name: str, total: int, unit: str = "images", hidden: bool = False, is_logged: bool = True):
+        self.name, self.total, self.unit, self.hidden, self.is_logged = name, total, unit, hidden, is_logged
         self.done, self.task = 0, None if hidden or not is_terminal() else _screen.add(name, total)
         self.start = self.last_line = time.perf_counter()
 
@@ -200,9 +199,8 @@ class Bar:
         if self.task is not None:
             _screen.remove(self.task)
         seconds = time.perf_counter() - self.start
-        if kind is None and not self.hidden and self.leaves_line:
-            tell = show if seconds >= SECONDS_WORTH_A_LINE else log_only
-            tell(f"{self.name:<{LABEL_WIDTH - 1}} {self.done:,} {self.unit} in {format_duration(seconds)}")
+        if kind is None and not self.hidden and self.is_logged:
+            log_only(f"{self.name:<{LABEL_WIDTH - 1}} {self.done:,} {self.unit} in {format_duration(seconds)}")
 
     def advance(self, count: int, detail: str | None = None) -> None:
         """Move on by so many images; `detail` replaces the count, the speed and the time left beside the bar."""
@@ -293,7 +291,7 @@ class TrainingProgress(TrainerCallback):
         self.name = f"epoch {state.global_step // self.steps_per_epoch + 1}/{epochs}"
         total = min(self.steps_per_epoch, state.max_steps - state.global_step + done)
         hidden = not state.is_world_process_zero or bool(args.disable_tqdm) or self.table is not None
-        self.bar = Bar(self.name, total, "steps", hidden, leaves_line=False)
+        self.bar = Bar(self.name, total, "steps", hidden, is_logged=False)
         self.bar.done = done
         self.epoch_start = time.perf_counter()
         self.epoch_steps = 0
@@ -347,7 +345,7 @@ class TrainingProgress(TrainerCallback):
             self._close_finished_bar()
             hidden = not state.is_world_process_zero or bool(args.disable_tqdm) or self.table is not None
             images = len(eval_dataloader.dataset)
-            self.evaluation = Bar("validating", images, hidden=hidden, leaves_line=False)
+            self.evaluation = Bar("validating", images, hidden=hidden, is_logged=False)
         batch = min(args.eval_batch_size * args.world_size, self.evaluation.total - self.evaluation.done)
         self.evaluation.advance(batch)
 

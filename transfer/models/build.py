@@ -292,7 +292,8 @@ def prepare_model(run: RunArguments, args: FinetuningArguments, data: DatasetFil
     share = trainable_fraction(model)
     trained = f", {share:.2%} trainable" if share < 1 else ""
     side = read_geometry(classifier.processor).crop[0]
-    say(f"model       {kind}, {parameters / 1e6:.1f} M parameters{trained}, {side} px")
+    short = kind.removesuffix("ForImageClassification")  # fits 80 columns
+    say(f"model       {short}, {parameters / 1e6:.1f} M parameters{trained}, {side} px")
     note(f"head        copied from the checkpoint for {classifier.copied_head_rows} of {len(data.class_ids)} classes")
     groups = parameter_groups(model, args.learning_rate, args.weight_decay, run.layer_decay)
     note(f"rates       {describe_learning_rates(groups)}")

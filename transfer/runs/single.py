@@ -190,7 +190,7 @@ def measure_on_train(context: RunContext, trainer: FinetuningTrainer, speed: Spe
     """Metrics of unaugmented training images, as many as there are validation images and at most 1,000."""
     count = min(MEASURED_IMAGES, len(context.dataset["validation"]))
     sample = select_evenly(context.dataset["train"], count)
-    metrics = evaluate_split(trainer, PixelDataset(trainer.eval_dataset.store, sample), "training")
+    metrics = evaluate_split(trainer, PixelDataset(trainer.eval_dataset.store, sample), "train data")
     return TrainMetrics(**dataclasses.asdict(metrics), **dataclasses.asdict(speed))
 
 
