@@ -8,8 +8,8 @@ The kills are SIGKILL, SIGTERM and SIGHUP to the run, to its launcher or to both
 started again with the same command, or as its error message says; in the end, its weights and csv must equal those of
 an undisturbed run. A run that outlives its launcher ends the test. Damaged data must be refused with one line, or read
 correctly. In a random layout, every label and every cell of the csv must be right, every file used or listed, and
-every refusal justified. The exit code is 1 if anything was lost, wrong, left out silently or half-written. The data are
-generated, and no network is needed; the same --seed repeats the damage and the layouts.
+every refusal justified. The exit code is 1 if anything was lost, wrong, left out silently or half-written. The data
+are generated, and no network is needed; the same --seed repeats the damage and the layouts.
 """
 
 import argparse
