@@ -4,6 +4,8 @@ import os
 
 # Caches of the tests stay apart from the user's, and nothing asks a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # each worker has one core
 
 import contextlib
 import random

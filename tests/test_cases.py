@@ -34,13 +34,13 @@ from data_loading import (
     load_dataset,
     main,
 )
-from transfer import submission
 from transfer.config import RunArguments
 from transfer.data.label_tables import DataOptions
 from transfer.data.layouts import LAYOUTS, find_layout
 from transfer.errors import UserError
 from transfer.runs import RunContext
 from transfer.submission import fill_submission
+from transfer.submission.__main__ import main as check_csv
 
 ANIMALS = ["bee", "lion", "wolf"]
 SURE = 50.0  # a logit: its class's probability is 1
@@ -140,11 +140,11 @@ def test_the_checker_judges_by_the_templates_words(tmp_path, capsys):
         template(tmp_path, "file,species", word, file="mine.csv")
         words = [str(tmp_path / "mine.csv"), "--template", str(root / "sample_submission.csv")]
         if is_right:
-            submission.main(words)
+            check_csv(words)
             assert "ok: 6 rows" in capsys.readouterr().out
         else:
             with pytest.raises(SystemExit):
-                submission.main(words)
+                check_csv(words)
             assert "'0'" in capsys.readouterr().err
 
 

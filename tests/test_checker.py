@@ -411,7 +411,7 @@ def test_long_values_are_cut(tmp_path, capsys):
         main([str(tmp_path / "a.csv"), "--template", str(template)])
     lines = capsys.readouterr().err.splitlines()
     assert "the header is of 201 columns, not 201, and column 152 is 'class 151', not 'class 150'" in lines[0]
-    assert len(lines) == 2 and max(map(len, lines)) < 300
+    assert len(lines) == 2 and max(len(line.replace(str(tmp_path), "")) for line in lines) < 300
 
 
 def test_a_template_alone_leaves_labels_unchecked_and_asks_for_the_classes(tmp_path, capsys):

@@ -12,13 +12,14 @@ from conftest import ROOT, WNIDS, draw_picture
 from PIL import Image
 
 from data_loading import describe_layout, find_data, load_dataset, main, open_data
-from transfer import submission
 from transfer.config import RunArguments
 from transfer.data import sources, tiny_imagenet
 from transfer.data.listing import natural_key
 from transfer.data.sources import open_hub_data
 from transfer.data.splits import split_fingerprint
 from transfer.errors import UserError
+from transfer.submission import form_of
+from transfer.submission.__main__ import main as check_csv
 
 # Eleven distinct colors: with eleven classes, folder 10 must sort after folder 9.
 PAINTS = [(0, 0, 0), (255, 255, 255), (230, 20, 20), (20, 200, 20), (20, 20, 230), (240, 240, 20), (20, 230, 230)]
@@ -229,14 +230,14 @@ def test_numbered_folders_run_from_end_to_end_and_every_test_image_is_submitted(
     predicted = labels_of(out / "submission.csv")
     assert sum(predicted[str(i)] == i * 7 % 11 for i in range(12)) >= 10
     assert id2label(out) == [str(label) for label in range(11)]
-    submission.main([str(out / "submission.csv"), "--template", str(root / "sample_submission.csv")])
+    check_csv([str(out / "submission.csv"), "--template", str(root / "sample_submission.csv")])
     assert "ok: 12 rows" in capsys.readouterr().out
 
 
 def test_a_csv_without_the_test_images_that_the_template_forgot_is_faulty(tmp_path, capsys):
     root = write_few_shot(tmp_path / "few")
     with pytest.raises(SystemExit):
-        submission.main([str(root / "sample_submission.csv"), "--template", str(root / "sample_submission.csv")])
+        check_csv([str(root / "sample_submission.csv"), "--template", str(root / "sample_submission.csv")])
     assert "2 ids are missing ('10', '11')" in capsys.readouterr().err
 
 
@@ -342,7 +343,7 @@ def test_a_hub_data_set_may_have_a_template_with_class_names(hub, tmp_path):
     (tmp_path / "t.csv").write_text("id,label\n" + "".join(f"{i},green\n" for i in range(6)))
     run = RunArguments(dataset_name=str(hub), label_column_name="fine", template=str(tmp_path / "t.csv"))
     data = find_data(run)
-    assert data.test_ids == list("012345") and submission.form_of(data).words == ("red", "green", "blue")
+    assert data.test_ids == list("012345") and form_of(data).words == ("red", "green", "blue")
 
 
 def test_a_hub_data_set_is_copied_once_and_anew_when_it_changes(hub, monkeypatch):

@@ -54,7 +54,7 @@ def test_a_run_is_reproduced_bit_for_bit_from_its_run_json_and_metrics_json_alon
     script, _, words = written["command"].partition(" finetune_vit.py ")
     assert script == "accelerate launch --config_file accelerate_config.yaml"  # though the test called main([...])
     run, args, _ = parse_command_line(shlex.split(words))
-    parsed = describe_arguments(run, args) | {"disable_tqdm": written["arguments"]["disable_tqdm"]}  # by the log level
+    parsed = describe_arguments(run, args)
     assert parsed == written["arguments"]
     moved = copy_record(out, tmp_path / "moved", "lone.json")
     code, said, _ = reproduce(moved)
@@ -66,7 +66,7 @@ def test_a_run_is_reproduced_bit_for_bit_from_its_run_json_and_metrics_json_alon
     assert (again / "submission.csv").read_bytes() == (out / "submission.csv").read_bytes()
     then, now = (json.loads((place / "run.json").read_text())["arguments"] for place in (out, again))
     changed = {name for name in then if then[name] != now[name]}
-    assert changed - {"disable_tqdm"} == {"output_dir", "reproduce"}  # its default depends on the log level
+    assert changed == {"output_dir", "reproduce"}
 
 
 def test_what_differs_is_said_and_the_outcome_then_judged_by_the_recorded_spread(

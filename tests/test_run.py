@@ -600,6 +600,6 @@ def test_the_foreseen_steps_are_those_of_the_trainer(pristine_data, checkpoints,
 
 
 def test_a_run_with_enough_steps_and_validation_images_warns_of_nothing(tmp_path, checkpoints, finetune, capsys):
-    root = write_data_set(tmp_path, per_class=52)
-    finetune(root, checkpoints("convnext"), num_train_epochs=3, per_device_train_batch_size=4)
+    root = write_data_set(tmp_path, per_class=104)
+    finetune(root, checkpoints("convnext"), num_train_epochs=1, per_device_train_batch_size=4)
     assert "are few" not in capsys.readouterr().out

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState
 
 from transfer import runtime, terminal
+from transfer.config import FinetuningArguments
 from transfer.errors import UserError, exits_cleanly
 from transfer.runs.single import shorten_ignored
 
@@ -80,7 +81,7 @@ def train(args, epochs=2, steps=4, accuracies=(0.5, 0.75), between=lambda: None,
 
 @pytest.fixture
 def args(tmp_path):
-    return TrainingArguments(
+    return FinetuningArguments(
         str(tmp_path), eval_strategy="epoch", metric_for_best_model="accuracy", per_device_eval_batch_size=16
     )
 
@@ -248,6 +249,7 @@ def test_a_run_says_one_line_each_and_its_summary_names_files_that_exist(pristin
     assert [label for label in labels if label not in ("warning", "ignored", "time")] == [
         "precision",
         "data",
+        "labels",
         "model",
         "untrained",
         "epoch 1/2",

@@ -413,8 +413,9 @@ def try_arguments(args: FinetuningArguments) -> None:
                 checkpoint(model, torch.zeros(1, 2), **{"use_reentrant": False} | cast(dict, options))
 
     def compile_model() -> None:
-        if backend := args.torch_compile and args.torch_compile_backend:
-            torch._dynamo.lookup_backend(backend)
+        backend, backends = args.torch_compile_backend, torch.compiler.list_backends(exclude_tags=())
+        if args.torch_compile and backend and backend not in backends:
+            raise ValueError(f"{backend} is not one of {', '.join(backends)}")
         if args.torch_compile and args.torch_compile_mode not in (None, *COMPILE_MODES):
             raise ValueError(f"{args.torch_compile_mode} is not one of {', '.join(COMPILE_MODES)}")
 

@@ -353,7 +353,7 @@ class FinetuningArguments(TrainingArguments):
     push_to_hub: bool = option(False, "Push model/ to the Hub as hub_model_id after the run.", OUTPUT, one_run=True)
     hub_model_id: str | None = option(None, "Hub repository to push to, e.g. me/tiny-imagenet-100.", OUTPUT)
     hub_private_repo: bool | None = option(None, "`true` makes a new Hub repository private.", OUTPUT)
-    disable_tqdm: bool | None = option(None, "Disable progress bars. [depends on the log level]", one_run=True)
+    disable_tqdm: bool = option(False, "Disable progress bars.", one_run=True)
     logging_steps: float = option(0.02, "Steps between log lines, or their fraction of all steps if below 1.", above=0)
     # The filter would hide NaN losses in an average; here they stop the run.
     logging_nan_inf_filter: bool = option(False, "Leave non-finite losses out of the logged average.")

@@ -169,21 +169,22 @@ def list_images(root: Path, folder: str) -> list[str]:
     return [posixpath.join(folder, name) for name in images]
 
 
+def _is_link_above(folder: Path) -> bool:
+    """Whether a folder is a link to one that holds it: it would be walked without end."""
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
+
+
 def list_images_below(root: Path, folder: str = "", without: str | None = None) -> list[str]:
     """Images of a folder and all folders in it but `without`, relative to root.
 
     Those in folder/images/ are first, then those directly in the folder.
     """
-    below = [posixpath.join(folder, name) for name in list_visible_folders(root / folder)]
+    visible = [name for name in list_visible_folders(root / folder) if not _is_link_above(root / folder / name)]
+    below = [posixpath.join(folder, name) for name in visible]
     below = sorted((name for name in below if name != without), key=lambda name: file_name(name).lower() != "images")
     found = [list_images_below(root, name, without) for name in below]
     first = bool(below) and file_name(below[0]).lower() == "images"
     return [*(found[0] if first else []), *list_images(root, folder), *(f for part in found[first:] for f in part)]
-
-
-def _is_link_above(folder: Path) -> bool:
-    """Whether a folder is a link to one that holds it: it would be walked without end."""
-    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def list_unused(root: Path, used: Set[str]) -> tuple[Counter[str], Counter[str]]:

@@ -93,11 +93,11 @@ CONTINUES = {
     ),
     **dict.fromkeys(
         ["dataset_name", "dataset_config_name", "label_column_name", "classes_file", "labels_csv", "image_column",
-         "label_column", "label_pattern"],
+         "label_column", "group_column", "label_pattern", "skip_unreadable"],
         "the images and their labels must be the same",
     ),
     **dict.fromkeys(
-        ["template", "submission_labels", "tta", "search", "search_space", "export", "hand_in"],
+        ["template", "submission_labels", "tta", "max_eval_samples", "search", "search_space", "export", "hand_in"],
         "it does not concern the training",
     ),
     **dict.fromkeys(
