@@ -340,7 +340,7 @@ def test_a_run_trains_with_all_arguments_of_the_trainer_at_once(pristine_data, c
         ("--adam_beta1 1.5", "--adam_beta1 1.5: must be at least 0 and below 1"),
         ("--seed 4294967296", "--seed 4294967296: must be at least 0 and at most 4294967295"),
         ('--gradient_checkpointing_kwargs {"reentrant":true}', "unexpected keyword argument 'reentrant'"),
-        ("--torch_compile true --torch_compile_backend fast", "Invalid backend: 'fast'"),
+        ("--torch_compile true --torch_compile_backend fast", "fast is not one of"),
         ("--save_only_model true", "a stopped run could not be resumed"),
     ],
 )
