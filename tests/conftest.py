@@ -8,6 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # each worker has one core
 
 import contextlib
+import gc
 import random
 import shutil
 import sys
@@ -35,6 +36,12 @@ COLORS = {
     "n00000040": (40, 60, 220),
     "n00000020": (128,) * 3,
 }
+
+
+def pytest_collection_finish():
+    """Leave what is imported out of garbage collections: accelerate collects several times in every training."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -121,7 +121,7 @@ class CopyCounts:
             f"{self.with_several_labels} of them with several labels"
         ]
         if self.moved:
-            parts.append(f"{self.moved} would have been in both train and validation and were moved to one side")
+            parts.append(f"{self.moved} moved to one side of the validation split")
         if self.published:
             parts.append(f"{self.published} validation images are also in train")
         return "; ".join(parts)

@@ -64,7 +64,8 @@ class RunContext:
         """A warning if there are few optimizer steps or validation images, with remedies; nothing if there are not."""
         train, held_out = len(self.dataset["train"]), len(self.dataset["validation"])
         steps, parts = count_steps(args, train), []
-        if args.do_train and steps < FEW_STEPS and not self.run.linear_probe_only:
+        is_trial = self.run.max_train_samples is not None
+        if args.do_train and steps < FEW_STEPS and not self.run.linear_probe_only and not is_trial:
             parts.append(
                 f"{steps} optimizer steps are few: use recipes/small_folder.yaml, more --num_train_epochs or a "
                 "smaller --per_device_train_batch_size"
