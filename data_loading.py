@@ -16,6 +16,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import datasets
+from transformers.hf_argparser import string_to_bool
 
 from transfer.config import SUBMISSION_LABELS, RunArguments
 from transfer.data.images import scan_images
@@ -67,7 +68,7 @@ def join_template(data: DatasetFiles, template_path: Path | None) -> DatasetFile
     else:
         template = read_template(path)
         ids = name_test_images(data.root, files, set(template.iloc[:, 0]))
-        # Some templates omit test images that the grader expects; that of the home competition is complete.
+        # Some templates omit test images that the grader expects; the competition's own template is complete.
         may_be_short = not (data.root / WNIDS_NAME).is_file()
         check_template(template, ids, path, may_be_short, [file_name(file) for file in files])
         data = replace(data, test_ids=ids, template_path=path)
@@ -417,7 +418,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--classes_file", metavar="FILE", help="use only these classes, one per line in label order")
     parser.add_argument("--template", metavar="FILE", help="the submission's template")
     parser.add_argument("--submission_labels", choices=SUBMISSION_LABELS, help="how the submission writes labels")
-    parser.add_argument("--skip_unreadable", action="store_true", help="leave out images that cannot be read")
+    parser.add_argument(
+        "--skip_unreadable", type=string_to_bool, nargs="?", const=True, default=False, help="leave out bad images"
+    )
     names = [option.name for option in fields(DataOptions)] + ["skip_unreadable"]
     for name in names[3:-1]:
         parser.add_argument(f"--{name}", help="as in finetune_vit.py")

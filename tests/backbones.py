@@ -324,7 +324,7 @@ def _name_normalization(geometry: ImageGeometry) -> str:
     known = {(IMAGENET_DEFAULT_MEAN[0], IMAGENET_DEFAULT_STD[0]): "ImageNet", (0.5, 0.5): "0.5 / 0.5", (0, 1): "none"}
     known |= {(OPENAI_CLIP_MEAN[0], OPENAI_CLIP_STD[0]): "CLIP"}
     name = known[geometry.mean[0], round(geometry.std[0], 8 if geometry.std[0] == OPENAI_CLIP_STD[0] else 3)]
-    return name + ", blue first" * geometry.bgr
+    return name + ", channels blue, green, red" * geometry.bgr
 
 
 def describe_families(poolings: dict[str, str]) -> list[str]:

@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "EXPERIMENTS.md", ROOT / "outputs" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
-OF_ACCELERATE = {"config_file", "quiet", "num_processes", "machine_rank", "main_process_ip"}
+OF_ACCELERATE = {"config_file", "quiet", "num_machines", "num_processes", "machine_rank", "main_process_ip"}
 OF_TENSORBOARD = {"logdir"}
 ELSEWHERE = {"train.py"}  # timm's
 PLACEHOLDERS = {"RECIPE.yaml", "best.yaml"}  # one for the reader to fill in, one that a search writes

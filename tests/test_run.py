@@ -247,7 +247,7 @@ def test_a_model_of_other_classes_does_not_predict(pristine_data, data, checkpoi
 
 @pytest.fixture
 def small_trials(monkeypatch):
-    """Trials of the tests' few images are as small a part as those of many."""
+    """Trials of the tests' few images are the same fraction as those of many."""
     monkeypatch.setattr(timing, "FEW_VALIDATION_IMAGES", 1)
     monkeypatch.setattr("transfer.runs.single.MEASURED_IMAGES", 3)
 
@@ -259,7 +259,7 @@ def test_a_trial_is_validated_on_as_small_a_part_unless_a_flag_says_otherwise(
     out = finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1, max_train_samples=8, **flags)
     said, metrics = capsys.readouterr().out, json.loads((out / "metrics.json").read_text())
     assert metrics["validation"]["n"] == validated and metrics["train"]["n"] == 3
-    why = "--max_eval_samples" if flags else "as small a part as --max_train_samples takes"
+    why = "--max_eval_samples" if flags else "the same fraction as of the training images"
     assert f"validation  on {validated} of 12 images: {why}\n" in said
     assert "before training, on 3 images\n" in said
     assert len(labels_of(out / "submission.csv")) == 10  # the csv is complete

@@ -1,7 +1,7 @@
 """The layouts of a dataset on disk: how each is recognized, and which files and labels it gives.
 
-`LAYOUTS` lists the readers in the order in which they are tried. A new layout is a class with `recognizes` and `read`,
-a line in `LAYOUTS`, and a row in docs/data.md.
+`LAYOUTS` lists the readers in the order in which they are tried. A new layout is a class with `recognizes`,
+`read_classes` and `read`, a line in `LAYOUTS`, and a row in docs/data.md.
 """
 
 from collections import Counter

@@ -357,7 +357,7 @@ def limit_training(context: RunContext, trainer: FinetuningTrainer, seconds: flo
 
 
 def limit_validation(context: RunContext, trainer: FinetuningTrainer) -> RunContext:
-    """With `--max_train_samples`, hold out as small a part of the validation images, so that a trial stays small.
+    """With `--max_train_samples`, validate on the same fraction of the validation images, so that a trial stays small.
 
     The trainings of a repeated run are measured on the same images, so theirs stay.
     """
@@ -369,7 +369,7 @@ def limit_validation(context: RunContext, trainer: FinetuningTrainer) -> RunCont
     count = run.max_eval_samples or max(len(context.data.class_ids), FEW_VALIDATION_IMAGES, share)
     if count >= held_out or not (run.max_eval_samples or run.max_train_samples):
         return context
-    why = "--max_eval_samples" if run.max_eval_samples else "as small a part as --max_train_samples takes"
+    why = "--max_eval_samples" if run.max_eval_samples else "the same fraction as of the training images"
     say(f"validation  on {count:,} of {held_out:,} images: {why}")
     if not run.max_eval_samples:
         say(f"            --max_eval_samples changes this; all {context.test_images:,} test images are predicted")

@@ -71,8 +71,8 @@ class BatchLimit:
         limit = self.images or getattr(self.args, self.flag.removeprefix("--"))
         if limit == 1 or self.args.world_size > 1:
             raise UserError(
-                f"out of memory in {self.doing} by step {step}: {limit} images do not fit; set {self.flag} "
-                f"{self._advise(max(1, limit // 2))} or a smaller --image_size"
+                f"out of memory in {self.doing} by step {step}: {limit} images do not fit; set "
+                f"{f'{self.flag} {self._advise(limit // 2)}' if limit > 1 else '--lora_r 8'} or a smaller --image_size"
             ) from None
         self.images = (limit + 1) // 2
         logger.warning(
