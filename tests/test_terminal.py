@@ -277,7 +277,7 @@ def test_an_accuracy_that_differs_from_the_epochs_is_explained(tmp_path):
     metrics = RunMetrics(ClassificationMetrics(0.81, [0.7, 0.9], 1.0, 0.8, 0.5, 400))
     said = explain_difference(context, metrics, state)
     assert said == [
-        "            epoch 2 showed 0.8150 in bf16; here in fp32, as a pipeline computes it",
+        "            epoch 2 showed 0.8150 in bf16; here in fp32, as in a pipeline",
         "best epoch  2 of 3",
     ]
     metrics = RunMetrics(metrics.validation, tta=TtaMetrics(["plain", "flip"], {}))

@@ -357,7 +357,7 @@ def explain_difference(context: RunContext, metrics: RunMetrics, state: dict) ->
     lines = [f"best epoch  {epoch} of {state.get('num_train_epochs', epoch)}"]
     shown = {measured["eval_accuracy"], measured.get("eval_ema_accuracy", measured["eval_accuracy"])}
     if metrics.validation.accuracy not in shown:
-        why = "here in fp32, as a pipeline computes it" if "fp32" not in context.precision else "measured again here"
+        why = "here in fp32, as in a pipeline" if "fp32" not in context.precision else "measured again here"
         if metrics.tta and metrics.tta.kept != ["plain"]:
             why = "here with test-time augmentation"
         precision = context.precision.removeprefix("precision: ").partition(" ")[0].rstrip(",")
