@@ -9,6 +9,7 @@ wnids.txt. `read_class_order` decides the order once, for every split and for th
 """
 
 import argparse
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import datasets
+from accelerate import PartialState
 from transformers.hf_argparser import string_to_bool
 
 from transfer.config import SUBMISSION_LABELS, RunArguments
@@ -26,10 +28,10 @@ from transfer.data.layouts import DatasetFiles, find_layout
 from transfer.data.listing import (
     TEMPLATE_NAME,
     WNIDS_NAME,
+    choose_templates,
     file_name,
     find_template,
-    list_folder,
-    list_templates,
+    list_files_above,
     list_unused,
     normal_name,
 )
@@ -80,16 +82,18 @@ def join_template(data: DatasetFiles, template_path: Path | None) -> DatasetFile
 def list_ignored(data: DatasetFiles, path: Path, options: DataOptions) -> DatasetFiles:
     """The dataset with everything in `path` and in the folder above that it does not use."""
     read = [*data.sources, *filter(None, [options.classes_path, data.template_path])]
-    known, root = {file.absolute() for file in read}, data.root.absolute()
+    # Path.absolute keeps "..", and Path.resolve follows links.
+    root = Path(os.path.abspath(data.root))  # noqa: PTH100
+    known = {Path(os.path.abspath(file)) for file in read}  # noqa: PTH100
     used = {*data.files, *(file.relative_to(root).as_posix() for file in known if file.is_relative_to(root))}
     ignored, images = list_unused(root, used)
     if data.left_out:  # not by mistake
         ignored["images of other classes"], images = images.total(), Counter()
-    above = root.parent
+    above, names = root.parent, list_files_above(root)
+    templates = choose_templates(names)
     # If --data_dir is the dataset itself, only templates in the folder above count.
-    near = list_folder(above)[0] if above.is_relative_to(path.absolute()) else [t.name for t in list_templates(above)]
+    near = names if above.is_relative_to(path.absolute()) else templates
     unread = [name for name in near if name.endswith((".csv", ".tsv")) and above / name not in known]
-    templates = {template.name for template in list_templates(above)}
     ignored.update(f"../{name}" + " (lists other images)" * (name in templates) for name in unread)
     return replace(data, ignored=+ignored, unused_images=images)
 
@@ -123,7 +127,8 @@ def skip_unreadable(data: DatasetFiles) -> DatasetFiles:
 
     Unreadable test images stay, because the submission has a row for each of them.
     """
-    records = scan_images(data.root, data.train_files + data.validation_files, show_progress=True)
+    is_first = PartialState().is_main_process
+    records = scan_images(data.root, data.train_files + data.validation_files, show_progress=is_first)
     faults = {record.file: record.fault for record in records if record.fault}
     train, validation = (
         [row for row in zip(files, labels, strict=True) if row[0] not in faults]
@@ -202,8 +207,8 @@ def load_dataset(
     validation is that fold instead of `validation_fraction`.
     """
     image, text = datasets.Image(mode="RGB"), datasets.Value("string")
-    labelled = datasets.Features(image=image, label=datasets.ClassLabel(names=data.class_ids), file=text)
-    unlabelled = datasets.Features(image=image, image_id=text, file=text)
+    labeled = datasets.Features(image=image, label=datasets.ClassLabel(names=data.class_ids), file=text)
+    unlabeled = datasets.Features(image=image, image_id=text, file=text)
 
     def paths(files: Sequence[str]) -> list[str]:
         return [f"{data.root}/{file}" for file in files]
@@ -211,10 +216,10 @@ def load_dataset(
     splits = datasets.DatasetDict()
     for name, (files, labels) in draw_splits(data, validation_fraction, split_seed, max_train_samples, fold).items():
         rows = {"image": paths(files), "label": labels, "file": files}
-        splits[name] = datasets.Dataset.from_dict(rows, labelled)
+        splits[name] = datasets.Dataset.from_dict(rows, labeled)
     if data.test_files:
         rows = {"image": paths(data.test_files), "image_id": data.test_ids, "file": data.test_files}
-        splits["test"] = datasets.Dataset.from_dict(rows, unlabelled)
+        splits["test"] = datasets.Dataset.from_dict(rows, unlabeled)
     return splits
 
 

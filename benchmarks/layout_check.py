@@ -53,9 +53,9 @@ def find_wrong_labels(d: DataSet, data) -> list[str]:
     wanted = [unicodedata.normalize("NFC", name) for name in d.classes]
     if data.class_ids != wanted:
         return [f"classes {data.class_ids}, not {wanted}"]
-    labelled = {"train": (data.train_files, data.train_labels), "val": (data.validation_files, data.validation_labels)}
+    labeled = {"train": (data.train_files, data.train_labels), "val": (data.validation_files, data.validation_labels)}
     wrong = []
-    for role, (files, labels) in labelled.items():
+    for role, (files, labels) in labeled.items():
         read = {f"{d.root}{file}": (role, label) for file, label in zip(files, labels, strict=True)}
         truth = {path: fact for path, fact in d.images.items() if fact[0] == role}
         wrong += [

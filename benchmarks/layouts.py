@@ -111,18 +111,18 @@ def name_split_folders(d: DataSet) -> None:
     }
 
 
-def draw_test(d: DataSet, may_be_labelled: bool = True) -> None:
+def draw_test(d: DataSet, may_be_labeled: bool = True) -> None:
     """A test folder, flat, with one folder in it, or with class folders."""
-    form = d.choose("none", "flat", "flat", "images", "unknown", "labelled" if may_be_labelled else "flat")
+    form = d.choose("none", "flat", "flat", "images", "unknown", "labeled" if may_be_labeled else "flat")
     d.what.append(f"test {form}")
     if form == "none":
         return
     folder, count = d.root + d.split["test"], d.rng.randint(4, 6)
     name = d.choose("{:d}", "{:04d}", "test_{:d}", "{:d}_a1b2", "img ({:d})")
-    shared = form == "labelled" and d.maybe(0.5)  # every class has an image of the same name
-    for i in range(count if form != "labelled" else 2 * len(d.classes)):
+    shared = form == "labeled" and d.maybe(0.5)  # every class has an image of the same name
+    for i in range(count if form != "labeled" else 2 * len(d.classes)):
         label = i % len(d.classes)
-        inside = {"flat": "", "labelled": f"/{d.classes[label]}"}.get(form, f"/{form}")
+        inside = {"flat": "", "labeled": f"/{d.classes[label]}"}.get(form, f"/{form}")
         number = i // len(d.classes) if shared else i
         d.draw(f"{folder}{inside}/{name.format(number)}{ending_of(d)}", "test", label)
     if form == "flat" and d.maybe(0.2):  # two images whose names differ in the ending only
@@ -194,7 +194,7 @@ def draw_stray(d: DataSet, *paths: str, excuses: tuple[str, ...] = ()) -> None:
         d.excuses += excuses
 
 
-def draw_labelled_by_csv(d: DataSet) -> None:
+def draw_labeled_by_csv(d: DataSet) -> None:
     """Images in one folder or several, and a csv or txt with their labels."""
     name_split_folders(d)
     places = d.choose([d.split["train"]], ["images"], ["pics/a", "pics/b"], ["part1", "part2"], [""])
@@ -206,7 +206,7 @@ def draw_labelled_by_csv(d: DataSet) -> None:
         return d.draw(f"{folder}{number.format(i)}{ending_of(d)}", role, i % len(d.classes))
 
     paths = [draw_into(places[i % len(places)], i, "train") for i in range(4 * len(d.classes))]
-    draw_test(d, may_be_labelled=False)
+    draw_test(d, may_be_labeled=False)
     if d.paths("test") and d.maybe(0.3):
         rows = [[Path(path).name, "8"] for path in d.paths("test")]
         d.write(f"{d.root}test.csv", table([["image_id", "width"], *rows], ","))
@@ -215,7 +215,7 @@ def draw_labelled_by_csv(d: DataSet) -> None:
             draw_into(places[0], i, "test")
         d.what.append("test images beside")  # the template tells them
     if places == [d.split["train"]] and d.maybe(0.3):
-        d.what.append("val labelled by the csv")
+        d.what.append("val labeled by the csv")
         paths += [draw_into(d.split["val"], i, "val") for i in range(200, 200 + 2 * len(d.classes))]
     write_labels(d, paths, is_in_train=places == [d.split["train"]] and not d.paths("val"))
     spots = f"{d.root}cover.jpg", f"{d.root}extra/1.jpg"
@@ -267,7 +267,7 @@ def write_labels(d: DataSet, paths: list[str], is_in_train: bool) -> None:
             d.options["labels_csv"], d.excuses = d.choose(name, str(d.top / place / name)), []
 
 
-def draw_labelled_by_name(d: DataSet) -> None:
+def draw_labeled_by_name(d: DataSet) -> None:
     """Images whose names start with their class, and --label_pattern."""
     name_split_folders(d)
     folder = d.choose(d.split["train"], "images", "")
@@ -277,7 +277,7 @@ def draw_labelled_by_name(d: DataSet) -> None:
     for i in range(4 * len(d.classes)):
         label, place = i % len(d.classes), f"{d.root}{folder}/" if folder else d.root
         d.draw(f"{place}{d.classes[label]}{sign}{i}{ending_of(d)}", "train", label)
-    draw_test(d, may_be_labelled=False)
+    draw_test(d, may_be_labeled=False)
     excuses = () if folder == d.split["train"] else ("do not match",)
     draw_stray(d, f"{d.root}cover.jpg", f"{d.root}extra/1.jpg", excuses=excuses)
 
@@ -411,7 +411,7 @@ def draw_data_set(place: Path, rng: random.Random) -> DataSet:
     """A random data set below a folder."""
     kind = rng.choice(list(CLASSES))
     count = rng.choice([2, 3, 3, 4, 5])
-    draw_images = rng.choice([draw_class_folders] * 4 + [draw_labelled_by_csv] * 2 + [draw_labelled_by_name])
+    draw_images = rng.choice([draw_class_folders] * 4 + [draw_labeled_by_csv] * 2 + [draw_labeled_by_name])
     if draw_images is not draw_class_folders and kind == "wnids":
         kind = "names"
     fixed = kind in ("0 to N-1", "1 to N")

@@ -379,3 +379,8 @@ def test_a_tar_archive_is_named_as_what_it_is(mode, name, tmp_path, refused):
         archive.add(tmp_path / "picture.jpg", "picture.jpg")
     kind = "xz file" if name == "a.zip" else "tar archive"
     refused(tmp_path / name, f"is a {kind}, not a zip; unpack it, and give its folder as --data_dir")
+
+
+def test_zips_in_a_zip_that_are_hidden_or_already_unpacked_stay_as_they_are(tmp_path, cache):
+    members = {"._train.zip": b"resource", "train.zip": b"old", "train/bee/1.jpg": b"1"}
+    assert contents(extract_zip(write_zip(tmp_path / "download.zip", members), cache)) == members

@@ -47,7 +47,7 @@ SURE = 50.0  # a logit: its class's probability is 1
 
 
 def write(root: Path, names=ANIMALS, train="train/{}", test="test/{}.jpg", per_class=6, tests=6) -> Path:
-    """Class folders and unlabelled test images; the image of class k has the color k + 2."""
+    """Class folders and unlabeled test images; the image of class k has the color k + 2."""
     for label, name in enumerate(names):
         for i in range(per_class):
             save(paint(label + 2, i), root / train.format(name) / f"{name}_{i}.jpg")
@@ -68,12 +68,12 @@ def color_of(path: Path) -> int:
 
 
 def open_right(root: Path, names, **options):
-    """The dataset, once every label of train, validation and labelled test images is that of its image's color."""
+    """The dataset, once every label of train, validation and labeled test images is that of its image's color."""
     data = find_data(RunArguments(data_dir=str(root), **options))
     known = [unicodedata.normalize("NFC", name) for name in names]
     dataset = load_dataset(data, 0.25)
-    labelled = [(row["file"], row["label"]) for split in ("train", "validation") for row in dataset[split]]
-    for file, label in [*labelled, *zip(data.test_files, data.test_labels, strict=False)]:
+    labeled = [(row["file"], row["label"]) for split in ("train", "validation") for row in dataset[split]]
+    for file, label in [*labeled, *zip(data.test_files, data.test_labels, strict=False)]:
         assert data.class_ids[label] == known[color_of(data.root / file)], file
     return data
 
@@ -190,7 +190,7 @@ def test_test_images_are_found_and_predicted(test, tmp_path):
 
 
 @pytest.mark.parametrize("is_listed", [True, False])
-def test_labelled_test_images_are_a_split_of_their_own(is_listed, tmp_path):
+def test_labeled_test_images_are_a_split_of_their_own(is_listed, tmp_path):
     root = write(tmp_path / "data", test=None)
     for split in ("valid", "test"):
         for label, name in enumerate(ANIMALS):
@@ -252,7 +252,7 @@ def test_annotations_left_over_in_val_are_no_labels_of_class_folders_without_tra
     assert open_right(root, ANIMALS).ignored == {"val_annotations.txt": 1}
 
 
-def test_an_image_that_is_neither_labelled_nor_in_the_template_is_refused(tmp_path):
+def test_an_image_that_is_neither_labeled_nor_in_the_template_is_refused(tmp_path):
     root = write_table(tmp_path / "data", folder="images")
     shutil.rmtree(root / "test_images")
     for i in range(3):

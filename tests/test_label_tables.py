@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT
 from test_layouts import QUICK, id2label, labels_of, paint, save, write_class_folders
 
-from data_loading import describe_layout, load_dataset, main, open_data
+from data_loading import describe_layout, draw_splits, load_dataset, main, open_data
+from transfer.data import listing
 from transfer.errors import UserError
 
 ANIMALS = ["bee", "lion", "wolf"]
@@ -350,3 +351,42 @@ def test_arguments_that_contradict_each_other_are_refused(words, message, tmp_pa
 def test_the_documentation_has_a_row_for_every_place_of_labels():
     text = (ROOT / "docs" / "data.md").read_text()
     assert "| labels in a csv |" in text and "| labels in file names |" in text
+
+
+def test_notes_on_images_in_class_folders_without_train_are_no_labels(tmp_path):
+    root = tmp_path / "pets"
+    for i in range(12):
+        save(paint(2 + i % 2, i), root / ["cats", "dogs"][i % 2] / f"{i}.jpg")
+    lines = [f"{i}.jpg,{['a', 'b', 'c'][i % 3]}" for i in range(12)]
+    (root / "metadata.csv").write_text("file_name,split\n" + "\n".join(lines) + "\n")
+    with pytest.raises(
+        UserError, match=r"metadata.csv: sorts the images into other classes .*use it with --labels_csv"
+    ):
+        open_data(str(root))
+    assert open_data(str(root), labels_csv="metadata.csv").class_ids == ["a", "b", "c"]
+
+
+def test_links_to_nothing_and_a_folder_above_that_may_not_be_listed_do_no_harm(tmp_path, monkeypatch):
+    root = write_table(tmp_path / "animals")
+    (root / "labels.csv").symlink_to("nothing.csv")
+    known, listed = open_data(str(root)), listing.list_folder
+
+    def list_but_above(folder):
+        if folder == root.parent:
+            raise UserError(f"{folder}: cannot be listed (Permission denied)")
+        return listed(folder)
+
+    monkeypatch.setattr(listing, "list_folder", list_but_above)
+    assert open_data(str(root)) == known and is_right(known)
+
+
+def test_images_without_a_group_are_groups_of_their_own_and_a_fold_is_never_empty(tmp_path):
+    root = write_table(tmp_path / "animals")
+    text = (root / "train.csv").read_text().splitlines()
+    rows = [f"{line},{'' if i % 2 else 'p' + str(i % 3)}" for i, line in enumerate(text[1:])]
+    (root / "train.csv").write_text("\n".join([text[0] + ",patient", *rows]) + "\n")
+    data = open_data(str(root), group_column="patient", label_column=text[0].split(",")[1])
+    assert len(set(data.train_groups)) == 9 + 3
+    everyone = replace(data, train_groups=["one"] * len(data.train_files))
+    with pytest.raises(UserError, match=r"--kfold 2: fold \d would have no image.*use fewer folds"):
+        draw_splits(everyone, 0.1, 0, None, (1, 2))

@@ -251,7 +251,7 @@ def test_ids_are_file_names_with_their_ending_where_the_template_writes_them_so(
 # class folders
 
 
-def test_class_folders_are_labelled_in_natural_order_and_their_val_is_the_validation_split(tmp_path):
+def test_class_folders_are_labeled_in_natural_order_and_their_val_is_the_validation_split(tmp_path):
     folder = open_data(str(write_class_folders(tmp_path / "things")))
     assert folder.class_ids == ["class 2", "class 9", "class 10"]
     dataset = load_dataset(folder)
@@ -280,15 +280,15 @@ def test_validation_images_that_are_also_in_train_are_reported(tmp_path, capsys)
     assert "1 validation images also in train" in capsys.readouterr().out
 
 
-def test_labelled_test_images_are_measured_after_training_and_choose_nothing(tmp_path, checkpoints, finetune, capsys):
+def test_labeled_test_images_are_measured_after_training_and_choose_nothing(tmp_path, checkpoints, finetune, capsys):
     root = write_class_folders(tmp_path / "things")
-    whole = finetune(root, checkpoints("convnext"), output_dir="unlabelled", num_train_epochs=2, **QUICK)
+    whole = finetune(root, checkpoints("convnext"), output_dir="unlabeled", num_train_epochs=2, **QUICK)
     shutil.rmtree(root / "test")
     for label, name in enumerate(["class 2", "class 9", "class 10"], start=2):
         for i in range(2):
             save(paint(label, 70 + i), root / "Test" / name / f"{i}.png")  # the classes share file names
     capsys.readouterr()
-    out = finetune(root, checkpoints("convnext"), output_dir="labelled", num_train_epochs=2, **QUICK)
+    out = finetune(root, checkpoints("convnext"), output_dir="labeled", num_train_epochs=2, **QUICK)
     metrics, predicted = json.loads((out / "metrics.json").read_text()), labels_of(out / "submission.csv")
     assert sorted(predicted) == sorted(f"{name}/{i}" for name in ("class 2", "class 9", "class 10") for i in range(2))
     names = ["class 2", "class 9", "class 10"]

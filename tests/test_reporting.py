@@ -48,13 +48,13 @@ class Page(HTMLParser):
         return " ".join(self.text.split())
 
 
-def labelled_files(root: Path) -> tuple[list[str], list[int]]:
+def labeled_files(root: Path) -> tuple[list[str], list[int]]:
     files = sorted(path.relative_to(root).as_posix() for path in (root / "train").rglob("*.JPEG"))
     return files, [WNIDS.index(file.split("/")[1]) for file in files]
 
 
 def run_on(data: Path, folder: Path, **changes) -> Path:
-    files, labels = labelled_files(data)
+    files, labels = labeled_files(data)
     ids = sorted(path.stem for path in (data / "test").rglob("*.JPEG"))
     return write_run(folder, data, files, labels, NAMES, test_ids=ids, **changes)
 
@@ -103,7 +103,7 @@ def page_with_names(data: Path, folder: Path, names: list[str], file: str, test_
     """The page of a run in which these names stand everywhere: two images of the first class are mistakes."""
     draw_picture(WNIDS[0], 99).save(data / file, "JPEG")
     draw_picture(WNIDS[0], 98).save(data / "test" / "images" / f"{test_id}.JPEG", "JPEG")
-    files, labels = labelled_files(data)
+    files, labels = labeled_files(data)
     logits = np.eye(4)[labels] * 9
     for mistake in (files.index(file), 0):
         logits[mistake] = np.roll(logits[mistake], 1)
@@ -179,7 +179,7 @@ def test_a_file_name_that_leads_out_of_the_data_set_is_not_shown(data, tmp_path)
     draw_picture(WNIDS[0], 1).save(tmp_path / "secret.JPEG")
     album = Album(data)
     assert album.show("../secret.JPEG") is None and album.show(str(tmp_path / "secret.JPEG")) is None
-    assert album.show(labelled_files(data)[0][0]).startswith("data:image/jpeg")
+    assert album.show(labeled_files(data)[0][0]).startswith("data:image/jpeg")
 
 
 def test_a_hundred_classes_and_thousands_of_images_stay_under_5_mb(tmp_path):
@@ -296,7 +296,7 @@ def test_views_and_averaged_weights_stand_in_the_report(pristine_data, tmp_path)
 
 
 def test_a_suspected_wrong_label_is_marked_and_its_file_listed(pristine_data, tmp_path):
-    files, labels = labelled_files(pristine_data)
+    files, labels = labeled_files(pristine_data)
     logits = np.eye(4)[labels] * 4 + np.linspace(0, 0.5, 4)
     logits[5] = [-6, 9, 0, 0]  # its label, of the first class in wnids order, is the least likely of all
     labels = np.array(labels)

@@ -377,12 +377,12 @@ def try_arguments(args: FinetuningArguments) -> None:
     Optimizers and kernels may lack their package, and schedules and loaders are only checked when they are made.
     Raises `UserError`.
     """
-    random_state, model = torch.random.get_rng_state(), torch.nn.Linear(2, 2)
+    random_state, model = torch.random.get_rng_state(), torch.nn.Linear(2, 2).to(args.device)
 
     def make_optimizer() -> torch.optim.Optimizer:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args, cast(Any, model))
         optimizer = kind([{"params": list(model.parameters()), "lr": args.learning_rate}], **options)
-        model(torch.zeros(1, 2)).sum().backward()
+        model(torch.zeros(1, 2, device=args.device)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         return optimizer
@@ -391,7 +391,7 @@ def try_arguments(args: FinetuningArguments) -> None:
         name, options = args.lr_scheduler_type, args.lr_scheduler_kwargs
         warmup = args.get_warmup_steps(TRIED_STEPS)
         schedule: Any = get_scheduler(
-            name, optimizer, warmup, TRIED_STEPS, scheduler_specific_kwargs=cast(Any, options)
+            name, optimizer, warmup, warmup + TRIED_STEPS, scheduler_specific_kwargs=cast(Any, options)
         )
         for _ in range(TRIED_STEPS):
             optimizer.step()
@@ -410,7 +410,9 @@ def try_arguments(args: FinetuningArguments) -> None:
     def checkpoint_gradients() -> None:
         for options in (args.gradient_checkpointing_kwargs, args.activation_checkpointing_kwargs):
             if options:
-                checkpoint(model, torch.zeros(1, 2), **{"use_reentrant": False} | cast(dict, options))
+                checkpoint(
+                    model, torch.zeros(1, 2, device=args.device), **{"use_reentrant": False} | cast(dict, options)
+                )
 
     def compile_model() -> None:
         backend, backends = args.torch_compile_backend, torch.compiler.list_backends(exclude_tags=())

@@ -87,7 +87,8 @@ def _stop_early(number, frame) -> NoReturn:
 
 def announce(what: str) -> None:
     """Say in the first process what takes the first seconds; until `exits_cleanly` Ctrl-C ends them in one line."""
-    signal.signal(signal.SIGINT, _stop_early)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
+        signal.signal(signal.SIGINT, _stop_early)
     if os.environ.get("RANK", "0") == "0":
         print(f"starting    {what}", flush=True)
 

@@ -185,7 +185,7 @@ def find_model(name: str) -> tuple[str, Path | None]:
         )
     run = path.resolve().parent
     # A model folder that was copied elsewhere may lie beside the metrics of something else.
-    belongs = path.name == "model" and (run / "metrics.json").is_file() and (run / "run.json").is_file()
+    belongs = path.resolve().name == "model" and (run / "metrics.json").is_file() and (run / "run.json").is_file()
     return (str(path) if path.is_dir() else name), run if belongs else None
 
 

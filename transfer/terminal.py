@@ -281,7 +281,8 @@ class TrainingProgress(TrainerCallback):
         self.images_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.steps_per_epoch = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
         self.steps, self.paused, self.foreseen = 0, 0.0, False
-        self.table = _NotebookTable() if is_notebook() and state.is_world_process_zero else None
+        has_table = is_notebook() and state.is_world_process_zero and self.tells and not args.disable_tqdm
+        self.table = _NotebookTable() if has_table else None
         self.start = self.epoch_start = self.warm = time.perf_counter()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -291,6 +292,7 @@ class TrainingProgress(TrainerCallback):
         self.name = f"epoch {state.global_step // self.steps_per_epoch + 1}/{epochs}"
         total = min(self.steps_per_epoch, state.max_steps - state.global_step + done)
         hidden = not state.is_world_process_zero or bool(args.disable_tqdm) or self.table is not None
+        self._close_bar()  # of an epoch that no evaluation ended
         self.bar = Bar(self.name, total, "steps", hidden, is_logged=False)
         self.bar.done = done
         self.epoch_start = time.perf_counter()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transfer.data.listing import file_name, find_split_folder, list_folder, normal_name, read_text
+from transfer.data.listing import file_name, find_split_folder, list_files_above, list_folder, normal_name, read_text
 from transfer.errors import UserError
 
 MOST_TABLE_BYTES = 64 * 2**20  # a larger file is read only if --labels_csv names it
@@ -130,11 +130,12 @@ def read_label_table(path: Path, names: ImageNames, base: str = "") -> LabelTabl
     return LabelTable(path, columns, rows[has_header:], {columns[p]: f[has_header:] for p, f in images.items()})
 
 
-def list_tables(folder: Path) -> list[Path]:
-    """Files in a folder that may hold labels; templates and lists of test images are left out."""
-    paths = [folder / name for name in list_folder(folder)[0] if re.search(r"(?i)\.(csv|tsv|txt)$", name)]
+def list_tables(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The files in a folder, of these names, that may hold labels; templates and lists of test images are left out."""
     not_labels = re.compile(r"(?i)sample|template|submission|^test")
-    return [p for p in paths if not not_labels.search(p.name) and p.stat().st_size <= MOST_TABLE_BYTES]
+    named = [name for name in names if re.search(r"(?i)\.(csv|tsv|txt)$", name) and not not_labels.search(name)]
+    paths = [folder / name for name in named if (folder / name).is_file()]  # not a link to nothing
+    return [path for path in paths if path.stat().st_size <= MOST_TABLE_BYTES]
 
 
 def _try_table(path: Path, names: ImageNames, base: str) -> LabelTable | None:
@@ -150,7 +151,10 @@ def find_label_tables(root: Path, files: Sequence[str]) -> list[LabelTable]:
     """The tables that name images, in the root and its train and val folders; else those in the folder above."""
     splits = [folder for split in ("train", "val") if (folder := find_split_folder(root, split))]
     for places in (["", *splits], [".."]):
-        paths = [(place, path) for place in places for path in list_tables(root / place)]
+        names_in = {
+            place: list_files_above(root) if place == ".." else list_folder(root / place)[0] for place in places
+        }
+        paths = [(place, path) for place, listed in names_in.items() for path in list_tables(root / place, listed)]
         names = ImageNames(files if paths else [])
         tables = [table for place, path in paths if (table := _try_table(path, names, place.strip(".")))]
         if tables:
@@ -163,6 +167,12 @@ def names_more_than_validation(root: Path, table: LabelTable) -> bool:
     folder = find_split_folder(root, "val") or "val"
     images = (file for rows in table.images.values() for row in rows for file in row)
     return not table.path.is_relative_to(root / folder) and any(not f.startswith(f"{folder}/") for f in images)
+
+
+def names_labels(table: LabelTable) -> bool:
+    """Whether a table has a column that is called as labels are, or columns without names."""
+    is_label = re.compile(r"(?i)label|class|categor|target|species|breed|diagnosis|^(dx|y|column \d+)$")
+    return any(is_label.search(column) for column in table.columns)
 
 
 def repeats_folders(table: LabelTable, files: Sequence[str]) -> bool:
@@ -270,7 +280,8 @@ def _read_groups(table: LabelTable, options: DataOptions, names: ImageNames) -> 
     groups = table.column(_choose_column(table, options.group_column, [], "group_column"))
     image, _ = choose_columns(table, options)
     found = table.images.get(image) or [names.find(value) for value in table.column(image)]
-    return {file: group for files, group in zip(found, groups, strict=True) for file in files}
+    # An image without a group is a group of its own.
+    return {file: group or file for files, group in zip(found, groups, strict=True) for file in files}
 
 
 def label_images(root: Path, files: Sequence[str], options: DataOptions) -> FoundLabels:

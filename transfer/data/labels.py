@@ -20,10 +20,11 @@ from transfer.data.listing import (
     IMAGE_SUFFIXES,
     NATURAL_ORDER,
     WNIDS_NAME,
+    choose_templates,
     file_name,
     image_id_of,
     list_class_folders,
-    list_templates,
+    list_files_above,
     natural_key,
     normal_name,
     read_lines,
@@ -351,11 +352,8 @@ def render_submission(template: pd.DataFrame, label_of_id: Mapping[str, int]) ->
 
 def find_template_above(root: Path, files: Sequence[str]) -> Path | None:
     """The only template in the folder above the root that lists test images of `files`. Raises `UserError`."""
-    folder = root.resolve().parent
-    try:
-        found = list_templates(folder)
-    except UserError:  # a folder that may not be listed
-        return None
+    folder = root.absolute().parent
+    found = [folder / name for name in choose_templates(list_files_above(root))]
     fitting = [path for path in found if match_ids(files, _ids_of(path))]
     if len(fitting) > 1:
         raise UserError(

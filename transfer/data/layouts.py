@@ -16,6 +16,7 @@ from transfer.data.label_tables import (
     find_label_tables,
     label_images,
     list_tables,
+    names_labels,
     names_more_than_validation,
     repeats_folders,
 )
@@ -41,6 +42,7 @@ from transfer.data.listing import (
     list_archives,
     list_class_folders,
     list_flat_classes,
+    list_folder,
     list_images_below,
     list_visible_folders,
     natural_key,
@@ -151,7 +153,7 @@ def list_test_images(root: Path) -> list[str]:
     return files if (root / WNIDS_NAME).is_file() else sorted(files, key=natural_key)
 
 
-def list_labelled_test_images(root: Path, class_ids: Sequence[str]) -> tuple[list[str], list[int]]:
+def list_labeled_test_images(root: Path, class_ids: Sequence[str]) -> tuple[list[str], list[int]]:
     """(files, labels) of test/<class>/*; empty unless every folder in test/ is a class and holds images."""
     split, folders = find_split_folder(root, "test"), find_class_folders(root, "test")
     if split is None or not folders or not set(folders) <= set(class_ids) or has_images(root / split):
@@ -180,11 +182,11 @@ def _list_annotated(root: Path, split: str, class_ids: Sequence[str], left_out: 
     """(file, label) of the images in split/images/*, labeled by val_annotations.txt."""
     path = root / split / ANNOTATIONS_NAME
     class_of, files = _read_annotations(path), list_images_below(root, split)
-    unlabelled = [file for file in files if file_name(file) not in class_of]
+    unlabeled = [file for file in files if file_name(file) not in class_of]
     absent = sorted(set(class_of) - {file_name(file) for file in files})
     unknown = sorted(set(class_of.values()) - set(class_ids) - left_out)
     for faults, what in (
-        (unlabelled, "has no line for the image"),
+        (unlabeled, "has no line for the image"),
         (absent, "lists the missing image"),
         (unknown, "names the unknown class"),
     ):
@@ -254,7 +256,7 @@ class ClassFolders:
         train = [(file, label) for label, files in enumerate(by_class) for file in files]
         self.check_tables(root, {file: class_ids[label] for file, label in train})
         validation = list_validation_images(root, class_ids, left_out)
-        tested, test_labels = list_labelled_test_images(root, class_ids)
+        tested, test_labels = list_labeled_test_images(root, class_ids)
         synonyms = read_synonyms(root, class_ids, label_order)
         sources = [root / name for name in (WNIDS_NAME, "words.txt")]
         if is_annotated(root):
@@ -303,7 +305,7 @@ class FlatClassFolders(ClassFolders):
 # Labels that are not folder names
 
 
-def list_labelled(root: Path, options: DataOptions) -> list[str]:
+def list_labeled(root: Path, options: DataOptions) -> list[str]:
     """The images that labels are wanted for: all but those of test/."""
     files = sorted(list_images_below(root, without=find_split_folder(root, "test")))
     if not options.label_pattern or find_split_folder(root, "train") is None:
@@ -313,12 +315,12 @@ def list_labelled(root: Path, options: DataOptions) -> list[str]:
     return [file for file in files if file.startswith(starts)]
 
 
-def list_unlabelled_test(root: Path, template: Path | None, unlabelled: Sequence[str], source: str) -> list[str]:
-    """Test files; without a test folder, the unlabelled images that the template lists. Raises `UserError`."""
+def list_unlabeled_test(root: Path, template: Path | None, unlabeled: Sequence[str], source: str) -> list[str]:
+    """Test files; without a test folder, the unlabeled images that the template lists. Raises `UserError`."""
     listed: dict[str, str] = {}
-    if unlabelled and template and find_split_folder(root, "test") is None:
-        listed = match_ids(unlabelled, set(read_template(template).iloc[:, 0]))
-    if rest := [file for file in unlabelled if file not in listed]:
+    if unlabeled and template and find_split_folder(root, "test") is None:
+        listed = match_ids(unlabeled, set(read_template(template).iloc[:, 0]))
+    if rest := [file for file in unlabeled if file not in listed]:
         raise UserError(
             f"{root / rest[0]}: has no label in {source} ({len(rest)} images have none); add rows for "
             "them, or move them into test/ or out of the dataset"
@@ -349,17 +351,17 @@ class LabelTables:
     def recognizes(self, root: Path, options: DataOptions) -> bool:
         files = list_images_below(root, without=find_split_folder(root, "test"))
         tables = find_label_tables(root, files)
-        return any(names_more_than_validation(root, table) for table in tables) and not (
-            len(list_flat_classes(root)) > 1 and all(repeats_folders(table, files) for table in tables)
-        )
+        if len(list_flat_classes(root)) > 1:  # the folders may be the classes, and the table notes on the images
+            tables = [table for table in tables if names_labels(table) and not repeats_folders(table, files)]
+        return any(names_more_than_validation(root, table) for table in tables)
 
     def read_classes(self, root: Path, options: DataOptions) -> tuple[list[str], list[str], str]:
-        labels = label_images(root, list_labelled(root, options), options)
+        labels = label_images(root, list_labeled(root, options), options)
         class_ids = order_labels(labels.label_of.values())
         return class_ids, class_ids, f"{labels.source} {NATURALLY}"
 
     def read(self, root: Path, options: DataOptions) -> DatasetFiles:
-        files, template = list_labelled(root, options), options.template_path or find_template(root)
+        files, template = list_labeled(root, options), options.template_path or find_template(root)
         labels = label_images(root, files, options)
         label_of, classes_file = labels.label_of, options.classes_path
         class_ids = order_used_labels(root, set(label_of.values()), classes_file, labels.source)
@@ -380,7 +382,7 @@ class LabelTables:
             train_groups=[labels.group_of[file] for file in train] if labels.group_of else [],
             validation_files=held_out,
             validation_labels=[number[label_of[file]] for file in held_out],
-            test_files=list_unlabelled_test(root, template, [f for f in files if f not in label_of], labels.source),
+            test_files=list_unlabeled_test(root, template, [f for f in files if f not in label_of], labels.source),
             left_out=len(set(label_of.values()) - set(class_ids)),
             sources=labels.tables,
         )
@@ -393,7 +395,11 @@ class ChosenLabels(LabelTables):
         if options.label_pattern or not options.names_a_table:
             return False
         named = options.labels_csv or ""
-        lies_here = (root / named).is_file() and not Path(named).is_absolute() if named else bool(list_tables(root))
+        lies_here = (
+            (root / named).is_file() and not Path(named).is_absolute()
+            if named
+            else bool(list_tables(root, list_folder(root)[0]))
+        )
         return lies_here or not is_wrapper(root)
 
 
@@ -450,11 +456,6 @@ def find_layout(path: Path, options: DataOptions | None = None) -> tuple[Path, L
                 raise UserError(f"{path}: holds several datasets ({names}); choose one of them")
             return best[0], layout
     raise UserError(_describe_unknown(path, [folder for _, folder in candidates]))
-
-
-def find_root(path: Path) -> Path:
-    """The root of the dataset at `path`. Raises `UserError`."""
-    return find_layout(path)[0]
 
 
 def _describe_unknown(path: Path, folders: Sequence[Path]) -> str:

@@ -93,6 +93,14 @@ def list_folder(folder: Path) -> tuple[list[str], list[str]]:
     return sorted(n for n, is_dir in kinds if not is_dir), sorted(n for n, is_dir in kinds if is_dir)
 
 
+def list_files_above(root: Path) -> list[str]:
+    """Sorted names of the files in the folder above; empty if it may not be listed, as on some clusters."""
+    try:
+        return list_folder(root.absolute().parent)[0]
+    except UserError:
+        return []
+
+
 def list_visible_folders(folder: Path) -> list[str]:
     """Sorted names of the folders in a folder, without hidden ones and those that systems and programs leave."""
     return [name for name in list_folder(folder)[1] if not name.startswith(".") and name not in JUNK_FOLDERS]
@@ -108,7 +116,7 @@ def has_images(folder: Path) -> bool:
 def find_split_folder(root: Path, split: str) -> str | None:
     """The folder of a split (train, val or test), relative to the root; None if there is none.
 
-    A folder that holds nothing but a folder of the same name stands for that one. Raises `UserError` if there are
+    A folder that holds nothing but another folder for this split stands for that one. Raises `UserError` if there are
     several folders for the split.
     """
     stems = SPLIT_FOLDERS[split]
@@ -122,7 +130,8 @@ def find_split_folder(root: Path, split: str) -> str | None:
         return None
     folder = found[0]
     inside = list_visible_folders(root / folder)
-    return f"{folder}/{inside[0]}" if inside == [folder] and not has_images(root / folder) else folder
+    is_wrapped = len(inside) == 1 and pattern.fullmatch(inside[0]) and not has_images(root / folder)
+    return f"{folder}/{inside[0]}" if is_wrapped else folder
 
 
 def list_flat_classes(root: Path) -> list[str]:
@@ -213,23 +222,22 @@ def list_unused(root: Path, used: Set[str]) -> tuple[Counter[str], Counter[str]]
 # Templates and archives
 
 
-def list_templates(folder: Path) -> list[Path]:
-    """submission_sample.csv if a folder has it, else every csv with "sample" or "template" in its name."""
-    if (folder / TEMPLATE_NAME).is_file():
-        return [folder / TEMPLATE_NAME]
-    names = list_folder(folder)[0]
-    return [folder / name for name in names if re.search(r"(?i)(sample|template).*\.[ct]sv$", name)]
+def choose_templates(names: Sequence[str]) -> list[str]:
+    """submission_sample.csv if it is among the names, else every csv with "sample" or "template" in its name."""
+    if TEMPLATE_NAME in names:
+        return [TEMPLATE_NAME]
+    return [name for name in names if re.search(r"(?i)(sample|template).*\.[ct]sv$", name)]
 
 
 def find_template(root: Path) -> Path | None:
     """The submission template in a dataset's root. Raises `UserError` if several files could be it."""
-    found = list_templates(root)
+    found = choose_templates(list_folder(root)[0])
     if len(found) > 1:
         raise UserError(
-            f"{root}: {' and '.join(path.name for path in found)} could each be the template; "
+            f"{root}: {' and '.join(found)} could each be the template; "
             f"rename the right one {TEMPLATE_NAME}, or choose it with --template"
         )
-    return found[0] if found else None
+    return root / found[0] if found else None
 
 
 def list_archives(folder: Path) -> list[Path]:

@@ -131,12 +131,13 @@ def _extract_nested(folder: Path) -> None:
 
     Competitions often hand out one zip that holds train.zip and test.zip. Raises `UserError`.
     """
-    for path in sorted(folder.rglob("*.zip")):
+    found = [p for p in folder.rglob("*") if p.suffix.lower() == ".zip" and p.is_file() and not p.name.startswith(".")]
+    for path in sorted(found):
+        inside = path.with_suffix("")
+        if inside.exists():  # it lies there unpacked, too
+            continue
         members = _list_members(path)
         _check_members(path, members)
-        inside = path.with_suffix("")
-        if inside.exists():
-            raise UserError(f"{path}: there is already a folder of this name; unpack the zips, and give their folder")
         inside.mkdir()
         check_free_space(folder.parent, sum(m.file_size for m in members), f"{path}: unpacking it")
         _extract(path, members, inside)

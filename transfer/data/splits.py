@@ -229,11 +229,16 @@ def split_fold(
     for group in find_copies(files if contents is None else contents):
         first = group[draw_order([files[p] for p in group], split_seed)[0]]
         fold_of |= dict.fromkeys(group, fold_of[first])
+    if empty := set(range(1, folds + 1)) - set(fold_of.values()):
+        raise UserError(
+            f"--kfold {folds}: fold {min(empty)} would have no image, since copies, and images of one group, stay in "
+            "one fold; use fewer folds"
+        )
     for positions in positions_by_class(labels):
         if len({fold_of[p] for p in positions}) == 1:
             raise UserError(
-                f"--kfold {folds}: almost all images of the class of {files[positions[0]]} are copies of each other, "
-                "so that one fold would hold them all; remove copies"
+                f"--kfold {folds}: almost all images of the class of {files[positions[0]]} are copies or one group, "
+                "so that one fold would hold them all; remove copies, or use fewer folds"
             )
     order = range(len(files))
     return [p for p in order if fold_of[p] != fold], [p for p in order if fold_of[p] == fold]

@@ -334,8 +334,8 @@ def _write_tables(source: DatasetFiles, folder: Path) -> None:
     (folder / WNIDS_NAME).write_text("".join(f"{wnid}\n" for wnid in source.class_ids[:CLASSES]))
     if (source.root / "words.txt").is_file():
         shutil.copyfile(source.root / "words.txt", folder / "words.txt")
-    labelled = zip(source.validation_files, source.validation_labels, strict=True)
-    answers = {image_id_of(file): label for file, label in labelled if label < CLASSES}
+    labeled = zip(source.validation_files, source.validation_labels, strict=True)
+    answers = {image_id_of(file): label for file, label in labeled if label < CLASSES}
     # In an order that is unrelated to the labels, as in the competition's template.
     template = make_template(sorted(answers, key=lambda image_id: hashlib.sha256(image_id.encode()).digest()))
     (folder / TEMPLATE_NAME).write_bytes(render_submission(template, dict.fromkeys(answers, 0)))

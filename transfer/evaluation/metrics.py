@@ -214,7 +214,7 @@ class RunMetrics:
     soup: SoupMetrics | None = None
     ensemble: ClassificationMetrics | None = None
     submission: SubmissionSource | None = None
-    test: ClassificationMetrics | None = None  # of labelled test images, which choose nothing
+    test: ClassificationMetrics | None = None  # of labeled test images, which choose nothing
     copies: CopyCounts | None = None  # None where no image is byte-identical to another
 
     @property

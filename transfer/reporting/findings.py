@@ -59,15 +59,15 @@ def find_data_root(data_dir: str, known_file: str) -> Path:
     raise UserError(f"{data_dir}: is not this run's dataset: it does not hold {known_file}")
 
 
-def find_test_files(root: Path, ids: Iterable[str], labelled_files: Iterable[str]) -> dict[str, str]:
+def find_test_files(root: Path, ids: Iterable[str], labeled_files: Iterable[str]) -> dict[str, str]:
     """Files of test images by id: the file name with or without its suffix. An id without a file is left out."""
     wanted = set(ids)
     found: dict[str, str] = {}
     # A labeled image may have the same name as a test image, so the folders of labeled images are skipped.
-    labelled = {PurePosixPath(file).parts[0] for file in labelled_files}
+    labeled = {PurePosixPath(file).parts[0] for file in labeled_files}
     for folder, folders, files in os.walk(root):
         if Path(folder) == root:
-            folders[:] = [name for name in folders if name not in labelled]
+            folders[:] = [name for name in folders if name not in labeled]
         for name in files:
             stem, suffix = os.path.splitext(name)  # noqa: PTH122 - much faster than Path
             if suffix.lower() in IMAGE_SUFFIXES:

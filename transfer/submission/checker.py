@@ -319,7 +319,10 @@ def read_classes(found: tuple[Path, Layout] | None, folder: Path, classes_file: 
     """
     if classes_file is None and found is not None and not (folder / WNIDS_NAME).is_file():
         root, layout = found
-        ids, names, order = layout.read_classes(root, DataOptions())
+        try:
+            ids, names, order = layout.read_classes(root, DataOptions())
+        except UserError:  # such as a csv with several columns that could be the labels
+            return None
     elif classes_file is None and not (folder / WNIDS_NAME).is_file():
         return None
     else:
