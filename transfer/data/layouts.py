@@ -394,12 +394,11 @@ class ChosenLabels(LabelTables):
     def recognizes(self, root: Path, options: DataOptions) -> bool:
         if options.label_pattern or not options.names_a_table:
             return False
-        named = options.labels_csv or ""
-        lies_here = (
-            (root / named).is_file() and not Path(named).is_absolute()
-            if named
-            else bool(list_tables(root, list_folder(root)[0]))
-        )
+        named = Path(options.labels_csv or "").expanduser()
+        if options.labels_csv:
+            lies_here = (root / named).is_file() and (not named.is_absolute() or named.parent == root.absolute())
+        else:
+            lies_here = bool(list_tables(root, list_folder(root)[0]))
         return lies_here or not is_wrapper(root)
 
 
