@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -180,11 +181,6 @@ def _start_of(pid: int) -> str | None:
     return None if fields[0] in (b"Z", b"X") else fields[19].decode()  # a zombie has ended
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process of this machine is there and has not ended."""
-    return _start_of(pid) is not None
-
-
 def _machine() -> str:
     """What must be equal for a process number to mean the same process: the boot, and the container."""
     try:
@@ -209,12 +205,16 @@ class FolderLock:
 
     def acquire(self) -> None:
         """Take the lock. Raises `UserError` if a run that is alive holds it, and `OSError` as `open` does."""
-        while True:
-            try:
-                self._create()
-                break
-            except FileExistsError:
-                self._remove_stale(refuse_owned(self.folder))
+        place = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16]
+        # Of this machine's runs that find a stale lock, one after the other looks at it: a run that has looked must
+        # not remove the lock that another one has made meanwhile.
+        with FileLock(Path(tempfile.gettempdir()) / f"finetune-vit-{_user_name()}-{place}.lock"):
+            while True:
+                try:
+                    self._create()
+                    break
+                except FileExistsError:
+                    self._remove_stale(refuse_owned(self.folder))
         threading.Thread(target=self._keep_fresh, daemon=True).start()
 
     def _create(self) -> None:
