@@ -29,6 +29,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import psutil
 import torch
 import transformers
 from PIL import Image
@@ -42,7 +43,7 @@ from data_loading import load_dataset, open_data
 from transfer.data.images import ImageGeometry, open_pixel_store
 from transfer.data.labels import open_template, render_submission
 from transfer.errors import UserError
-from transfer.files import digest_of_folder, is_alive
+from transfer.files import digest_of_folder
 from transfer.runtime import LAUNCHER_VARIABLES
 from transfer.submission.checker import find_faults
 
@@ -208,10 +209,11 @@ class Victim:
     def _await_end(self, child: int) -> None:
         """A run ends with its launcher; its data workers end a little later."""
         start = time.monotonic()
-        while is_alive(child):
-            if time.monotonic() - start > PATIENCE:
-                raise SystemExit(f"process {child} has outlived its launcher: {self.log.read_text()[-500:]}")
-            time.sleep(0.01)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+                if time.monotonic() - start > PATIENCE:
+                    raise SystemExit(f"process {child} has outlived its launcher: {self.log.read_text()[-500:]}")
+                time.sleep(0.01)
 
     def _await(self, process, condition, wait: float) -> None:
         start, since = time.monotonic(), time.time()

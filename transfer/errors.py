@@ -21,7 +21,6 @@ OTHERS_WAIT_SECONDS = 10.0  # the launcher ends the other processes once the fir
 START_AGAIN = "run the same command again: it starts over, or tells you how to resume"
 LAUNCHER_SECONDS = 3.0  # at most, until a launcher that Ctrl-C interrupts as well has printed its traceback
 
-BEFORE_EXIT: list[Callable[[], object]] = []  # called before a command prints its last line
 _endings: list[contextlib.ExitStack] = []  # one of each command that runs in this process, the innermost last
 
 
@@ -116,15 +115,6 @@ def exits_cleanly(main):
     shell, and SIGTERM and SIGHUP with 143 and 129. What `at_end` was given is then released.
     """
 
-    def run_to_end(*args, **kwargs):
-        if signal.getsignal(signal.SIGINT) is _stop_early:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            return main(*args, **kwargs)
-        finally:
-            for leave in BEFORE_EXIT:
-                leave()
-
     @functools.wraps(main)
     def run(*args, **kwargs):
         _print_any_text()
@@ -132,7 +122,9 @@ def exits_cleanly(main):
             with contextlib.ExitStack() as ending:
                 _endings.append(ending)
                 ending.callback(_endings.remove, ending)
-                return run_to_end(*args, **kwargs)
+                if signal.getsignal(signal.SIGINT) is _stop_early:
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
+                return main(*args, **kwargs)
         except UserError as mistake:
             if isinstance(mistake.__context__, KeyboardInterrupt):
                 _let_launcher_end()

@@ -75,7 +75,8 @@ def list_pictures(places: Sequence[str]) -> tuple[list[Path], list[str]]:
         elif path.exists() or not glob.has_magic(place):
             files, fault = [path] if path.exists() else [], "no such file or folder"
         else:
-            matches = sorted(glob.glob(str(path), recursive=True), key=natural_key)  # noqa: PTH207 - Path.glob wants a root
+            # Not Path.glob, which wants a root.
+            matches = sorted(glob.glob(str(path), recursive=True), key=natural_key)  # noqa: PTH207
             files, fault = [Path(match) for match in matches if not Path(match).is_dir()], "matches no file"
         found |= dict.fromkeys(files)
         if not files:

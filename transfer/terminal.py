@@ -21,7 +21,7 @@ from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback
 
-from transfer.errors import BEFORE_EXIT
+from transfer.errors import at_end
 
 T = TypeVar("T")
 
@@ -158,6 +158,7 @@ class _Screen:
                 redirect_stderr=sys.stderr.isatty(),  # what goes to a file stays there
             )
             self.progress.start()
+            at_end(self.close)  # or a bar would be drawn below an error
         return self.progress.add_task(name, total=total, detail="")
 
     def update(self, task: TaskID, done: int, detail: str) -> None:
@@ -178,7 +179,6 @@ class _Screen:
 
 _screen = _Screen()
 _console = _screen.get_console
-BEFORE_EXIT.append(_screen.close)  # or a bar would be drawn below the error
 
 
 class Bar:

@@ -1,13 +1,12 @@
 """Labels that stand in a csv or in file names instead of folder names."""
 
-import csv
-import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transfer.data.listing import file_name, find_split_folder, list_files_above, list_folder, normal_name, read_text
+from transfer.data.labels import SEPARATORS, read_csv_text, split_rows
+from transfer.data.listing import file_name, find_split_folder, list_files_above, list_folder, normal_name
 from transfer.errors import UserError
 
 MOST_TABLE_BYTES = 64 * 2**20  # a larger file is read only if --labels_csv names it
@@ -94,18 +93,14 @@ class LabelTable:
         return [normal_name(cells[position].strip()) for _, cells in self.rows]
 
 
-def _split_rows(path: Path) -> list[tuple[int, list[str]]]:
+def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
     """(line number, cells) of a csv with `,`, `;` or tab, or of lines `path label` in a txt. Raises `UserError`."""
-    text = read_text(path)
+    text, _ = read_csv_text(path)
     first, lines = text.partition("\n")[0], [line for line in text.splitlines() if line.strip()]
-    delimiter = max(",;\t", key=lambda sign: (all(sign in line for line in lines), first.count(sign)))
-    if delimiter not in first:
+    separator = max(SEPARATORS, key=lambda sign: (all(sign in line for line in lines), first.count(sign)))
+    if separator not in first:
         return [(n, line.rsplit(None, 1)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    try:
-        return [(reader.line_num, row) for row in reader if row]
-    except csv.Error as fault:
-        raise UserError(f"{path}: is not a csv file (line {reader.line_num}: {fault})") from None
+    return split_rows(path, text, separator)
 
 
 def read_label_table(path: Path, names: ImageNames, base: str = "") -> LabelTable:
@@ -113,7 +108,7 @@ def read_label_table(path: Path, names: ImageNames, base: str = "") -> LabelTabl
 
     Raises `UserError`.
     """
-    rows = _split_rows(path)
+    rows = _read_rows(path)
     width = len(rows[0][1]) if rows else 0
     for line, cells in rows:
         if len(cells) != width:

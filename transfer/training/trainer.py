@@ -6,7 +6,7 @@ It overrides the Trainer's public methods, and one private one; transfer/runtime
 import copy
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -312,7 +312,7 @@ class FinetuningTrainer(Trainer):
         loader = self.get_test_dataloader(split)
         found = []
         hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-        with Bar(what or "predicting", len(split), hidden=hidden or not what) as bar:  # type: ignore[arg-type]  # Sized
+        with Bar(what or "predicting", len(cast(Sized, split)), hidden=hidden or not what) as bar:
             for batch in loader:
                 _, logits = self._run_in_parts(batch, step)
                 found.append(self.accelerator.gather_for_metrics(torch.cat(logits)).cpu())
