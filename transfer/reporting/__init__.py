@@ -18,6 +18,7 @@ from transfer.errors import UserError
 from transfer.evaluation.metrics import RunMetrics
 from transfer.evaluation.predictions import Predictions
 from transfer.files import read_json
+from transfer.models.offline import BACKBONES
 
 SIGNIFICANCE = 0.05  # p-value below which a difference is not called noise
 
@@ -53,8 +54,8 @@ def read_histories(folder: Path) -> dict[str, list[dict]]:
 def base_model_name(record: Mapping) -> str:
     """The checkpoint that a run started from: a Hub id, or the last part of a local path."""
     name = str(record["arguments"]["model_name_or_path"])
-    if name == "offline":
-        return "EfficientNet-Lite0 (ImageNet-1k)"
+    if name in BACKBONES:
+        return BACKBONES[name].title
     return Path(name).name if record["local_model"] else name
 
 

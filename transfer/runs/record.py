@@ -16,6 +16,7 @@ from transfer.errors import UserError
 from transfer.evaluation.metrics import FILE_NAME as METRICS_FILE
 from transfer.evaluation.metrics import RunMetrics
 from transfer.files import PROJECT, digest_of_folder, read_json, run_git, write_atomically
+from transfer.models.offline import is_offline
 from transfer.runtime import launched_processes, say, shards_model
 from transfer.training.checkpoints import decides_weights
 
@@ -93,11 +94,12 @@ def make_record(
     start_fingerprint: str,
 ) -> dict:
     """The part of run.json that is known before training; `start_fingerprint` is that of the initial weights."""
+    name = arguments["model_name_or_path"]
     return {
         "command": command,
         "arguments": dict(arguments),
         "precision": precision,
-        "local_model": arguments["model_name_or_path"] == "offline" or Path(arguments["model_name_or_path"]).exists(),
+        "local_model": is_offline(name) or Path(name).exists(),
         "code": describe_code(),
         "versions": describe_versions(),
         "device": describe_device(),
