@@ -11,8 +11,15 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from transfer.errors import UserError
 from transfer.models.build import load_trained
-from transfer.models.layers import parameter_groups, trainable_fraction
-from transfer.models.lora import adapted_layers, add_adapters, check_same_adapters, load_adapters, merge_adapters
+from transfer.models.layers import (
+    adapted_layers,
+    add_adapters,
+    check_same_adapters,
+    load_adapters,
+    merge_adapters,
+    parameter_groups,
+    trainable_fraction,
+)
 
 
 def adapted(checkpoint, rank=4):

@@ -23,6 +23,7 @@ from transfer.data.layouts import DatasetFiles
 from transfer.errors import UserError
 from transfer.models.cpu_kernels import apply_cpu_speedups
 from transfer.models.layers import (
+    add_adapters,
     describe_learning_rates,
     find_heads,
     fix_batch_norm_momentum,
@@ -32,7 +33,6 @@ from transfer.models.layers import (
     trainable_fraction,
 )
 from transfer.models.load import load_checkpoint, read_geometry, saved_class_ids, set_image_size
-from transfer.models.lora import add_adapters
 from transfer.models.offline import blocks_with_odd_input
 from transfer.runtime import note, say
 

@@ -45,8 +45,8 @@ from transfer.files import (
 )
 from transfer.hub import check_push, push_model, push_space
 from transfer.models.build import Classifier
+from transfer.models.layers import holds_adapters
 from transfer.models.load import fingerprint_of_weights
-from transfer.models.lora import holds_adapters
 from transfer.reporting.card import keep_card, write_card
 from transfer.reporting.page import draw_report
 from transfer.runs import MEASURED_IMAGES, RunContext, select_evenly

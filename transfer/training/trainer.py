@@ -34,9 +34,16 @@ from transfer.data.images import PixelDataset, identity_collate
 from transfer.errors import Terminated, UserError
 from transfer.evaluation.metrics import find_hits, macro_f1
 from transfer.models.build import Classifier
-from transfer.models.layers import find_blocks, parameter_groups
+from transfer.models.layers import (
+    check_same_adapters,
+    find_blocks,
+    holds_adapters,
+    is_adapted,
+    load_adapters,
+    merge_adapters,
+    parameter_groups,
+)
 from transfer.models.load import load_complete
-from transfer.models.lora import check_same_adapters, holds_adapters, is_adapted, load_adapters, merge_adapters
 from transfer.runtime import end_signals, shards_model
 from transfer.terminal import Bar, TrainingProgress
 from transfer.training.checkpoints import (
