@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from scipy.special import softmax
 
 from transfer.errors import UserError
-from transfer.evaluation.predictions import Predictions, average_probabilities, choose_views
+from transfer.evaluation.predictions import Predictions, average_probabilities, choose_members
 from transfer.runs.repeats import choose_submission, summarize
 from transfer.training.linear_probe import fit_head
 
@@ -52,8 +52,8 @@ def test_a_view_is_kept_only_where_it_helps():
     labels = np.array([0, 1, 0, 1])
     right, wrong = np.eye(2)[labels] * 4, np.eye(2)[1 - labels] * 4
     half = np.where(np.arange(4)[:, None] < 2, right, wrong * 0.5)
-    assert choose_views({"plain": half, "flip": right}, labels) == ["plain", "flip"]
-    assert choose_views({"plain": right, "flip": wrong, "zoom": right}, labels) == ["plain"]
+    assert choose_members({"plain": half, "flip": right}, labels) == ["plain", "flip"]
+    assert choose_members({"plain": right, "flip": wrong, "zoom": right}, labels) == ["plain"]
 
 
 @pytest.fixture(scope="module")
@@ -296,3 +296,17 @@ def test_data_with_validation_images_of_their_own_are_not_folded(pristine_data):
     published = dataclasses.replace(folder, validation_files=folder.train_files[:4], validation_labels=[0, 1, 2, 3])
     with pytest.raises(UserError, match="--kfold: this dataset has its own validation images"):
         load_dataset(published, fold=(1, 3))
+
+
+def test_the_ensemble_of_a_folder_of_seeds_is_a_finished_run(seeds_run, tmp_path, capsys):
+    from transfer import ensemble
+
+    _, out = seeds_run
+    ensemble.main([str(out), "--output_dir", str(tmp_path / "together")])
+    metrics, said = metrics_of(tmp_path / "together"), capsys.readouterr().out
+    accuracies = [metrics_of(out / f"seed-{seed}")["validation"]["accuracy"] for seed in (3, 5)]
+    assert sorted(metrics["members"]["accuracy"].values()) == sorted(accuracies)
+    assert metrics["validation"]["accuracy"] >= max(accuracies) and "(10 rows, checked)" in said
+    handed_in = (tmp_path / "together" / "submission.csv").read_text().splitlines()
+    template = (out / "submission.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in handed_in] == [row.split(",")[0] for row in template]

@@ -191,7 +191,10 @@ def read_recipe(path: Path, trains: bool = True) -> dict:
 
 def read_run(path: Path) -> dict:
     """The arguments that reproduce the run of a run.json; the output goes beside the recorded one."""
-    recorded = read_record(path)["arguments"]
+    record = read_record(path)
+    if "members" in record:
+        raise UserError(f"{path}: is the record of an ensemble; its own command makes it again: {record['command']}")
+    recorded = record["arguments"]
     return chosen_arguments(recorded) | {"output_dir": f"{recorded['output_dir']}-reproduced"}
 
 

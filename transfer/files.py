@@ -345,12 +345,11 @@ def lock_output_dir(folder: Path) -> None:
 def claim_output_dir(folder: Path, resuming: bool) -> None:
     """Lock the output folder, made if it is missing. Raises `UserError` if another run holds it or is held by it."""
     lock_output_dir(folder)
+    has_checkpoint = any(any(folder.glob(state)) for state in UNFINISHED)
     if not resuming and is_finished(folder):
-        raise UserError(
-            f"{folder}: holds a finished run; choose another --output_dir or remove it "
-            "(--resume_from_checkpoint true resumes from its last checkpoint)"
-        )
-    if not resuming and any(any(folder.glob(state)) for state in UNFINISHED):
+        way = " (--resume_from_checkpoint true resumes from its last checkpoint)" * has_checkpoint
+        raise UserError(f"{folder}: holds a finished run; choose another --output_dir or remove it{way}")
+    if not resuming and has_checkpoint:
         raise UserError(
             f"{folder}: holds an unfinished run; resume it with --resume_from_checkpoint true, or remove the folder"
         )

@@ -170,6 +170,16 @@ class SoupMetrics(ClassificationMetrics):
 
 
 @dataclass(frozen=True)
+class EnsembleMembers:
+    """The finished runs that an ensemble was made from."""
+
+    kept: list[str]  # the runs that are averaged, the most accurate first
+    accuracy: dict[str, float]  # validation accuracy of each run that was tried
+    mean_of_all: float  # validation accuracy of the mean of all of them, which nothing was chosen for
+    note: str = "slightly optimistic: the members were chosen on these images"  # about the validation accuracy
+
+
+@dataclass(frozen=True)
 class SubmissionSource:
     """What the submission of repeated runs is made from."""
 
@@ -213,6 +223,7 @@ class RunMetrics:
     std: SplitScores | None = None
     soup: SoupMetrics | None = None
     ensemble: ClassificationMetrics | None = None
+    members: EnsembleMembers | None = None  # of an ensemble of runs
     submission: SubmissionSource | None = None
     test: ClassificationMetrics | None = None  # of labeled test images, which choose nothing
     copies: CopyCounts | None = None  # None where no image is byte-identical to another
@@ -251,6 +262,7 @@ class RunMetrics:
             std=stage("std", SplitScores),
             soup=stage("soup", SoupMetrics),
             ensemble=stage("ensemble", ClassificationMetrics),
+            members=stage("members", EnsembleMembers),
             submission=stage("submission", SubmissionSource),
             test=stage("test", ClassificationMetrics),
             copies=stage("copies", CopyCounts),
@@ -285,6 +297,11 @@ def describe_metrics(metrics: RunMetrics) -> list[str]:
         )
     if metrics.ensemble:
         lines.append(f"ensemble    validation accuracy {metrics.ensemble.accuracy:.4f}")
+    if metrics.members:
+        for run, accuracy in metrics.members.accuracy.items():
+            lines.append(f"{'member' if run in metrics.members.kept else 'left out':<11} {accuracy:.4f}  {run}")
+        of_all, runs = metrics.members.mean_of_all, len(metrics.members.accuracy)
+        lines.append(f"mean        validation accuracy {of_all:.4f} of the mean of all {runs} runs")
     if metrics.submission:
         best = "" if metrics.folds else ", the best on validation"
         lines.append(f"submission  from {metrics.submission.from_}{best}")
@@ -295,6 +312,8 @@ def describe_metrics(metrics: RunMetrics) -> list[str]:
     lines.append(
         f"accuracy    {label} {validation.accuracy:.4f} (95% interval {low:.4f} to {high:.4f}, n={validation.n})"
     )
+    if metrics.members:
+        lines.append(f"            {metrics.members.note}")
     if metrics.test:
         low, high = metrics.test.accuracy_ci95
         interval = f"(95% interval {low:.4f} to {high:.4f}, n={metrics.test.n})"

@@ -79,7 +79,8 @@ class RunResults:
             record = read_json(folder / "run.json", f"is {folder} a finished run?")
         _require(record, ["arguments", "local_model"], folder / "run.json")
         _require(record["arguments"], ["model_name_or_path"], folder / "run.json")
-        names, predictions = read_class_names(folder), Predictions.load(folder)
+        names = record.get("class_names") or read_class_names(folder)  # an ensemble has no model
+        predictions = Predictions.load(folder)
         if predictions.validation_logits.shape[1] != len(names):
             raise UserError(
                 f"{folder}: predictions.npz has {predictions.validation_logits.shape[1]} classes, but model/ has "
@@ -135,7 +136,7 @@ def align_hits(first: RunResults, second: RunResults) -> tuple[np.ndarray, np.nd
         only = set(files) ^ set(other_files)
         raise UserError(
             f"{first.folder} and {second.folder} have different validation images ({len(only)} are in only one of "
-            f"them, for example {min(only)}); compare runs with the same data, --validation_fraction and --split_seed"
+            f"them, for example {min(only)}); use runs with the same data, --validation_fraction and --split_seed"
         )
     differing = np.flatnonzero(ours.validation_labels[order] != theirs.validation_labels[other])
     if len(differing):

@@ -261,6 +261,10 @@ def list_stages(metrics: RunMetrics) -> dict[str, float]:
         stages[MEAN] = metrics.mean.validation.accuracy
     if metrics.soup:
         stages[SOUP] = metrics.soup.accuracy
+    if metrics.members:
+        kept = metrics.members.kept
+        stages |= {n + " (left out)" * (n not in kept): a for n, a in metrics.members.accuracy.items()}
+        stages["mean of all runs"] = metrics.members.mean_of_all
     if metrics.ensemble:
         stages[ENSEMBLE] = metrics.ensemble.accuracy
     return stages
@@ -272,6 +276,8 @@ def _name_final(metrics: RunMetrics, arguments: Mapping) -> str:
         return SOUP
     if metrics.folds:
         return "cross-validation"
+    if metrics.members:
+        return "ensemble"
     if arguments.get("linear_probe_only"):
         return "linear probe"
     return "fine-tuned" if metrics.train else "existing model"

@@ -203,6 +203,7 @@ def render_page(run: RunResults, album: Album, without_pictures: str | None = No
             tiles=list_tiles(run.metrics, reliability.ece, leaderboard),
             leaderboard=leaderboard,
             submission=run.metrics.submission,
+            members=run.metrics.members,
             copies=run.metrics.copies and run.metrics.copies.text,
             unreadable=run.record.get("unreadable_images", {}),
             calibration=run.metrics.calibration,
