@@ -21,7 +21,6 @@ if __name__ == "__main__":
     announce("loading PyTorch and Transformers")  # the imports below take some seconds
 
 import data_loading
-from transfer import ensemble
 from transfer.cli import parse_command_line
 from transfer.config import FinetuningArguments, describe_arguments
 from transfer.data.images import PixelDataset
@@ -47,8 +46,6 @@ def make_trainer(context: RunContext, args: FinetuningArguments, classifier: Cla
     trainer = FinetuningTrainer(
         classifier, args, eval_transform, train_transform, train, validation, run.layer_decay, weights
     )
-    if run.teacher and args.do_train:
-        trainer.train_transform = ensemble.Teacher(trainer, context)  # soft targets
     if run.ema_decay:
         trainer.add_callback(WeightAveraging(trainer, run.ema_decay))
     return trainer

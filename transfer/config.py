@@ -245,13 +245,6 @@ class RunArguments:
         "none", "`balanced` weights the training loss of each class by the inverse of its number of images.",
         OPTIMIZER, choices=("none", "balanced"), on_card="ingredient")
 
-    teacher: list[str] = option(
-        [], "Finished runs whose mean probabilities for each training view replace its label (distillation).",
-        OPTIMIZER, training_only=True, on_card="ingredient")
-    teacher_share: float = option(
-        1.0, "With teacher, share of its probabilities in the targets; the rest is the label.",
-        OPTIMIZER, at_least=0, at_most=1)
-
     mixup_alpha: float = option(
         0.0, "Mixup: blend pairs of images with a ratio from Beta(alpha, alpha); 0 disables it.",
         AUGMENTATION, at_least=0, on_card="ingredient")

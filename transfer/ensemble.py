@@ -4,8 +4,6 @@
 
 The runs may have different backbones and image sizes, but must have the same classes, validation and test images. A
 folder of `--seeds` stands for the runs of its seeds. Only the runs' folders are read: no data and no model.
-
-`Teacher` lets finished runs teach a student, for `--teacher`.
 """
 
 import argparse
@@ -18,10 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
-from transformers import PreTrainedModel
 
 from transfer.config import SUBMISSION_LABELS
 from transfer.data.layouts import DatasetFiles
@@ -38,17 +32,12 @@ from transfer.evaluation.predictions import (
     measure_calibration,
 )
 from transfer.files import claim_output_dir, is_finished, read_json, write_atomically
-from transfer.models.build import Classifier, has_fixed_size, load_trained
-from transfer.models.cpu_kernels import fold_batch_norms
 from transfer.reporting import RunResults, align_hits
 from transfer.reporting.page import redraw_report
-from transfer.runs import RunContext
 from transfer.runs.record import make_record, read_record, write_record
 from transfer.runs.repeats import start_of
 from transfer.submission import digest_of, fill_submission, look_at
 from transfer.submission.checker import check_rows
-from transfer.training.trainer import FinetuningTrainer, channels_last
-from transfer.transforms.evaluation import EvaluationTransform
 
 # The runs
 
@@ -202,69 +191,6 @@ def find_form(member: Member) -> DatasetFiles:
     if len(shown.columns) == 1 and not shown.has_fractions:
         raise UserError(f"{path}: was not made from {FILE_NAME} beside it, so how it writes labels is unknown")
     return replace(data, submission_labels="probability")  # whose last digits may differ between machines
-
-
-# The runs as a teacher
-
-
-def load_teacher(name: str, context: RunContext) -> Classifier:
-    """The model of a finished run that held out this run's validation images, for inference. Raises `UserError`."""
-    folder = Path(name).expanduser()
-    trained, held_out = read_record(folder / "run.json")["arguments"], context.dataset["validation"]["file"][:]
-    seen = sorted(set(held_out) - set(Predictions.load(folder).validation_files.tolist()))
-    if trained.get("kfold") and not trained.get("fold"):  # its model is that of one fold
-        seen = held_out
-    if seen:
-        raise UserError(
-            f"--teacher {name}: did not hold out {len(seen)} of this run's validation images, for example {seen[0]}; "
-            "use runs with the same data, --validation_fraction and --split_seed"
-        )
-    try:
-        teacher = load_trained(str(folder / "model"), context.data.class_ids)
-    except UserError as fault:
-        raise UserError(str(fault).replace("--model_name_or_path", "--teacher")) from None
-    fold_batch_norms(teacher.model, torch.randn(2, 3, *teacher.geometry.crop))
-    return teacher
-
-
-class Teacher(nn.Module):
-    """The train transform of a student whose targets are the mean probabilities of `--teacher` for the same views.
-
-    Distillation (Hinton et al. 2015) with consistent views (Beyer et al. 2022): the teachers see each image as the
-    student does, cropped, augmented and mixed; only a model of a fixed size gets it resized. Takes and gives what
-    `TrainTransform` does. Targets are (B, classes); what `--teacher_share` leaves of them is the label.
-    """
-
-    def __init__(self, student: FinetuningTrainer, context: RunContext):
-        super().__init__()
-        self.transform, self.normalized = student.train_transform, student.eval_transform
-        self.share, self.accelerator = context.run.teacher_share, student.accelerator
-        # Model, normalization and size; in a plain list, since they are no part of what is trained.
-        self.teachers: list[tuple[PreTrainedModel, EvaluationTransform, tuple[int, int] | None]] = []
-        for name in context.run.teacher:
-            teacher, device = load_teacher(name, context), student.args.device
-            model: nn.Module = teacher.model.eval()
-            model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in the stub
-            size = teacher.geometry.crop if has_fixed_size(teacher.model) else None
-            self.teachers.append((teacher.model, EvaluationTransform(teacher.geometry).to(device), size))
-
-    @torch.no_grad()
-    def forward(
-        self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, progress: float = 0.0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        pixel_values, targets = self.transform(images, labels, generator, progress)
-        pixels, given = self.normalized.denormalize(pixel_values), []
-        for model, prepare, size in self.teachers:
-            view = prepare.normalize(pixels)
-            if size:
-                view = F.interpolate(view, size, mode="bilinear", antialias=True)
-            with self.accelerator.autocast():
-                logits = model(pixel_values=channels_last(view)).logits
-            given.append(logits.float().softmax(-1))
-        taught = torch.stack(given).mean(0)  # (B, classes)
-        if targets.ndim == 1:
-            targets = F.one_hot(targets, taught.shape[1]).float()
-        return pixel_values, torch.lerp(targets, taught, self.share)
 
 
 # What it leaves

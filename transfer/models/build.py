@@ -96,13 +96,6 @@ def interpolate_positions(model: PreTrainedModel, image_size: int) -> dict[str, 
     return resized
 
 
-def has_fixed_size(model: PreTrainedModel) -> bool:
-    """Whether a model takes images of one size alone, because of its position embeddings."""
-    parts = model.modules()
-    embeds = any(isinstance(part, _PositionEmbeddings) or hasattr(part, "num_relative_distance") for part in parts)
-    return embeds or hasattr(model, "timm_model")
-
-
 def _resize_timm(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
     """timm's ViTs and Swins resize themselves; its convolutional networks take any size."""
     timm_model: Any = model.timm_model  # Any: timm is optional, so its types cannot be imported

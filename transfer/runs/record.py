@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from transfer.config import RunArguments
 from transfer.errors import UserError
 from transfer.evaluation.metrics import FILE_NAME as METRICS_FILE
 from transfer.evaluation.metrics import RunMetrics
@@ -84,12 +83,6 @@ def describe_packages() -> dict[str, str]:
     """Every installed package with its version."""
     found = {d.name: d.version for d in importlib.metadata.distributions() if d.name}
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
-
-
-def fingerprint_teachers(run: RunArguments) -> dict[str, list[str]]:
-    """Hashes of the weights of `--teacher`, to be recorded beside the arguments; nothing without it."""
-    folders = [Path(folder).expanduser() / "model" for folder in run.teacher]
-    return {"teacher_fingerprints": [digest_of_folder(f, "*.safetensors")[:16] for f in folders]} if folders else {}
 
 
 def make_record(

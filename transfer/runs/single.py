@@ -38,7 +38,6 @@ from transfer.files import (
     anonymize_file,
     claim_output_dir,
     digest_of_folder,
-    is_finished,
     lock_output_dir,
     read_json,
     write_atomically,
@@ -56,7 +55,6 @@ from transfer.runs.record import (
     describe_command,
     extend_record,
     find_run_of,
-    fingerprint_teachers,
     make_record,
     write_record,
 )
@@ -107,11 +105,8 @@ def say_data(run: RunArguments, data: DatasetFiles, dataset: datasets.DatasetDic
 def prepare_output(run: RunArguments, args: FinetuningArguments) -> str | None:
     """Claim the output folder; returns the checkpoint that a single training resumes from.
 
-    Raises `UserError`, also if a teacher is missing, or if the results could not be exported, packed or pushed.
+    Raises `UserError`, also if the results could not be exported, packed or pushed.
     """
-    for folder in run.teacher:
-        if not is_finished(Path(folder).expanduser()):
-            raise UserError(f"--teacher {folder}: is not a finished run; give the output folder of one")
     claim_output(run, args)  # comes first: a run that is alive writes the checkpoints
     if run.seeds or (run.kfold and not run.fold) or run.search:  # each training has its own
         return None
@@ -157,7 +152,7 @@ def start_record(context: RunContext, trainer: FinetuningTrainer, checkpoint: st
     store = trainer.eval_dataset.store
     record = make_record(
         describe_command(context.words),
-        context.arguments | {"seed": trainer.args.seed} | fingerprint_teachers(context.run),
+        context.arguments | {"seed": trainer.args.seed},
         context.precision,
         store.data_fingerprint,
         split_fingerprint(context.dataset),

@@ -82,7 +82,6 @@ FIXED = {
 CONTINUES = {
     **dict.fromkeys(
         ["train_image_size", "min_crop_scale", "drop_path_rate", "freeze_batch_norm_stats", "class_weights",
-         "teacher", "teacher_share", "teacher_fingerprints",
          "mixup_alpha", "cutmix_alpha", "trivial_augment", "erasing_probability", "augment_until",
          "max_grad_norm", "label_smoothing_factor", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
          "save_strategy", "save_steps", "load_best_model_at_end", "debug"],

@@ -46,10 +46,6 @@ class EvaluationTransform(nn.Module):
         images = torch.addcmul(self.offset, images, self.scale)
         return images.flip(1) if self.geometry.bgr else images
 
-    def denormalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Undo `normalize`."""
-        return ((pixel_values.flip(1) if self.geometry.bgr else pixel_values) - self.offset) / self.scale
-
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[-2:]
         if self.cropped and (height, width) == self.geometry.crop:
