@@ -17,6 +17,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 OF_ACCELERATE = {"config_file", "quiet", "num_machines", "num_processes", "machine_rank", "main_process_ip"}
 OF_TENSORBOARD = {"logdir"}
+OF_PIP = {"no-deps"}
 ELSEWHERE = {"train.py"}  # timm's
 PLACEHOLDERS = {"RECIPE.yaml", "best.yaml"}  # one for the reader to fill in, one that a search writes
 
@@ -82,7 +83,7 @@ def test_every_relative_link_leads_to_a_file_and_every_anchor_to_a_heading(page)
 
 @each_page
 def test_every_flag_is_an_argument(page):
-    known = {"help", *known_names()} | OF_ACCELERATE | OF_TENSORBOARD
+    known = {"help", *known_names()} | OF_ACCELERATE | OF_TENSORBOARD | OF_PIP
     scripts = [ROOT / "data_loading.py", *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "transfer").rglob("*.py")]
     for script in scripts:
         known |= set(re.findall(r"add_argument\(\s*\"--([a-z_]+)\"", script.read_text()))
