@@ -310,6 +310,7 @@ def start(*words: str, before: str = "", **environment: str) -> subprocess.Popen
         stderr=subprocess.STDOUT,
         encoding="utf-8",
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
 
 
