@@ -8,7 +8,7 @@ import stat
 import tarfile
 import warnings
 import zipfile
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import pytest
@@ -97,7 +97,9 @@ def test_the_default_place_is_the_datasets_cache(tmp_path):
 
 
 def test_what_a_mac_adds_is_left_out(tmp_path, cache):
-    folder = extract_zip(write_zip(tmp_path / "a.zip", FILES | {"__MACOSX/set/._a.JPEG": b"x"}), cache)
+    ignored = Counter()
+    folder = extract_zip(write_zip(tmp_path / "a.zip", FILES | {"__MACOSX/set/._a.JPEG": b"x"}), cache, ignored)
+    assert ignored == {"__MACOSX/* (hidden or left by a system)": 1}
     assert contents(folder) == FILES
 
 

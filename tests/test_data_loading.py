@@ -45,9 +45,12 @@ def test_images_decode_to_rgb_and_test_images_carry_their_ids(pristine_data):
 
 def test_folder_parent_and_zip_give_the_same_data_set(pristine_data, tmp_path):
     archive = zip_folder(pristine_data, tmp_path / "download.zip")
+    with zipfile.ZipFile(archive, "a") as added:
+        added.writestr("__MACOSX/tiny-imagenet-100/._train", b"x")
     found = [open_data(str(place)) for place in (pristine_data, pristine_data.parent, archive)]
     assert len({split_fingerprint(load_dataset(folder)) for folder in found}) == 1
     assert all(folder.class_names == ["red thing", "green thing", "blue thing", "grey"] for folder in found)
+    assert found[2].ignored - found[0].ignored == {"__MACOSX/* (hidden or left by a system)": 1}
 
 
 def test_boxes_and_other_files_are_ignored_and_counted(data):
