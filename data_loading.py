@@ -119,7 +119,10 @@ def open_data(data_dir: str, **options: str | None) -> DatasetFiles:
     The options are those of `DataOptions`, such as `classes_file`. Raises `UserError`.
     """
     path = sample_data() if data_dir == "sample" else Path(data_dir).expanduser()
-    return open_folder(extract_zip(path) if path.is_file() else path, DataOptions(**options))
+    left_out: Counter[str] = Counter()
+    folder = extract_zip(path, ignored=left_out) if path.is_file() else path
+    data = open_folder(folder, DataOptions(**options))
+    return replace(data, ignored=data.ignored + left_out)
 
 
 def skip_unreadable(data: DatasetFiles) -> DatasetFiles:
@@ -178,7 +181,7 @@ def draw_splits(
     if fold and data.validation_files:
         raise UserError("--kfold: this dataset has its own validation images, on which every run is measured")
     if fold:
-        train, held_out = split_fold(files, labels, *fold, split_seed, units)
+        train, held_out = split_fold(files, labels, *fold, split_seed, units, has_groups=bool(data.train_groups))
     elif data.validation_files:
         train = list(range(len(files)))
     else:

@@ -5,7 +5,9 @@ import os
 # Caches of the tests stay apart from the user's, and nothing asks a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # each worker has one core
+    # The workers share the cores, as the processes of a run do: threads that wait for a core multiply the time.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ["PYTEST_XDIST_WORKER_COUNT"]
 
 import contextlib
 import gc

@@ -1,13 +1,14 @@
 """A zip is extracted once, atomically, and never outside its folder."""
 
+import multiprocessing
+import os
 import shutil
+import signal
 import stat
-import subprocess
-import sys
 import tarfile
 import warnings
 import zipfile
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,6 @@ from transfer.data import sources
 from transfer.data.sources import extract_zip
 from transfer.errors import UserError
 
-ROOT = Path(__file__).parent.parent
 FILES = {"set/wnids.txt": b"n00000001\n", "set/train/a.JPEG": bytes(range(256)), "set/empty.txt": b""}
 
 
@@ -97,7 +97,9 @@ def test_the_default_place_is_the_datasets_cache(tmp_path):
 
 
 def test_what_a_mac_adds_is_left_out(tmp_path, cache):
-    folder = extract_zip(write_zip(tmp_path / "a.zip", FILES | {"__MACOSX/set/._a.JPEG": b"x"}), cache)
+    ignored = Counter()
+    folder = extract_zip(write_zip(tmp_path / "a.zip", FILES | {"__MACOSX/set/._a.JPEG": b"x"}), cache, ignored)
+    assert ignored == {"__MACOSX/* (hidden or left by a system)": 1}
     assert contents(folder) == FILES
 
 
@@ -287,25 +289,25 @@ def test_an_extraction_that_breaks_off_leaves_no_folder(tmp_path, cache, monkeyp
     assert contents(extract_zip(packed, cache)) == FILES
 
 
-KILLED_HALFWAY = """
-import os, signal, sys
-from pathlib import Path
-from transfer.data import sources
+FORK = multiprocessing.get_context("fork")  # nothing is imported or computed again
 
-def write_and_be_killed(path, members, target):
-    (target / "set").mkdir()
-    (target / "set" / "half").write_bytes(b"x")
-    os.kill(os.getpid(), signal.SIGKILL)
 
-sources._extract = write_and_be_killed
-sources.extract_zip(Path(sys.argv[1]), Path(sys.argv[2]))
-"""
+def be_killed_halfway(packed, cache):
+    def write_and_be_killed(path, members, target):
+        (target / "set").mkdir()
+        (target / "set" / "half").write_bytes(b"x")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    sources._extract = write_and_be_killed
+    extract_zip(packed, cache)
 
 
 def test_what_a_killed_process_left_is_neither_used_nor_kept(tmp_path, cache):
     packed = write_zip(tmp_path / "a.zip")
-    done = subprocess.run([sys.executable, "-c", KILLED_HALFWAY, packed, cache], cwd=ROOT)
-    assert done.returncode == -9
+    process = FORK.Process(target=be_killed_halfway, args=(packed, cache))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert list(cache.rglob("half"))
     folder = extract_zip(packed, cache)
     assert contents(folder) == FILES
@@ -341,13 +343,18 @@ def test_while_another_process_unpacks_this_one_waits(tmp_path, cache, monkeypat
 
 def test_processes_that_start_together_all_get_the_complete_folder(tmp_path, cache):
     packed = write_zip(tmp_path / "a.zip", {f"set/{i}.txt": str(i).encode() for i in range(2000)})
-    code = (
-        "import sys; from pathlib import Path; from transfer.data.sources import extract_zip;"
-        "print(len(list(extract_zip(Path(sys.argv[1]), Path(sys.argv[2])).rglob('*.txt'))))"
-    )
-    command = [sys.executable, "-c", code, packed, cache]
-    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.communicate()[0].strip() for process in both] == ["2000", "2000"]
+    ready, counts = FORK.Barrier(2), FORK.SimpleQueue()
+
+    def extract_and_count():
+        ready.wait()
+        counts.put(len(list(extract_zip(packed, cache).rglob("*.txt"))))
+
+    both = [FORK.Process(target=extract_and_count) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [counts.get(), counts.get()] == [2000, 2000]
     assert len([p for p in cache.iterdir() if p.is_dir()]) == 1
 
 

@@ -37,6 +37,7 @@ from data_loading import (
 from transfer.config import RunArguments
 from transfer.data.label_tables import DataOptions
 from transfer.data.layouts import LAYOUTS, find_layout
+from transfer.data.splits import split_fold
 from transfer.errors import UserError
 from transfer.runs import RunContext
 from transfer.submission import fill_submission
@@ -312,6 +313,19 @@ def test_images_of_a_group_are_never_on_both_sides_of_a_split(tmp_path):
             for files, _ in draw_splits(data, 0.3, 0, None, fold).values()
         ]
         assert sides[0] and sides[1] and not sides[0] & sides[1]
+
+
+def test_groups_of_very_different_sizes_are_shared_among_the_folds_evenly(tmp_path):
+    sizes = [30, 12, 11, 9, 8, *[1] * 50]
+    groups = [f"p{number}" for number, size in enumerate(sizes) for _ in range(size)]
+    files, labels = [f"{i}.jpg" for i in range(len(groups))], [i % 2 + (i % 8 == 0) for i in range(len(groups))]
+    held_out = [split_fold(files, labels, fold, 4, 0, groups, has_groups=True)[1] for fold in (1, 2, 3, 4)]
+    assert sorted(position for fold in held_out for position in fold) == list(range(120))
+    assert max(map(len, held_out)) <= 32
+    assert sum(len({groups[p] for p in fold}) for fold in held_out) == len(sizes)  # no group is in two folds
+    for label in range(3):
+        counts = [sum(labels[p] == label for p in fold) for fold in held_out]
+        assert max(counts) - min(counts) <= 2, (label, counts)
 
 
 def test_copies_stay_on_one_side_and_are_counted(tmp_path):

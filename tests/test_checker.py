@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import zipfile
 from pathlib import Path
 
@@ -439,6 +440,16 @@ def test_folders_of_pictures_beside_a_template_are_not_taken_for_its_data(tmp_pa
     with pytest.raises(SystemExit):
         main([str(template), "--template", str(template)])
     assert "the classes are unknown" in capsys.readouterr().err
+
+
+def test_a_template_in_a_folder_of_many_folders_is_checked_without_searching_each(tmp_path, monkeypatch, capsys):
+    template = write_case(tmp_path / "downloads", "alone")
+    for number in range(120):
+        (tmp_path / "downloads" / f"project{number // 3}" / f"{number}" / "src").mkdir(parents=True)
+    listed, scan = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(folder) or scan(folder))
+    main([str(template), "--template", str(template), "--num_classes", "10"])
+    assert "ok: 6 rows" in capsys.readouterr().out and len(listed) < 4 * 280  # folders
 
 
 def test_classes_of_a_csv_beside_the_template_are_known(tmp_path, capsys):

@@ -1,7 +1,7 @@
 """Layouts, labels, splits and refusals of data_loading.py."""
 
+import runpy
 import shutil
-import subprocess
 import sys
 import zipfile
 from dataclasses import replace
@@ -45,9 +45,12 @@ def test_images_decode_to_rgb_and_test_images_carry_their_ids(pristine_data):
 
 def test_folder_parent_and_zip_give_the_same_data_set(pristine_data, tmp_path):
     archive = zip_folder(pristine_data, tmp_path / "download.zip")
+    with zipfile.ZipFile(archive, "a") as added:
+        added.writestr("__MACOSX/tiny-imagenet-100/._train", b"x")
     found = [open_data(str(place)) for place in (pristine_data, pristine_data.parent, archive)]
     assert len({split_fingerprint(load_dataset(folder)) for folder in found}) == 1
     assert all(folder.class_names == ["red thing", "green thing", "blue thing", "grey"] for folder in found)
+    assert found[2].ignored - found[0].ignored == {"__MACOSX/* (hidden or left by a system)": 1}
 
 
 def test_boxes_and_other_files_are_ignored_and_counted(data):
@@ -289,13 +292,13 @@ def test_classes_of_single_images_alone_are_refused_by_the_check_and_the_run_ali
     assert message in capsys.readouterr().err
 
 
-def test_the_command_prints_what_it_found(data):
+def test_the_command_prints_what_it_found(data, monkeypatch, capsys):
     twin = data / "train" / WNIDS[0] / "images" / f"{WNIDS[0]}_3.JPEG"
     shutil.copy(twin, data / "train" / WNIDS[1] / "images" / f"{WNIDS[1]}_3.JPEG")
     shutil.copy(twin, next((data / "test" / "images").iterdir()))
-    done = subprocess.run(
-        [sys.executable, "data_loading.py", str(data)], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    monkeypatch.setattr(sys, "argv", ["data_loading.py", str(data)])
+    runpy.run_path(str(ROOT / "data_loading.py"), run_name="__main__")
+    printed = capsys.readouterr().out
     for part in (
         "classes     4, 12 training images each; wnids.txt is not the sorted order",
         "labels      0 = n00000030 red thing, 1 = n00000010 green thing",
@@ -305,4 +308,4 @@ def test_the_command_prints_what_it_found(data):
         "1 repeated within train, 1 test images also in train",
         f"two labels  train/{WNIDS[0]}/images/{WNIDS[0]}_3.JPEG (red thing) = train/{WNIDS[1]}/images/",
     ):
-        assert part in done.stdout
+        assert part in printed

@@ -116,6 +116,10 @@ def test_finished_seeds_are_not_trained_again_on_resuming(seeds_run, capsys):
     with pytest.raises(SystemExit):
         main(command)
     assert "holds a finished run" in capsys.readouterr().err
+    smaller = ["--data_dir", "missing", "--per_device_train_batch_size", "4"]
+    with pytest.raises(SystemExit):
+        main([*command, "--resume_from_checkpoint", "true", *smaller])
+    assert "seed-3: was trained with 8 images per optimizer step" in capsys.readouterr().err
     main([*command, "--resume_from_checkpoint", "true"])
     assert (out / "seed-3" / "model" / "model.safetensors").stat().st_mtime_ns == before
     assert first == ((out / "submission.csv").read_bytes(), (out / "model" / "model.safetensors").read_bytes())
@@ -260,6 +264,16 @@ def test_folds_that_were_killed_go_on_and_come_to_what_they_would_have(folds_run
     with pytest.raises(SystemExit):
         main(command)
     assert "holds an unfinished run; resume it with --resume_from_checkpoint true" in capsys.readouterr().err
+    refuse = [*command, "--resume_from_checkpoint", "true", "--data_dir", "missing", "--optim", "sgd"]
+    message = "--optim was adamw_torch_fused and is now sgd"
+    with pytest.raises(SystemExit):
+        main(refuse)
+    assert f"fold-1: {message}" in capsys.readouterr().err
+    (killed / "fold-1").rename(tmp_path / "fold-1")
+    with pytest.raises(SystemExit):
+        main(refuse)
+    assert f"fold-2/{earlier.name}: {message}" in capsys.readouterr().err
+    (tmp_path / "fold-1").rename(killed / "fold-1")
     main([*command, "--resume_from_checkpoint", "true"])
     for name in ("model/model.safetensors", "submission.csv", "fold-2/model/model.safetensors"):
         assert (killed / name).read_bytes() == (out / name).read_bytes()

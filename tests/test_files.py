@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -151,6 +152,32 @@ def test_a_lock_of_another_machine_that_is_touched_is_refused(tmp_path, lock_of,
     monkeypatch.setattr(files.time, "sleep", lambda _: os.utime(lock, (1, lock.stat().st_mtime + 10)))
     with pytest.raises(UserError, match=r"in use by another run, process 4711 on node7 since .*; wait for it"):
         files.lock_output_dir(tmp_path)
+
+
+def hide_processes(monkeypatch):
+    """As /proc that is mounted with hidepid, where another user's processes are not listed."""
+    read, myself = Path.read_bytes, Path(f"/proc/{os.getpid()}/stat")
+
+    def read_own(path):
+        if path.name == "stat" and path != myself:
+            raise FileNotFoundError(path)
+        return read(path)
+
+    def refuse(pid, number):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "read_bytes", read_own)
+    monkeypatch.setattr(files.os, "kill", refuse)
+
+
+def test_a_process_that_cannot_be_looked_up_is_alive_while_its_lock_is_touched(tmp_path, lock_of, monkeypatch):
+    lock = lock_of(pid=os.getppid(), started="4711")
+    hide_processes(monkeypatch)
+    monkeypatch.setattr(files.time, "sleep", lambda _: os.utime(lock, (1, lock.stat().st_mtime + 10)))
+    with pytest.raises(UserError, match="in use by another run"):
+        files.lock_output_dir(tmp_path)
+    monkeypatch.setattr(files, "_seconds_untouched", lambda path: 100.0)
+    claim(tmp_path)
 
 
 def test_a_lock_is_touched_while_its_owner_lives(tmp_path, monkeypatch):

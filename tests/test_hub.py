@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
-from hub_server import CUT, LOST, TOKEN, Repo, running_hub
+from hub_server import CUT, LOST, TOKEN, Repo
 from huggingface_hub import SpaceCard
 from transformers import AutoModelForImageClassification
 
@@ -289,25 +289,18 @@ print(json.dumps({path: classify(path)[0]["label"] for path in sys.argv[3:]}))
 """
 
 
-def test_the_printed_link_gives_the_runs_predictions_in_a_new_process(pristine_data, checkpoints, images, tmp_path):
-    recipe = tmp_path / "mine.yaml"
-    recipe.write_text("per_device_train_batch_size: 8\nnum_train_epochs: 1\nvalidation_fraction: 0.25\n")
-    with running_hub() as server:
-        places = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
-        environment = os.environ | places | {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-
-        def run(*words) -> str:
-            command = [sys.executable, *map(str, words)]
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-            assert done.returncode == 0 and TOKEN not in done.stdout + done.stderr, done.stderr
-            return done.stdout
-
-        flags = ["--data_dir", pristine_data, "--model_name_or_path", checkpoints("convnext")]
-        flags += ["--output_dir", tmp_path / "out", "--push_to_hub", "true", "--hub_model_id", "me/tiny"]
-        printed = run("finetune_vit.py", recipe, *flags)
-        url = printed.split("model link")[1].split()[0]
-        commit = url.removeprefix(f"{server.url}/me/tiny/tree/")
-        answers = json.loads(run("-c", CLASSIFY, "me/tiny", commit, *images).splitlines()[-1])
+def test_the_printed_link_gives_the_runs_predictions_in_a_new_process(
+    hub, pristine_data, checkpoints, images, finetune, tmp_path, capfd
+):
+    finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1, push_to_hub="true", hub_model_id="me/tiny")
+    printed = "".join(capfd.readouterr())
+    commit = printed.split("model link")[1].split()[0].removeprefix(f"{hub.url}/me/tiny/tree/")
+    places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+    environment = os.environ | places | {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-c", CLASSIFY, "me/tiny", commit, *map(str, images)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and TOKEN not in printed + done.stdout + done.stderr, done.stderr
+    answers = json.loads(done.stdout.splitlines()[-1])
     names = json.loads((tmp_path / "out" / "model" / "config.json").read_text())["id2label"]
     table = pd.read_csv(tmp_path / "out" / "submission.csv", dtype={"image_id": str})
     expected = dict(zip(table["image_id"], table["label"], strict=True))

@@ -7,17 +7,17 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_data_set
 from nbclient import NotebookClient
 
 NOTEBOOK = ROOT / "notebooks" / "tiny_imagenet_100.ipynb"
 SECONDS = 240.0  # for a cell, on a busy machine
 
-# One short epoch on few of the sample's images.
+# One short epoch of a tiny model.
 SETTINGS = """
 REPOSITORY = HUB_MODEL_ID = ""
-DATA, RECIPE, OUTPUT = "sample", "recipes/sample.yaml", "{output}"
-OPTIONS = ["--max_train_samples", "128", "--num_train_epochs", "1", "--image_size", "32"]
+DATA, RECIPE, OUTPUT = "{data}", "recipes/sample.yaml", "{output}"
+OPTIONS = ["--model_name_or_path", "{model}", "--num_train_epochs", "1", "--image_size", "32"]
 OPTIONS += ["--per_device_train_batch_size", "16"]
 """
 
@@ -39,12 +39,13 @@ def test_the_notebook_is_committed_without_outputs():
 
 
 @pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """The cells' outputs after a run on the sample data, and the run's folder."""
+def executed(tmp_path_factory, checkpoints):
+    """The cells' outputs after a run on a small dataset, and the run's folder."""
     folder = tmp_path_factory.mktemp("notebook") / "run"
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     [settings] = [cell for cell in notebook.cells if cell.metadata.get("tags") == ["parameters"]]
-    settings.source = SETTINGS.format(output=folder)
+    data = write_data_set(folder.parent, test_images=12)
+    settings.source = SETTINGS.format(data=data, model=checkpoints("convnext"), output=folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         patch.setenv("HF_HOME", str(tmp_path_factory.getbasetemp() / "cache"))  # as in the other tests

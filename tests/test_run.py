@@ -3,14 +3,13 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
 import datasets
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
 from conftest import COLORS, ROOT, WNIDS, write_data_set
 from PIL import Image
 from safetensors.torch import load_file
@@ -377,31 +376,29 @@ def test_help_teaches_without_loading_anything(capsys):
     assert all(name in text for name in ("--data_dir", "--model_name_or_path", "--max_train_samples", "recipes/"))
 
 
-def launch(tmp_path, data_dir, model, *flags, launcher=()):
+@pytest.fixture
+def launch(tmp_path, monkeypatch, capfd):
+    """launch(data, model, *flags, launcher=flags): what the program prints as `accelerate launch` starts it."""
     recipe = tmp_path / "launched.yaml"
     recipe.write_text("per_device_train_batch_size: 8\nnum_train_epochs: 1\nvalidation_fraction: 0.25\n")
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        "accelerate_config.yaml",
-        *launcher,
-    ]
-    words = ["finetune_vit.py", str(recipe), "--data_dir", str(data_dir), "--model_name_or_path", str(model)]
-    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    return subprocess.run(
-        [*command, *words, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(ROOT)
+
+    def run(data_dir, model, *flags, launcher=()):
+        words = ["--config_file", "accelerate_config.yaml", *launcher, "finetune_vit.py", str(recipe)]
+        words += ["--data_dir", str(data_dir), "--model_name_or_path", str(model), *flags]
+        launch_command(launch_command_parser().parse_args(words))
+        return capfd.readouterr()
+
+    return run
 
 
 def test_accelerate_launch_sets_the_precision_and_the_figures_are_those_of_fp32(
-    pristine_data, checkpoints, tmp_path, finetune
+    pristine_data, checkpoints, tmp_path, finetune, launch
 ):
-    done = launch(tmp_path, pristine_data, checkpoints("convnext"), "--output_dir", str(tmp_path / "launched"))
-    assert done.returncode == 0, done.stderr
-    assert "torchvision" not in done.stderr  # transformers warns of it wherever a processor is imported by name
-    assert "accelerate config" in done.stdout.splitlines()[1]
+    said = launch(pristine_data, checkpoints("convnext"), "--output_dir", str(tmp_path / "launched"))
+    assert "torchvision" not in said.err  # transformers warns of it wherever a processor is imported by name
+    assert "accelerate config" in said.out.splitlines()[1]
     again = finetune(pristine_data, tmp_path / "launched" / "model", do_train="false")
     assert (again / "submission.csv").read_bytes() == (tmp_path / "launched" / "submission.csv").read_bytes()
     losses = [
@@ -428,11 +425,12 @@ def test_training_is_in_mixed_precision_after_figures_in_fp32(pristine_data, che
     assert seen == {torch.bfloat16}
 
 
-def test_a_mistake_under_quiet_accelerate_launch_shows_no_traceback(pristine_data, checkpoints, tmp_path):
-    done = launch(tmp_path, tmp_path / "absent", checkpoints("convnext"), launcher=["--quiet"])
-    assert "error: " in done.stderr and "no such folder or zip" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.returncode == 1  # the launcher's own
+def test_a_mistake_under_quiet_accelerate_launch_shows_no_traceback(checkpoints, tmp_path, launch, capfd):
+    with pytest.raises(SystemExit) as stop:
+        launch(tmp_path / "absent", checkpoints("convnext"), launcher=["--quiet"])
+    error = capfd.readouterr().err
+    assert "error: " in error and "no such folder or zip" in error and "Traceback" not in error
+    assert stop.value.code == 1  # the launcher's own
 
 
 def test_a_device_without_fast_units_gets_another_precision(monkeypatch):

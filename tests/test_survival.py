@@ -6,16 +6,15 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import weakref
 from pathlib import Path
 
+import datasets
 import pytest
 import several
 import torch
-from conftest import ROOT, WNIDS, draw_picture, write_data_set
+from conftest import WNIDS, draw_picture, write_data_set
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -105,22 +104,19 @@ def test_resuming_in_mid_epoch_is_exact_too_with_dropout(
     assert same_results(finetune(pristine_data, model, output_dir="killed", learning_rate="3e-3", **steps), whole)
 
 
-KILLED_IN_A_CHECKPOINT = """
-import os, signal, sys, torch
-from finetune_vit import main
+def train_and_be_killed_in_a_checkpoint(words: list[str], cache: str) -> None:
+    saved, save = [], torch.save
 
-saved = []
-save = torch.save
+    def save_and_be_killed(content, path, *args, **kwargs):
+        save(content, path, *args, **kwargs)
+        saved.append(str(path))
+        if sum(name.endswith("optimizer.pt") for name in saved) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def save_and_be_killed(content, path, *args, **kwargs):
-    save(content, path, *args, **kwargs)
-    saved.append(str(path))
-    if sum(name.endswith("optimizer.pt") for name in saved) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-torch.save = save_and_be_killed
-main(sys.argv[1:])
-"""
+    torch.save = save_and_be_killed
+    datasets.config.HF_DATASETS_CACHE = Path(cache)
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    main(words)
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_one_usable(
@@ -129,11 +125,12 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_one_usable(
     whole = finetune(pristine_data, checkpoints("convnext"), output_dir="whole")
     words = [str(tmp_path / "tiny.yaml"), "--data_dir", str(pristine_data), "--output_dir", str(tmp_path / "killed")]
     words += ["--model_name_or_path", str(checkpoints("convnext"))]
-    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_IN_A_CHECKPOINT, *words], cwd=ROOT, env=environment, capture_output=True
+    process = several.CONTEXT.Process(
+        target=train_and_be_killed_in_a_checkpoint, args=(words, str(tmp_path / "cache"))
     )
-    assert done.returncode == -signal.SIGKILL
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert {path.name for path in (tmp_path / "killed").glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-10"}
     assert last_checkpoint(tmp_path / "killed").name == "checkpoint-5"
     resumed = finetune(pristine_data, checkpoints("convnext"), output_dir="killed", resume_from_checkpoint="true")
@@ -427,12 +424,19 @@ def test_a_run_whose_launcher_ended_while_it_was_being_imported_does_not_start(m
         runtime.end_with_launcher()
 
 
-def test_what_is_printed_after_the_terminal_has_gone_does_no_harm(tmp_path):
-    code = (
-        "import os; from transfer import runtime; ends = os.pipe(); os.dup2(ends[1], 1); os.close(ends[0]);"
-        "runtime._silence_lost_outputs(); print('said', flush=True)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+def print_without_a_reader() -> None:
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.close(reader)
+    runtime._silence_lost_outputs()
+    os.write(1, b"said")
+
+
+def test_what_is_printed_after_the_terminal_has_gone_does_no_harm():
+    process = several.CONTEXT.Process(target=print_without_a_reader)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_the_blocks_of_the_pixel_store_are_taken_before_it_is_filled(tmp_path, monkeypatch):

@@ -13,9 +13,10 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, WNIDS
 from transformers import TrainerControl, TrainerState
 
+import data_loading
 from transfer import runtime, terminal
 from transfer.config import FinetuningArguments
 from transfer.errors import UserError, exits_cleanly
@@ -217,18 +218,27 @@ def test_a_notebook_gets_one_table_for_each_time_that_the_cell_runs(args, capsys
     assert capsys.readouterr().out == ""
 
 
-def test_run_log_has_what_the_screen_has_and_more(tmp_path, capsys):
-    terminal.open_log(tmp_path)
+@exits_cleanly
+def fail_with_log(folder):
+    terminal.open_log(folder)
     terminal.show("data        shown")
     terminal.log_only("rates       logged")
     logging.getLogger("transfer.x").warning("warned")
-    terminal.close_log()
+    raise UserError("failed")
+
+
+def test_run_log_has_what_the_screen_has_and_more_until_the_run_ends(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        fail_with_log(tmp_path)
     terminal.show("after")
+    with pytest.raises(SystemExit):
+        data_loading.main([str(tmp_path / "missing")])
     lines = (tmp_path / "run.log").read_text().splitlines()
     assert [re.sub(r"^[\d-]+ [\d:]+  ", "", line) for line in lines] == [
         "data        shown",
         "rates       logged",
         "warned",
+        "error: failed",
     ]
     assert "rates" not in capsys.readouterr().out
 
@@ -298,19 +308,25 @@ def start(*words: str, before: str = "", **environment: str) -> subprocess.Popen
         env=clean | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
 
 
-def test_plain_python_shows_a_line_before_its_imports_and_trains_in_the_configs_precision(
-    pristine_data, checkpoints, tmp_path
-):
+def test_plain_python_shows_a_line_before_its_imports_and_trains_in_the_configs_precision(data, checkpoints, tmp_path):
+    """With the locale of a bare container, and a class whose name ASCII does not have."""
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text("per_device_train_batch_size: 8\nnum_train_epochs: 1\nvalidation_fraction: 0.25\n")
-    words = ["--data_dir", pristine_data, "--model_name_or_path", checkpoints("vit"), "--output_dir", tmp_path / "out"]
+    for name in ("wnids.txt", "words.txt", "submission_sample.csv"):
+        (data / name).unlink()
+    odd = (data / "train" / WNIDS[0]).rename(data / "train" / "Größe 猫")
+    for path in sorted((odd / "images").iterdir())[3:]:
+        path.unlink()
+    words = ["--data_dir", data, "--model_name_or_path", checkpoints("vit"), "--output_dir", tmp_path / "out"]
+    environment = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "LANG": "C", "LC_ALL": "C", "PYTHONIOENCODING": ""}
     began = time.perf_counter()
-    with start(str(recipe), *map(str, words), HF_DATASETS_CACHE=str(tmp_path / "cache")) as run:
+    with start(str(recipe), *map(str, words), **environment) as run:
         first = run.stdout.readline()
         seconds = time.perf_counter() - began
         rest = run.stdout.read()
@@ -319,6 +335,7 @@ def test_plain_python_shows_a_line_before_its_imports_and_trains_in_the_configs_
     assert seconds < 2 or os.getloadavg()[0] > (os.cpu_count() or 1)
     stated = "bf16" if runtime._has_bf16_units() else "not the accelerate config's bf16"
     assert stated in rest.splitlines()[0] and ESCAPE not in rest
+    assert re.search(r"1 class has 3 images or fewer.*Größe 猫 \(3\)", rest)
 
 
 def test_ctrl_c_under_quiet_accelerate_launch_ends_with_our_line(tmp_path):
@@ -343,7 +360,9 @@ def test_ctrl_c_while_the_libraries_load_is_one_line_too():
     assert first.startswith("starting") and rest == "error: interrupted\n" and run.returncode == 130
 
 
-def test_without_a_launcher_the_precision_is_the_configs(monkeypatch, tmp_path):
+@pytest.fixture
+def no_launcher(monkeypatch, tmp_path):
+    """No launcher has set anything, and the accelerate config asks for bf16."""
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv(runtime.PRECISION_VARIABLE, "")  # so that it is put back afterwards
@@ -351,6 +370,23 @@ def test_without_a_launcher_the_precision_is_the_configs(monkeypatch, tmp_path):
     config = tmp_path / "accelerate_config.yaml"
     config.write_text("mixed_precision: bf16\n")
     monkeypatch.setattr(runtime, "ACCELERATE_CONFIG", config)
+
+
+def test_a_second_run_in_a_process_starts_as_the_first_did(monkeypatch, no_launcher):
+    monkeypatch.setattr(runtime, "_has_bf16_units", lambda: False)
+
+    @exits_cleanly
+    def run():
+        precision = runtime.set_up_runtime()
+        os.environ[runtime.LAUNCHER_VARIABLES[0]] = "INDUCTOR"  # as TrainingArguments do for --torch_compile
+        return precision
+
+    first = run()
+    assert first == run() and "not the accelerate config's bf16" in first
+    assert not any(name.startswith("ACCELERATE_") for name in os.environ)
+
+
+def test_without_a_launcher_the_precision_is_the_configs(monkeypatch, no_launcher):
     monkeypatch.setattr(runtime, "_has_bf16_units", lambda: True)
     assert runtime.resolve_mixed_precision() == "precision: bf16 (mixed_precision in the accelerate config)"
     assert os.environ[runtime.PRECISION_VARIABLE] == "bf16"

@@ -21,7 +21,8 @@ OTHERS_WAIT_SECONDS = 10.0  # the launcher ends the other processes once the fir
 START_AGAIN = "run the same command again: it starts over, or tells you how to resume"
 LAUNCHER_SECONDS = 3.0  # at most, until a launcher that Ctrl-C interrupts as well has printed its traceback
 
-_endings: list[contextlib.ExitStack] = []  # one of each command that runs in this process, the innermost last
+# What each running command, the innermost last, releases before and after its error is printed.
+_endings: list[tuple[contextlib.ExitStack, contextlib.ExitStack]] = []
 
 
 class UserError(Exception):
@@ -36,10 +37,13 @@ class Terminated(BaseException):
         self.number = number
 
 
-def at_end(release: Callable[[], object]) -> None:
-    """Call `release` when the running command ends in any way: locks and signal handlers must not outlive it."""
+def at_end(release: Callable[[], object], after_error: bool = False) -> None:
+    """Call `release` when the running command ends in any way: locks and signal handlers must not outlive it.
+
+    It is called before the command's error is printed, or after it.
+    """
     if _endings:
-        _endings[-1].callback(release)
+        _endings[-1][after_error].callback(release)
     else:
         atexit.register(release)
 
@@ -118,10 +122,14 @@ def exits_cleanly(main):
     @functools.wraps(main)
     def run(*args, **kwargs):
         _print_any_text()
+        with contextlib.ExitStack() as last:
+            return run_until_error(last, *args, **kwargs)
+
+    def run_until_error(last, *args, **kwargs):
         try:
             with contextlib.ExitStack() as ending:
-                _endings.append(ending)
-                ending.callback(_endings.remove, ending)
+                _endings.append((ending, last))
+                ending.callback(_endings.pop)
                 if signal.getsignal(signal.SIGINT) is _stop_early:
                     signal.signal(signal.SIGINT, signal.default_int_handler)
                 return main(*args, **kwargs)

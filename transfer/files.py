@@ -164,21 +164,21 @@ def is_finished(folder: Path) -> bool:
 def _start_of(pid: int) -> str | None:
     """When a process of this machine started, in clock ticks since boot; None if there is none.
 
-    A process that got the number of a dead one has another start. Where the system does not tell, "" stands for it.
+    A process that got the number of a dead one has another start. Where the system does not tell, as macOS, and Linux
+    for other users' processes if /proc is mounted with hidepid, "" stands for it.
     """
-    if not Path("/proc/self/stat").exists():
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except OSError:  # somebody else's
-            return ""
-        return ""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()  # the name may hold anything
+        return None if fields[0] in (b"Z", b"X") else fields[19].decode()  # a zombie has ended
     except OSError:
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
         return None
-    return None if fields[0] in (b"Z", b"X") else fields[19].decode()  # a zombie has ended
+    except OSError:  # somebody else's
+        pass
+    return ""
 
 
 def _machine() -> str:
@@ -193,8 +193,8 @@ class FolderLock:
     """The right of one run to write into a folder: a file in it that names the run's process.
 
     A file that must not exist yet is made atomically on network file systems too. A lock whose process has ended is
-    stale. The process of another machine or container cannot be looked up: its lock is stale if it is not touched any
-    more.
+    stale. The process of another machine or container cannot be looked up, and that of another user sometimes not:
+    its lock is stale if it is not touched any more.
     """
 
     def __init__(self, folder: Path):
@@ -309,11 +309,8 @@ def refuse_owned(folder: Path) -> str | None:
     except (ValueError, KeyError, TypeError):  # its maker was killed before it wrote, or is about to write
         facts, pid, host, since = {}, 0, "", ""
     owner = f"process {pid} on {host}" if pid else "the run that made it"
-    if facts.get("machine") == _machine():
-        start = _start_of(pid)
-        alive = start is not None and start == facts.get("started")
-    else:
-        alive = _is_touched(path, owner)
+    start = _start_of(pid) if facts.get("machine") == _machine() else ""
+    alive = start == facts["started"] if start and facts.get("started") else start == "" and _is_touched(path, owner)
     if alive:
         raise UserError(
             f"{folder}: is in use by another run, {owner}{f' since {since}' if since else ''}; wait for it, stop it, "

@@ -276,8 +276,21 @@ def end_with_launcher() -> None:
     at_end(ended.set)
 
 
+def restore_environment() -> None:
+    """Let what a run sets for accelerate end with its command: the next one in this process must not read it."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+
+    def restore() -> None:
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            del os.environ[name]
+        os.environ.update(before)
+
+    at_end(restore)
+
+
 def set_up_runtime() -> str:
     """Check the libraries and tune the process before anything is computed; returns a line on the precision."""
+    restore_environment()
     handle_end_signals()
     end_with_launcher()
     check_libraries()

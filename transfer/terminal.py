@@ -64,12 +64,16 @@ def is_notebook() -> bool:
 
 
 def open_log(folder: Path) -> None:
-    """Write every message and warning from now on to run.log in a folder as well; a resumed run appends to its log."""
+    """Write every message and warning to run.log in a folder as well, until the command ends with or without an error.
+
+    A resumed run appends to its log.
+    """
     close_log()
     file = logging.FileHandler(folder / LOG_NAME, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
     for logger in (_lines, logging.getLogger()):
         logger.addHandler(file)
+    at_end(close_log, after_error=True)
 
 
 def close_log() -> None:

@@ -4,6 +4,7 @@
 `read_classes` and `read`, a line in `LAYOUTS`, and a row in docs/data.md.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
@@ -423,25 +424,31 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 
 
-def _list_candidates(path: Path) -> list[tuple[int, Path]]:
-    """(level, folder) of `path`, of the folders in it and so on; not below train, val, test or class folders."""
+def _list_candidates(path: Path, most: float) -> list[tuple[int, Path]]:
+    """(level, folder) of `path`, of the folders in it and so on; not below train, val, test or class folders.
+
+    A level is left out, with those below it, if there are more than `most` folders down to it.
+    """
     found, level = [(0, path)], [path]
     for depth in range(1, ROOT_DEPTH + 1):
         parents = [f for f in level if not (find_split_folder(f, "train") or len(list_flat_classes(f)) > 1)]
         level = [parent / name for parent in parents for name in list_visible_folders(parent)]
+        if len(found) + len(level) > most:
+            break
         found += [(depth, folder) for folder in level]
     return found
 
 
-def find_layout(path: Path, options: DataOptions | None = None) -> tuple[Path, Layout]:
+def find_layout(path: Path, options: DataOptions | None = None, most: float = math.inf) -> tuple[Path, Layout]:
     """(the root of the dataset, its layout): the folder `path` itself, or the one folder below it that is recognized.
 
+    Below `path`, at most that many folders are looked at.
     Raises `UserError` if there is none, or several.
     """
     options = options or DataOptions()
     if not path.is_dir():
         raise UserError(f"{path}: no such folder or zip; --data_dir takes the dataset's folder, its zip, or `sample`")
-    candidates = _list_candidates(path)
+    candidates = _list_candidates(path, most)
     for layout in LAYOUTS:
         found: dict[tuple[int, int], list[Path]] = {}
         for level, folder in candidates:

@@ -196,6 +196,11 @@ def list_images_below(root: Path, folder: str = "", without: str | None = None) 
     return [*(found[0] if first else []), *list_images(root, folder), *(f for part in found[first:] for f in part)]
 
 
+def name_junk(folder: str) -> str:
+    """What the files of a hidden folder, or of one that a system left, are called in the list of ignored files."""
+    return f"{folder}/* (hidden or left by a system)"
+
+
 def list_unused(root: Path, used: Set[str]) -> tuple[Counter[str], Counter[str]]:
     """(other files by name or ending, images by folder) that lie below the root and are not among the used files."""
     others: Counter[str] = Counter()
@@ -208,7 +213,7 @@ def list_unused(root: Path, used: Set[str]) -> tuple[Counter[str], Counter[str]]
         junk = next((part for part in parts if part in JUNK_FOLDERS or part.startswith(".")), None)
         for name in (name for name in names if above + name not in used):
             if junk:
-                others[f"{junk}/* (hidden or left by a system)"] += 1
+                others[name_junk(junk)] += 1
             elif is_image(name):
                 images["/".join(parts) or "."] += 1
             else:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from transfer.data.labels import order_labels
 from transfer.data.layouts import DatasetFiles
-from transfer.data.listing import NATURALLY, image_id_of, list_images, natural_key, normal_name
+from transfer.data.listing import NATURALLY, image_id_of, list_images, name_junk, natural_key, normal_name
 from transfer.errors import UserError
 from transfer.files import build_folder_once, check_free_space, datasets_cache
 from transfer.terminal import track
@@ -46,8 +46,11 @@ def _other_archive(path: Path) -> str | None:
     return "tar archive" if start[257:262] == b"ustar" else "rar archive" if start.startswith(b"Rar!") else found
 
 
-def _list_members(path: Path) -> list[zipfile.ZipInfo]:
-    """The members to extract; what macOS adds is left out. Raises `UserError` if the file is not a complete zip."""
+def _list_members(path: Path, ignored: Counter[str] | None = None) -> list[zipfile.ZipInfo]:
+    """The members to extract; what macOS adds is left out and counted in `ignored`.
+
+    Raises `UserError` if the file is not a complete zip.
+    """
     try:
         if kind := _other_archive(path):
             raise UserError(f"{path}: is a {kind}, not a zip; unpack it, and give its folder as --data_dir")
@@ -57,7 +60,10 @@ def _list_members(path: Path) -> list[zipfile.ZipInfo]:
         raise UserError(f"{path}: is not a zip file or is truncated ({fault}); download it again") from None
     except OSError as fault:
         raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
-    return [m for m in members if not m.filename.startswith("__MACOSX/")]
+    kept = [m for m in members if not m.filename.startswith("__MACOSX/")]
+    if ignored is not None and (left_out := len(members) - len(kept)):
+        ignored[name_junk("__MACOSX")] += left_out
+    return kept
 
 
 def _fault_of(member: zipfile.ZipInfo) -> str | None:
@@ -144,15 +150,15 @@ def _extract_nested(folder: Path) -> None:
         path.unlink()
 
 
-def extract_zip(zip_path: Path, cache_dir: Path | None = None) -> Path:
-    """Extract a zip into the datasets cache, once per content, and return the folder.
+def extract_zip(zip_path: Path, cache_dir: Path | None = None, ignored: Counter[str] | None = None) -> Path:
+    """Extract a zip into the datasets cache, once per content, and return the folder; `ignored` counts what is not.
 
     The folder's name holds a hash of the content: a copy of the zip finds it, a changed zip gets another folder. Zips
     in the zip are unpacked too.
     Raises `UserError`, with nothing written, for a zip that is damaged, encrypted or too large, and for members
     outside the folder, symbolic links and duplicate names.
     """
-    members = _list_members(zip_path)
+    members = _list_members(zip_path, ignored)
     _check_members(zip_path, members)
     cache_dir = cache_dir or datasets_cache("unpacked")
 

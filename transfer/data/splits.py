@@ -204,6 +204,45 @@ def split_validation(
     return [p for p in range(len(files)) if p not in held_out], sorted(held_out)
 
 
+def _deal_images(
+    files: Sequence[str], labels: Sequence[int], contents: Sequence[str], folds: int, seed: int
+) -> dict[int, int]:
+    """The fold of each position: those of a class are dealt out, then copies join the one that is drawn first."""
+    fold_of: dict[int, int] = {}
+    for positions in positions_by_class(labels):
+        drawn = draw_order([files[p] for p in positions], seed)
+        fold_of |= {positions[i]: turn % folds + 1 for turn, i in enumerate(drawn)}
+    for group in find_copies(contents):
+        first = group[draw_order([files[p] for p in group], seed)[0]]
+        fold_of |= dict.fromkeys(group, fold_of[first])
+    return fold_of
+
+
+def _balance_groups(
+    files: Sequence[str], labels: Sequence[int], groups: Sequence[str], folds: int, seed: int
+) -> dict[int, int]:
+    """The fold of each position, such that a group is in one fold and each fold has its share of every class.
+
+    The largest group comes first. Each goes where there are least of its classes, and of such folds to the smallest.
+    """
+    members = defaultdict(list)
+    for i in draw_order(files, seed):
+        members[groups[i]].append(i)
+    size, counts = Counter(labels), [Counter[int]() for _ in range(folds)]
+    fold_of: dict[int, int] = {}
+    for group in sorted(members.values(), key=len, reverse=True):
+        added = Counter(labels[p] for p in group)
+
+        def cost(fold: int, added: Counter[int] = added) -> tuple[float, int]:
+            there = counts[fold]
+            return sum(there[label] * count / size[label] ** 2 for label, count in added.items()), there.total()
+
+        chosen = min(range(folds), key=cost)
+        counts[chosen] += added
+        fold_of |= dict.fromkeys(group, chosen + 1)
+    return fold_of
+
+
 def split_fold(
     files: Sequence[str],
     labels: Sequence[int],
@@ -211,24 +250,23 @@ def split_fold(
     folds: int,
     split_seed: int,
     contents: Sequence[str] | None = None,
+    has_groups: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Positions (train, validation) of one fold, 1 to `folds`, of a stratified cross-validation.
 
-    Every image is in the validation part of exactly one fold, and copies are in the same one. Raises `UserError` for
-    a class with fewer images than folds, and for one whose images are all in one fold.
+    Every image is in the validation part of exactly one fold, and copies are in the same one; with `has_groups`, the
+    contents are those of groups, which may be large. Raises `UserError` for a class with fewer images than folds, and
+    for one whose images are all in one fold.
     """
-    fold_of: dict[int, int] = {}
+    contents = files if contents is None else contents
     for positions in positions_by_class(labels):
         if len(positions) < folds:
             raise UserError(
                 f"--kfold {folds}: the class of {files[positions[0]]} has only {len(positions)} images; every fold "
                 "needs one image of each class"
             )
-        drawn = draw_order([files[p] for p in positions], split_seed)
-        fold_of |= {positions[i]: turn % folds + 1 for turn, i in enumerate(drawn)}
-    for group in find_copies(files if contents is None else contents):
-        first = group[draw_order([files[p] for p in group], split_seed)[0]]
-        fold_of |= dict.fromkeys(group, fold_of[first])
+    share_out = _balance_groups if has_groups else _deal_images
+    fold_of = share_out(files, labels, contents, folds, split_seed)
     if empty := set(range(1, folds + 1)) - set(fold_of.values()):
         raise UserError(
             f"--kfold {folds}: fold {min(empty)} would have no image, since copies, and images of one group, stay in "

@@ -31,6 +31,14 @@ def count_steps(args: FinetuningArguments, images: int) -> int:
     return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
 
 
+def list_parts(run: RunArguments) -> dict[str, dict]:
+    """The trainings of a repeated run: the folder of each seed or fold, and the arguments that are its own."""
+    if run.seeds:
+        return {f"seed-{seed}": {"seed": seed, "seeds": []} for seed in run.seeds}
+    folds = range(1, (run.kfold or 0) + 1) if not run.fold else ()
+    return {f"fold-{fold}": {"fold": fold} for fold in folds}
+
+
 def select_evenly(split: datasets.Dataset, count: int) -> datasets.Dataset:
     """At most `count` images of a labeled split, evenly over its classes."""
     return split.select(take_evenly(range(len(split)), split["file"][:], split["label"][:], count))

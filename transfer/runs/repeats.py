@@ -28,7 +28,7 @@ from transfer.evaluation.metrics import (
 from transfer.evaluation.predictions import Predictions, average_probabilities, fit_temperature, measure_calibration
 from transfer.files import is_finished, read_json
 from transfer.models.build import Classifier, load_trained
-from transfer.runs import RunContext
+from transfer.runs import RunContext, list_parts
 from transfer.runs.record import read_record
 from transfer.runs.single import (
     evaluate_split,
@@ -68,26 +68,18 @@ def part_arguments(args: FinetuningArguments, name: str) -> FinetuningArguments:
     return args
 
 
-def list_seeds(context: RunContext, args: FinetuningArguments) -> list[tuple[RunContext, FinetuningArguments]]:
-    """A training for every seed, in a folder of its own."""
-    trainings = []
-    for seed in context.run.seeds:
-        own = part_arguments(args, f"seed-{seed}")
-        own.seed = seed
-        arguments = context.arguments | {"seeds": [], "output_dir": own.output_dir}
-        trainings.append((replace(context, arguments=arguments, parent_split=context.dataset), own))
-    return trainings
-
-
-def list_folds(
+def list_trainings(
     context: RunContext, args: FinetuningArguments, split_data: SplitData
 ) -> list[tuple[RunContext, FinetuningArguments]]:
-    """A training for every fold, on its own split and in a folder of its own."""
+    """A training for every seed, or for every fold on its own split, each in a folder of its own."""
     trainings = []
-    for fold in range(1, (context.run.kfold or 0) + 1):
-        own, run = part_arguments(args, f"fold-{fold}"), replace(context.run, fold=fold)
-        arguments = context.arguments | {"fold": fold, "output_dir": own.output_dir}
-        dataset = split_data(run, context.data)
+    for name, changes in list_parts(context.run).items():
+        own, run, dataset = part_arguments(args, name), context.run, context.dataset
+        own.seed = changes.get("seed", own.seed)
+        if "fold" in changes:
+            run = replace(run, fold=changes["fold"])
+            dataset = split_data(run, context.data)
+        arguments = context.arguments | changes | {"output_dir": own.output_dir}
         part = replace(context, run=run, arguments=arguments, dataset=dataset, parent_split=context.dataset)
         trainings.append((part, own))
     return trainings
@@ -109,7 +101,7 @@ def run_repeats(
 ) -> RunMetrics:
     """Train with every seed, or on every fold, each in its own folder, and combine them; returns the metrics."""
     resuming = args.resume_from_checkpoint is not None
-    trainings = list_folds(context, args, split_data) if context.run.kfold else list_seeds(context, args)
+    trainings = list_trainings(context, args, split_data)
     folders = [Path(own.output_dir) for _, own in trainings]
     reproduce = context.run.reproduce
     for number, (folder, (part, own)) in enumerate(zip(folders, trainings, strict=True), 1):

@@ -5,7 +5,7 @@ import itertools
 import logging
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import datasets
@@ -38,6 +38,7 @@ from transfer.files import (
     anonymize_file,
     claim_output_dir,
     digest_of_folder,
+    is_finished,
     lock_output_dir,
     read_json,
     write_atomically,
@@ -49,13 +50,14 @@ from transfer.models.layers import holds_adapters
 from transfer.models.load import fingerprint_of_weights
 from transfer.reporting.card import keep_card, write_card
 from transfer.reporting.page import draw_report
-from transfer.runs import MEASURED_IMAGES, RunContext, select_evenly
+from transfer.runs import MEASURED_IMAGES, RunContext, list_parts, select_evenly
 from transfer.runs.record import (
     compare_environment,
     describe_command,
     extend_record,
     find_run_of,
     make_record,
+    read_record,
     write_record,
 )
 from transfer.runs.timing import limit_training
@@ -63,7 +65,13 @@ from transfer.runtime import note, say
 from transfer.submission import digest_of, fill_submission
 from transfer.submission.checker import check_rows
 from transfer.terminal import format_duration
-from transfer.training.checkpoints import RunProvenance, find_checkpoint, refuse_changes
+from transfer.training.checkpoints import (
+    RunProvenance,
+    find_checkpoint,
+    judge_changes,
+    last_checkpoint,
+    refuse_changes,
+)
 from transfer.training.linear_probe import fit_probe
 from transfer.training.trainer import FinetuningTrainer, identity, run_training
 from transfer.transforms.evaluation import TTA_TRANSFORMS, EvaluationTransform, check_transform
@@ -75,7 +83,6 @@ IGNORED_SHOWN = 3  # kinds of files
 def set_up_logging(args: FinetuningArguments) -> None:
     """Show progress bars and warnings of the main process only, and no messages about loaded files."""
     terminal.set_up_logging(logging.WARNING if args.process_index == 0 else logging.ERROR)
-    terminal.close_log()
     transformers.utils.logging.set_verbosity_error()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -108,12 +115,24 @@ def prepare_output(run: RunArguments, args: FinetuningArguments) -> str | None:
     Raises `UserError`, also if the results could not be exported, packed or pushed.
     """
     claim_output(run, args)  # comes first: a run that is alive writes the checkpoints
-    if run.seeds or (run.kfold and not run.fold) or run.search:  # each training has its own
+    parts, arguments = list_parts(run), describe_arguments(run, args)
+    if parts and args.resume_from_checkpoint is not None:
+        refuse_changed_parts(Path(args.output_dir), parts, arguments)
+    if parts or run.search:  # each training has its own
         return None
     checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
     if checkpoint:
-        refuse_changes(Path(checkpoint), describe_arguments(run, args))
+        refuse_changes(Path(checkpoint), arguments)
     return checkpoint
+
+
+def refuse_changed_parts(folder: Path, parts: Mapping[str, dict], arguments: dict) -> None:
+    """Raise `UserError` if a seed or fold that was begun or finished cannot be resumed with these arguments."""
+    for name, changes in parts.items():
+        if is_finished(folder / name):
+            judge_changes(folder / name, read_record(folder / name / "run.json")["arguments"], arguments | changes)
+        elif checkpoint := last_checkpoint(folder / name):
+            refuse_changes(checkpoint, arguments | changes)
 
 
 def claim_output(run: RunArguments, args: FinetuningArguments) -> None:

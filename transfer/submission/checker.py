@@ -51,6 +51,7 @@ UNKNOWN = (
     "for labels 0 to N-1"
 )
 MOST_LINES = 20  # of faults
+MOST_FOLDERS = 30  # in which a template's dataset is searched: the template may lie among all that was downloaded
 
 # A csv beside its template: rows are read as they are meant, and what is wrong with all of them is said
 
@@ -304,7 +305,7 @@ def find_data(template_path: Path) -> tuple[Path, Layout] | None:
     """(root, layout) of the dataset beside a template, or in a folder below whose test images it lists."""
     folder = template_path.parent
     try:
-        root, layout = find_layout(folder)
+        root, layout = find_layout(folder, most=MOST_FOLDERS)
         is_sure = root == folder and find_split_folder(root, "train") is not None
         ids = set(read_template(template_path).iloc[:, 0])
         return (root, layout) if is_sure or match_ids(list_test_images(root), ids) else None
