@@ -38,10 +38,11 @@ from transfer.transforms.training import make_train_transform
 def make_trainer(context: RunContext, args: FinetuningArguments, classifier: Classifier) -> FinetuningTrainer:
     """Return the Trainer of one model, with its images, its transforms and, if asked for, averaged weights."""
     run, classes = context.run, len(context.data.class_ids)
-    images = single.decode_images(args, context.data, classifier)
+    images = single.decode_images(context, args, classifier)
     eval_transform = EvaluationTransform(classifier.geometry, images.cropped)  # the checkpoint's own preprocessing
     train_transform = make_train_transform(run, eval_transform, classes)  # augmentation
-    train, validation = (PixelDataset(images, context.dataset[name]) for name in ("train", "validation"))
+    train = PixelDataset(images, context.dataset["train"], for_training=True)
+    validation = PixelDataset(images, context.dataset["validation"])
     weights = balance_classes(single.labels_of(train), classes) if run.class_weights == "balanced" else None
     trainer = FinetuningTrainer(
         classifier, args, eval_transform, train_transform, train, validation, run.layer_decay, weights

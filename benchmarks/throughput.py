@@ -189,7 +189,7 @@ def project_trainer(model, processor, store, dataset, arguments: dict) -> Finetu
     view = EvaluationTransform(read_geometry(processor))
     training = TrainTransform(view, [view.geometry.crop[0]], 0.35)
     args = FinetuningArguments(**arguments, load_best_model_at_end=False)
-    train, test = PixelDataset(store, dataset["train"]), PixelDataset(store, dataset["test"])
+    train, test = PixelDataset(store, dataset["train"], for_training=True), PixelDataset(store, dataset["test"])
     return FinetuningTrainer(Classifier(model, processor), args, view, training, train, test, layer_decay=0.9)
 
 
@@ -292,7 +292,7 @@ def measure_data(data_dir: str) -> dict:
             dataset = load_dataset(folder)
             opened = time.perf_counter()
             store = open_pixel_store(folder.root, folder.files, geometry)
-            PixelDataset(store, dataset["train"]).__getitems__(range(64))
+            PixelDataset(store, dataset["train"], for_training=True).__getitems__(range(64))
             end = time.perf_counter()
             times[state] = {"seconds": end - start, "of_it_on_the_cache": end - opened, "images": len(folder.files)}
         datasets.config.HF_DATASETS_CACHE = before

@@ -54,6 +54,12 @@ def _own_caches(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(constants, "HF_HOME", str(cache))
 
 
+def stored_pixels(store, file: str, whole: bool = False) -> np.ndarray:
+    """(H, W, 3) pixels that a store has of one file."""
+    values, shapes = store.take(np.array([store.rows[file]]), whole)
+    return values.reshape(*shapes[0], 3)
+
+
 def draw_picture(wnid: str, seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
     """A picture of one class: its color with noise, a gradient and a dark bar."""
     rng = np.random.default_rng([int(wnid[1:]), seed])

@@ -24,10 +24,9 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["finetune_vit", "several"])
 
 
-def whole_images(batch, height, width, min_area, generator):
+def whole_images(heights, widths, min_area, generator):
     """In `draw_crops`' place: training views that are not random."""
-    nothing = torch.zeros(batch)
-    return [nothing, nothing, nothing + height, nothing + width]
+    return [torch.zeros_like(heights), torch.zeros_like(widths), heights, widths]
 
 
 def see_whole_images() -> None:

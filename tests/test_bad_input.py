@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import WNIDS, draw_picture
+from conftest import WNIDS, draw_picture, stored_pixels
 from PIL import Image
 from transformers import AutoModelForImageClassification
 from transformers.models.convnext import ConvNextConfig
@@ -48,7 +48,7 @@ def test_any_content_under_a_jpeg_name_is_decoded_as_what_it_is(mode, kind, data
     save_as(data / file, mode, kind)
     store = open_store(data, tmp_path)
     expected = np.asarray(Image.open(data / file).convert("RGB"))
-    assert np.array_equal(store.pixels[store.rows[file]], expected)
+    assert np.array_equal(stored_pixels(store, file), expected)
 
 
 def test_sixteen_bits_under_a_jpeg_name_are_refused(data, tmp_path):
@@ -77,7 +77,7 @@ def test_odd_names_keep_their_labels_from_folder_to_csv(data, tmp_path):
     store = open_store(data, tmp_path)
     for row in dataset["test"]:
         expected = np.asarray(Image.open(images / f"{row['image_id']}.JPEG").convert("RGB"))
-        assert np.array_equal(store.pixels[store.rows[row["file"]]], expected)
+        assert np.array_equal(stored_pixels(store, row["file"]), expected)
     template = read_template(data / "submission_sample.csv")
     labels = {name: position % 4 for position, name in enumerate(ODD_NAMES)}
     (tmp_path / "submission.csv").write_bytes(render_submission(template, labels))

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
-from conftest import COLORS, ROOT, WNIDS, write_data_set
+from conftest import COLORS, ROOT, WNIDS, stored_pixels, write_data_set
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, TrainerCallback, pipeline
@@ -519,7 +519,7 @@ def test_a_store_built_with_an_unreadable_test_image_does_not_serve_a_run_that_n
     (data / folder.test_files[0]).write_bytes(b"broken")
     geometry = ImageGeometry((32, 32), (32, 32), "bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
     store = open_pixel_store(data, folder.files, geometry, tmp_path / "store", folder.test_files)
-    assert list(store.unreadable) == folder.test_files[:1] and not store.pixels[store.rows[folder.test_files[0]]].any()
+    assert list(store.unreadable) == folder.test_files[:1] and not stored_pixels(store, folder.test_files[0]).any()
     with pytest.raises(UserError, match=r"cannot be read as an image.*1 of 58 images cannot be used"):
         open_pixel_store(data, folder.files, geometry, tmp_path / "store")
 

@@ -22,7 +22,6 @@ import data_loading
 from finetune_vit import main
 from transfer import errors, files, runtime
 from transfer.config import known_names
-from transfer.data import images
 from transfer.errors import UserError
 from transfer.runs import single
 from transfer.training import checkpoints as checkpoint_files
@@ -437,14 +436,6 @@ def test_what_is_printed_after_the_terminal_has_gone_does_no_harm():
     process.start()
     process.join()
     assert process.exitcode == 0
-
-
-def test_the_blocks_of_the_pixel_store_are_taken_before_it_is_filled(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(os, "posix_fallocate", lambda fd, start, size: asked.append(size), raising=False)
-    (tmp_path / "pixels.npy").write_bytes(b"x" * 100)
-    images._reserve(tmp_path / "pixels.npy")
-    assert asked == [100]
 
 
 @pytest.fixture

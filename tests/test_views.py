@@ -1,22 +1,36 @@
 """Pixels: the store against PIL, the evaluation view against processors, random training views."""
 
+import errno
+import itertools
+import os
+import pickle
+import resource
 import shutil
 import threading
 
 import numpy as np
 import pytest
 import torch
-from conftest import WNIDS, draw_picture
+from conftest import WNIDS, draw_picture, stored_pixels
 from PIL import Image
 from transformers import CLIPImageProcessor, ConvNextImageProcessor, DeiTImageProcessor, ViTImageProcessor
 
 from data_loading import load_dataset, open_data
 from transfer.data import images
-from transfer.data.images import ImageGeometry, PixelDataset, open_pixel_store
+from transfer.data.images import ImageGeometry, PixelDataset, identity_collate, open_pixel_store, unpack_images
 from transfer.errors import UserError
 from transfer.models.load import read_geometry, set_image_size
 from transfer.transforms.evaluation import EvaluationTransform, check_transform, resize_as_pil
-from transfer.transforms.training import TrainTransform, draw_crops, resample, resampling_weights, seeded_generator
+from transfer.transforms.training import (
+    TrainTransform,
+    crop_each,
+    draw_crops,
+    enough_pixels,
+    resample,
+    resampling_weights,
+    seeded_generator,
+    whole_boxes,
+)
 
 PROCESSORS = {
     "vit": lambda: ViTImageProcessor(size={"height": 40, "width": 40}),
@@ -91,13 +105,24 @@ def test_a_negative_length_mirrors():
 
 
 def test_crops_stay_inside_keep_their_area_and_half_are_mirrored():
-    top, left, height, width = draw_crops(4000, 60, 64, 0.3, seeded_generator(0))
+    heights, widths = torch.full((4000,), 60.0), torch.full((4000,), 64.0)
+    top, left, height, width = draw_crops(heights, widths, 0.3, seeded_generator(0))
     right, bottom = left + width, top + height
     assert min(top.min(), torch.minimum(left, right).min()) >= -1e-3
     assert bottom.max() <= 60.001 and torch.maximum(left, right).max() <= 64.001
     area = height * width.abs() / (60 * 64)
     assert 0.25 < area.min() < 0.35 and area.max() > 0.95
     assert 0.45 < (width < 0).float().mean() < 0.55
+
+
+def test_crops_of_strips_and_panoramas_stay_inside_and_keep_their_aspect():
+    heights, widths = torch.tensor([[1.0, 20_000.0], [20_000.0, 1.0], [270.0, 480.0], [1.0, 1.0]]).repeat(500, 1).T
+    crops = draw_crops(heights, widths, 0.35, seeded_generator(0))
+    aspect = crops[3].abs() / crops[2]
+    assert 0.7499 < aspect.min() < 0.78 and 1.3 < aspect.max() < 1.3334
+    boxes = torch.tensor(whole_boxes(heights, widths, crops))
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] < boxes[:, 2:]).all()
+    assert (boxes[:, 2] <= heights).all() and (boxes[:, 3] <= widths).all()
 
 
 def test_training_views_differ_by_image_and_repeat_with_the_seed():
@@ -120,35 +145,172 @@ def square(size: int) -> ImageGeometry:
     return ImageGeometry((size, size), (size, size), "bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
-def open_store(folder, tmp_path, geometry=None):
+def open_store(folder, tmp_path, geometry=None, **options):
     files = folder.train_files + folder.test_files
-    return open_pixel_store(folder.root, files, geometry or square(32), cache_dir=tmp_path / "store")
+    options = {"train_files": folder.train_files, "train_side": 39} | options
+    return open_pixel_store(folder.root, files, geometry or square(32), cache_dir=tmp_path / "store", **options)
 
 
 def test_stored_pixels_equal_pils_decoding_byte_for_byte(pristine_data, tmp_path):
     folder = open_data(str(pristine_data))
     store = open_store(folder, tmp_path)
     split = load_dataset(folder)["validation"]
-    dataset = PixelDataset(store, split)
-    assert isinstance(dataset.pixels, np.memmap)  # so that memory does not grow with the number of images
-    batch = dataset.__getitems__(range(len(split)))
-    assert batch["images"].dtype == torch.uint8 and batch["labels"].tolist() == split["label"]
-    for file, values in zip(split["file"], batch["images"], strict=True):
-        expected = np.asarray(Image.open(folder.root / file).convert("RGB"))
-        assert np.array_equal(values.permute(1, 2, 0).numpy(), expected)
+    for for_training in (False, True):
+        batch = PixelDataset(store, split, for_training).__getitems__(range(len(split)))
+        assert batch["images"].dtype == torch.uint8 and batch["labels"].tolist() == split["label"]
+        for file, values in zip(split["file"], batch["images"], strict=True):
+            expected = np.asarray(Image.open(folder.root / file).convert("RGB"))
+            assert np.array_equal(values.permute(1, 2, 0).numpy(), expected)
 
 
-def test_mixed_sizes_are_brought_to_the_views_size_by_its_own_rule(data, tmp_path):
+def test_mixed_sizes_are_evaluated_as_the_processor_makes_them(data, tmp_path):
     odd = f"train/{WNIDS[0]}/images/{WNIDS[0]}_2.JPEG"
     draw_picture(WNIDS[0], 2, (70, 40)).save(data / odd)
     folder = open_data(str(data))
     processor = PROCESSORS["convnext"]()
     geometry = read_geometry(processor)
     store = open_store(folder, tmp_path, geometry)
-    assert store.cropped and store.pixels.shape[1:] == (48, 48, 3)
-    stored = torch.from_numpy(store.pixels[store.rows[odd]]).permute(2, 0, 1)[None]
+    stored = torch.from_numpy(stored_pixels(store, odd)).permute(2, 0, 1)[None]
+    assert store.cropped and stored.shape == (1, 3, 48, 48)
     expected = processor(Image.open(data / odd), return_tensors="pt")["pixel_values"]
     assert (EvaluationTransform(geometry, store.cropped)(stored) - expected).abs().max() < 1.1 / 255 / 0.5
+
+
+def draw_photograph(width: int, height: int) -> Image.Image:
+    """Smooth shapes with some detail and sharp edges, in colors."""
+    random = np.random.default_rng(0)
+    small = Image.fromarray(random.integers(0, 256, (height // 20, width // 20, 3), dtype=np.uint8))
+    pixels = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(np.float64)
+    pixels += random.normal(0, 6, pixels.shape)
+    for _ in range(20):
+        top, left, side = random.integers(height), random.integers(width), random.integers(10, height // 5)
+        pixels[top : top + side, left : left + side] = random.uniform(0, 255, 3)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def photographs(pristine_data, tmp_path_factory):
+    """A dataset whose first training images are photographs of several sizes, and small pictures otherwise."""
+    root = tmp_path_factory.mktemp("photographs") / "data"
+    shutil.copytree(pristine_data, root)
+    for i, (width, height) in enumerate([(1500, 1000), (900, 1600), (500, 375)]):
+        draw_photograph(width, height).save(root / "train" / WNIDS[0] / "images" / f"{WNIDS[0]}_{i}.JPEG", quality=95)
+    return open_data(str(root))
+
+
+def photograph(i: int) -> str:
+    return f"train/{WNIDS[0]}/images/{WNIDS[0]}_{i}.JPEG"
+
+
+def test_training_images_are_kept_whole_and_no_larger_than_crops_need(photographs, tmp_path):
+    side = enough_pixels([224], 0.35)
+    assert 224 / (0.675**0.5) <= side < 1 + 224 / (0.675**0.5)  # a crop of the median area is not enlarged
+    store = open_store(photographs, tmp_path, square(224), train_side=side)
+    shapes = [stored_pixels(store, photograph(i), whole=True).shape for i in range(4)]
+    assert shapes == [(side, 410, 3), (485, side, 3), (side, 364, 3), (32, 32, 3)]
+    small = np.asarray(Image.open(photographs.root / photograph(3)).convert("RGB"))
+    assert np.array_equal(stored_pixels(store, photograph(3), whole=True), small)
+
+
+def test_a_crop_of_a_photograph_is_pils_crop_and_resize_of_the_original(photographs, tmp_path):
+    store = open_store(photographs, tmp_path, square(224), train_side=273)
+    whole = stored_pixels(store, photograph(0), whole=True)
+    images = [torch.from_numpy(whole).permute(2, 0, 1)] * 12
+    ours = crop_each(images, 224, 0.35, seeded_generator(5)).permute(0, 2, 3, 1).numpy()
+    heights, widths = torch.tensor([whole.shape[:2]] * 12, dtype=torch.float32).T
+    crops = draw_crops(heights, widths, 0.35, seeded_generator(5))
+    down, along = 1000 / whole.shape[0], 1500 / whole.shape[1]
+    original = Image.open(photographs.root / photograph(0))
+    for values, box, mirrored in zip(ours, whole_boxes(heights, widths, crops), crops[3] < 0, strict=True):
+        edges = box[1] * along, box[0] * down, box[3] * along, box[2] * down
+        expected = np.asarray(original.resize((224, 224), Image.Resampling.BILINEAR, edges))
+        expected = expected[:, ::-1] if mirrored else expected
+        assert np.abs(values.astype(float) - expected).mean() < 3
+
+
+def test_training_crops_show_every_corner_of_a_wide_photograph(data, tmp_path):
+    colors = {(255, 0, 0): (0, 0), (0, 255, 0): (720, 0), (0, 0, 255): (0, 380), (255, 255, 0): (720, 380)}
+    picture = Image.new("RGB", (800, 450), (128, 128, 128))
+    for color, place in colors.items():
+        picture.paste(color, (*place, place[0] + 80, place[1] + 70))
+    picture.save(data / photograph(0), quality=95)
+    folder = open_data(str(data))
+    store = open_store(folder, tmp_path, square(64), train_side=78)
+    dataset = PixelDataset(store, load_dataset(folder, 0.1)["train"], for_training=True)
+    [position] = np.flatnonzero(dataset.rows == store.rows[photograph(0)])
+    batch = unpack_images(dataset.__getitems__([position] * 100))
+    view = TrainTransform(EvaluationTransform(square(64), cropped=True), [64], 0.35)
+    pixels = (view(batch["images"], batch["labels"], seeded_generator(0))[0] + 1) * 127.5
+    for color in colors:
+        distance = (pixels - torch.tensor(color).view(3, 1, 1)).abs().amax(1)  # (100, 64, 64)
+        assert 5 < (distance.amin((1, 2)) < 40).sum() < 100
+
+
+def test_a_long_strip_takes_no_gigabytes(data, tmp_path):
+    Image.effect_noise((20_000, 1), 80).convert("RGB").save(data / photograph(0))
+    geometry = read_geometry(PROCESSORS["clip"]())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    store = open_store(open_data(str(data)), tmp_path, geometry)
+    whole = torch.from_numpy(stored_pixels(store, photograph(0), whole=True)).permute(2, 0, 1)
+    assert whole.shape == (3, 1, 20_000)
+    assert crop_each([whole], 36, 0.35, seeded_generator(0)).shape == (1, 3, 36, 36)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 2**17  # KiB
+    assert stored_pixels(store, photograph(0)).shape == (36, 36, 3)
+
+
+@pytest.mark.parametrize("size", [(400, 20), (20, 400), (300, 14), (1900, 100)])
+@pytest.mark.parametrize("crop", [(32, 32), (48, 20)])
+def test_cropping_before_resizing_gives_the_same_view(size, crop, monkeypatch):
+    image = draw_picture(WNIDS[0], 3, size)
+    geometry = ImageGeometry(36, crop, "bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
+    views = []
+    for limit in (10**9, 0):
+        monkeypatch.setattr(images, "LARGEST_RESIZED", limit)
+        views.append(np.asarray(geometry.apply(image)).astype(int))
+    # PIL resizes a high image down before along, and clips in between.
+    assert np.abs(views[0] - views[1]).mean() < 0.5
+
+
+def batches(store, splits):
+    return [
+        PixelDataset(store, splits[name], for_training).__getitems__(range(len(splits[name])))
+        for name in splits
+        for for_training in (False, True)
+    ]
+
+
+def same(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) if torch.is_tensor(first[name]) else first[name] == second[name]
+        for name in first
+    )
+
+
+@pytest.mark.parametrize("kind", ["small", "photographs"])
+def test_batches_are_the_same_without_the_cache(kind, pristine_data, photographs, tmp_path):
+    folder = open_data(str(pristine_data)) if kind == "small" else photographs
+    splits = load_dataset(folder)
+    splits.pop("test")  # the fixture has no labels for it
+    cached = open_store(folder, tmp_path, square(64), train_side=78)
+    uncached = open_store(folder, tmp_path, square(64), train_side=78, why_uncached="--cache_images false")
+    assert uncached.data_fingerprint == cached.data_fingerprint and uncached.size == cached.size
+    assert all(itertools.starmap(same, zip(batches(cached, splits), batches(uncached, splits), strict=True)))
+    assert not list((tmp_path / "store").glob("*checked/*pixels*"))
+
+
+@pytest.mark.parametrize("why_uncached", [None, "--cache_images false"])
+def test_workers_make_the_same_batches_and_do_not_copy_the_cache(why_uncached, photographs, tmp_path):
+    store = open_store(photographs, tmp_path, square(64), train_side=78, why_uncached=why_uncached)
+    dataset = PixelDataset(store, load_dataset(photographs)["train"], for_training=True)
+    sent = pickle.dumps(dataset)  # as spawn and forkserver do
+    assert len(sent) < 50_000  # names of files, not pixels
+    options = {"batch_size": 10, "collate_fn": identity_collate}
+    alone = list(torch.utils.data.DataLoader(dataset, **options))
+    for others in (
+        torch.utils.data.DataLoader(dataset, num_workers=2, multiprocessing_context="fork", **options),
+        torch.utils.data.DataLoader(pickle.loads(sent), **options),
+    ):
+        assert all(itertools.starmap(same, zip(alone, others, strict=True)))
 
 
 def test_a_store_is_reused_until_the_data_change(data, tmp_path, monkeypatch):
@@ -157,11 +319,13 @@ def test_a_store_is_reused_until_the_data_change(data, tmp_path, monkeypatch):
         patch.setattr(images, "_fill", None)
         open_store(open_data(str(data)), tmp_path)
     changed = data / "test" / "images" / first_image(data)
+    before = changed.stat()
     draw_picture(WNIDS[0], 99).save(changed)
-    second = open_store(open_data(str(data)), tmp_path)
-    assert second.data_fingerprint != first.data_fingerprint
-    row = second.rows[f"test/images/{changed.name}"]
-    assert np.array_equal(second.pixels[row], np.asarray(Image.open(changed).convert("RGB")))
+    with changed.open("ab") as file:  # to its size and time before
+        file.truncate(before.st_size)
+    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
+    second = open_store(open_data(str(data)), tmp_path, may_fail=[f"test/images/{changed.name}"])
+    assert changed.stat().st_size == before.st_size and second.data_fingerprint != first.data_fingerprint
 
 
 def first_image(data) -> str:
@@ -185,7 +349,7 @@ def test_an_interrupted_build_leaves_no_store_and_the_next_one_is_whole(data, tm
         with pytest.raises(KeyboardInterrupt):
             open_store(folder, tmp_path)
     assert not [p for p in (tmp_path / "store").iterdir() if p.is_dir()]
-    assert len(open_store(folder, tmp_path).pixels) == 58
+    assert len(open_store(folder, tmp_path).columns["pixels"]) == 58
 
 
 def test_two_builders_at_once_build_one_store(pristine_data, tmp_path, monkeypatch):
@@ -221,7 +385,7 @@ def test_photographs_stand_upright_as_the_pipeline_sees_them(data, tmp_path):
     folder = open_data(str(data))
     store = open_store(folder, tmp_path)
     turned = np.asarray(Image.open(data / file).convert("RGB"))[::-1, ::-1]
-    assert np.array_equal(store.pixels[store.rows[file]], turned)
+    assert np.array_equal(stored_pixels(store, file), turned)
 
 
 def test_sixteen_bit_images_are_refused_not_blackened(data, tmp_path):
@@ -231,10 +395,39 @@ def test_sixteen_bit_images_are_refused_not_blackened(data, tmp_path):
         open_store(open_data(str(data)), tmp_path)
 
 
-def test_a_full_disk_is_noticed_before_decoding(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(UserError, match=r"decoding 58 images needs .* HF_DATASETS_CACHE chooses another place"):
+def test_images_that_do_not_fit_the_disk_are_decoded_whenever_they_are_needed(pristine_data, tmp_path, monkeypatch):
+    folder = open_data(str(pristine_data))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 150_000))
+    store = open_store(folder, tmp_path)  # 58 images of 32 x 32 pixels take 178,176 bytes
+    assert "decoded, they take 0.0 GB, and 0.0 GB are free" in store.why_uncached
+    assert "HF_DATASETS_CACHE chooses another place" in store.why_uncached
+    monkeypatch.undo()
+    kept = open_store(folder, tmp_path)
+    assert kept.why_uncached is None
+    file = folder.train_files[0]
+    assert np.array_equal(stored_pixels(store, file), stored_pixels(kept, file))
+
+
+def test_a_disk_that_fills_up_while_images_are_decoded_is_an_error(data, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(images, "view_pixels", fail)
+    draw_picture(WNIDS[0], 2, (70, 40)).save(data / photograph(0))
+    with pytest.raises(UserError, match=r"No space left on device.*HF_DATASETS_CACHE chooses another place"):
         open_store(open_data(str(data)), tmp_path)
+    assert not [p for p in (tmp_path / "store").iterdir() if p.is_dir()]
+
+
+def test_several_processes_decode_as_one_does(photographs, pristine_data, tmp_path, monkeypatch):
+    one = open_store(photographs, tmp_path / "one", square(64), train_side=78)
+    monkeypatch.setattr(images, "WORKERS_FROM", 0)
+    monkeypatch.setattr(images, "count_cores", lambda: 2)
+    two = open_store(photographs, tmp_path / "two", square(64), train_side=78)
+    assert one.data_fingerprint == two.data_fingerprint and len(list((tmp_path / "two").rglob("*.arrow"))) == 2
+    splits = load_dataset(photographs)
+    splits.pop("test")
+    assert all(itertools.starmap(same, zip(batches(one, splits), batches(two, splits), strict=True)))
 
 
 def test_another_image_size_shares_the_store_of_whole_images(data, tmp_path, monkeypatch):

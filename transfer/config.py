@@ -205,6 +205,10 @@ class RunArguments:
         IMAGES, at_least=8, on_card="setting")
     min_crop_scale: float = option(0.35, "Smallest fraction of the image's area in a training crop.",
         IMAGES, above=0, at_most=1, on_card="setting")
+    decoded_side: int | None = option(
+        None, "Pixels to which the shorter side of a photograph is reduced before it is cropped in training. [so that "
+        "half of the crops need not be enlarged]",
+        IMAGES, at_least=8, on_card="ingredient")
 
     head_warm_start: bool = option(True, "Copy the head's weights for classes that the checkpoint knows by name.",
         LAYERS, on_card="setting")
@@ -289,6 +293,8 @@ class RunArguments:
     max_minutes: float | None = option(
         None, "Time limit of the whole run, csv included; training and its schedule are shortened to fit.",
         RESOURCES, above=0, training_only=True)
+    cache_images: bool = option(
+        True, "Keep decoded images on the disk; `false` decodes them whenever they are needed.", RESOURCES)
     estimate: bool = option(False, "Measure a few steps, print the time and memory of the whole run, and stop.",
         RESOURCES, one_run=True)
 

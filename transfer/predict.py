@@ -36,7 +36,7 @@ from transfer.models.cpu_kernels import apply_cpu_speedups, fold_batch_norms
 from transfer.models.load import load_checkpoint, read_geometry
 from transfer.reporting.findings import encode_thumbnail
 from transfer.reporting.page import HERE, open_templates
-from transfer.runtime import tune_malloc
+from transfer.runtime import count_cores, tune_malloc
 from transfer.transforms.evaluation import EvaluationTransform, check_transform
 
 HEIC_SUFFIXES = (".heic", ".heif")  # of iPhones; Pillow does not read them
@@ -105,11 +105,6 @@ class Prediction:
     labels: list[int]
     confidences: list[float]
     thumbnail: str = ""
-
-
-def count_cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _decode(file: Path, geometry: ImageGeometry, with_thumbnail: bool) -> Decoded:

@@ -145,6 +145,11 @@ def resolve_mixed_precision() -> str:
     return f"precision: {shown}, not the accelerate config's {asked}, which is slow on this device"
 
 
+def count_cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_all_cores() -> None:
     """Let torch compute on every core that this process may use; several processes share the cores.
 
@@ -152,8 +157,7 @@ def use_all_cores() -> None:
     cores, start the run with `taskset`.
     """
     if os.environ.get("OMP_NUM_THREADS") == "1" and PRECISION_VARIABLE in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def tune_malloc() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -61,7 +62,7 @@ from transfer.runs.record import (
     write_record,
 )
 from transfer.runs.timing import limit_training
-from transfer.runtime import note, say
+from transfer.runtime import count_cores, note, say
 from transfer.submission import digest_of, fill_submission
 from transfer.submission.checker import check_rows
 from transfer.terminal import format_duration
@@ -75,9 +76,11 @@ from transfer.training.checkpoints import (
 from transfer.training.linear_probe import fit_probe
 from transfer.training.trainer import FinetuningTrainer, identity, run_training
 from transfer.transforms.evaluation import TTA_TRANSFORMS, EvaluationTransform, check_transform
+from transfer.transforms.training import enough_pixels
 
 READ_BACK_IMAGES = 10
 IGNORED_SHOWN = 3  # kinds of files
+TIMED_IMAGES = 32  # to foresee how fast images are decoded
 
 
 def set_up_logging(args: FinetuningArguments) -> None:
@@ -155,12 +158,37 @@ def claim_output(run: RunArguments, args: FinetuningArguments) -> None:
         check_push(args.hub_model_id or "", run.hub_space_id)
 
 
-def decode_images(args: FinetuningArguments, data: DatasetFiles, classifier: Classifier) -> PixelStore:
-    """Decode every image, once per machine, into memory-mapped uint8 pixels."""
-    geometry = classifier.geometry
+def decode_images(context: RunContext, args: FinetuningArguments, classifier: Classifier) -> PixelStore:
+    """Decode every image, once per machine, into memory-mapped uint8 pixels.
+
+    Where they are not kept, data workers will decode them, one on each core unless the arguments name a number.
+    """
+    run, data, geometry = context.run, context.data, classifier.geometry
     check_transform(classifier.processor, EvaluationTransform(geometry))
+    side = run.decoded_side or enough_pixels(run.train_image_size or [geometry.crop[0]], run.min_crop_scale)
+    why_uncached = None if run.cache_images else "--cache_images false"
     with args.main_process_first(local=True, desc="decoding images"):
-        return open_pixel_store(data.root, data.files, geometry, may_fail=data.test_files)
+        store = open_pixel_store(
+            data.root, data.files, geometry, None, data.test_files, data.train_files, side, why_uncached
+        )
+    if store.why_uncached:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.dataloader_num_workers = args.dataloader_num_workers or max(1, count_cores() // processes)
+        workers = args.dataloader_num_workers * processes
+        speed = time_decoding(PixelDataset(store, context.dataset["train"], for_training=True))
+        say(
+            f"images      are decoded whenever they are needed, about {min(workers, count_cores()) * speed:,.0f} a "
+            f"second with {workers} data worker{'s' if workers > 1 else ''} ({store.why_uncached})"
+        )
+    return store
+
+
+def time_decoding(images: PixelDataset) -> float:
+    """How many images a second one process gets ready for training."""
+    few = range(0, len(images), max(1, len(images) // TIMED_IMAGES))[:TIMED_IMAGES]
+    start = time.perf_counter()
+    images.__getitems__(few)
+    return len(few) / (time.perf_counter() - start)
 
 
 def start_record(context: RunContext, trainer: FinetuningTrainer, checkpoint: str | None = None) -> dict:

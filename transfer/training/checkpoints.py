@@ -44,6 +44,7 @@ WITHOUT_EFFECT_ON_WEIGHTS = {
     "do_train",
     "do_eval",
     "do_predict",
+    "cache_images",
     "dataloader_num_workers",
     "dataloader_prefetch_factor",
     "dataloader_persistent_workers",
@@ -81,8 +82,8 @@ FIXED = {
 # What another value means for the rest of a training.
 CONTINUES = {
     **dict.fromkeys(
-        ["train_image_size", "min_crop_scale", "drop_path_rate", "freeze_batch_norm_stats", "class_weights",
-         "mixup_alpha", "cutmix_alpha", "trivial_augment", "erasing_probability", "augment_until",
+        ["train_image_size", "min_crop_scale", "decoded_side", "drop_path_rate", "freeze_batch_norm_stats",
+         "class_weights", "mixup_alpha", "cutmix_alpha", "trivial_augment", "erasing_probability", "augment_until",
          "max_grad_norm", "label_smoothing_factor", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
          "save_strategy", "save_steps", "load_best_model_at_end", "debug"],
         "it applies to the steps from here on",

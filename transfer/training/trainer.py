@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import broadcast, send_to_device, set_seed
 from accelerate.utils.memory import clear_device_cache
 from safetensors import SafetensorError
 from torch import nn
@@ -30,7 +30,7 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from transfer.config import FinetuningArguments
-from transfer.data.images import PixelDataset, identity_collate
+from transfer.data.images import PixelDataset, identity_collate, unpack_images
 from transfer.errors import Terminated, UserError
 from transfer.evaluation.metrics import find_hits, macro_f1
 from transfer.models.build import Classifier
@@ -240,8 +240,9 @@ class FinetuningTrainer(Trainer):
 
     def _train_in_parts(self, model, inputs: Batch, num_items_in_batch) -> torch.Tensor:
         loss = torch.zeros((), device=self.args.device)
-        for part in split_batch(inputs, self.train_limit.images):
-            images, labels = (part[name].to(self.args.device, non_blocking=True) for name in ("images", "labels"))
+        inputs = send_to_device(inputs, self.args.device, non_blocking=True)
+        for part in split_batch(unpack_images(inputs), self.train_limit.images):
+            images, labels = part["images"], part["labels"]
             # Depends on the seed, the step and the process: not on data workers, nor on where a run was resumed.
             step, process = self.state.global_step, self.args.process_index
             generator = seeded_generator(self.args.seed, step, self.micro_step, process)

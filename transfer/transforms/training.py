@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from transfer.config import RunArguments
-from transfer.transforms.evaluation import EvaluationTransform
+from transfer.transforms.evaluation import EvaluationTransform, resize_as_pil
+
+WIDEST_CROP = 4 / 3  # width / height of a training crop, and the inverse of the highest one's
 
 
 def seeded_generator(*parts: int) -> torch.Generator:
@@ -173,26 +175,65 @@ def resample(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) ->
 
 
 def draw_crops(
-    batch: int, height: int, width: int, min_scale: float, generator: torch.Generator
+    heights: torch.Tensor, widths: torch.Tensor, min_scale: float, generator: torch.Generator
 ) -> list[torch.Tensor]:
-    """[top, left, height, width], each (batch,) in pixels: random resized crops, half of them mirrored.
+    """[top, left, height, width], each (B,) in pixels: random resized crops of images, half of them mirrored.
 
     Area uniform in min_scale..1 of the image, aspect log-uniform in 3/4..4/3, place uniform (Szegedy et al. 2015). A
-    mirrored crop starts at its right edge and has a negative width.
+    crop that is too high or too wide for its image is cut, and keeps an aspect in these limits. A mirrored crop starts
+    at its right edge and has a negative width.
     """
-    area, aspect, down, along, mirror = torch.rand(5, batch, generator=generator)
-    aspect = torch.exp((2 * aspect - 1) * math.log(4 / 3))
-    area = (min_scale + (1 - min_scale) * area) * height * width
-    crop_height, crop_width = (area / aspect).sqrt().clamp(max=height), (area * aspect).sqrt().clamp(max=width)
-    top, left = down * (height - crop_height), along * (width - crop_width)
+    area, aspect, down, along, mirror = torch.rand(5, len(heights), generator=generator)
+    aspect = torch.exp((2 * aspect - 1) * math.log(WIDEST_CROP))
+    area = (min_scale + (1 - min_scale) * area) * heights * widths
+    crop_height, crop_width = (area / aspect).sqrt(), (area * aspect).sqrt()
+    too_high, too_wide = crop_height > heights, crop_width > widths
+    crop_height, crop_width = torch.minimum(crop_height, heights), torch.minimum(crop_width, widths)
+    crop_width = torch.where(too_high, torch.minimum(crop_width, WIDEST_CROP * crop_height), crop_width)
+    crop_height = torch.where(too_wide, torch.minimum(crop_height, WIDEST_CROP * crop_width), crop_height)
+    top, left = down * (heights - crop_height), along * (widths - crop_width)
     mirrored = mirror < 0.5
     left = torch.where(mirrored, left + crop_width, left)
     crop_width = torch.where(mirrored, -crop_width, crop_width)
     return [top, left, crop_height, crop_width]
 
 
+def enough_pixels(sizes: Sequence[int], min_scale: float) -> int:
+    """The shorter side that an image needs so that a crop of median area is not enlarged to any of the sizes."""
+    return math.ceil(max(sizes) / math.sqrt((min_scale + 1) / 2))
+
+
+def whole_boxes(
+    heights: torch.Tensor, widths: torch.Tensor, crops: Sequence[torch.Tensor]
+) -> list[tuple[int, int, int, int]]:
+    """(top, left, bottom, right) of each crop in whole pixels: at least one, and inside the image."""
+    top, left, crop_height, crop_width = crops
+    left = torch.minimum(left, left + crop_width)
+    crop_height, crop_width = crop_height.round().clamp(min=1), crop_width.abs().round().clamp(min=1)
+    top, left = torch.minimum(top.round(), heights - crop_height), torch.minimum(left.round(), widths - crop_width)
+    box = torch.stack([top, left, top + crop_height, left + crop_width], 1)
+    return [tuple(edges) for edges in box.long().tolist()]
+
+
+def crop_each(images: Sequence[torch.Tensor], size: int, min_scale: float, generator: torch.Generator) -> torch.Tensor:
+    """Images (3, H, W) uint8 of any sizes -> (B, 3, size, size) uint8: random resized crops, anti-aliased.
+
+    Only the pixels of the crop are touched. The edges of a crop are rounded to whole pixels, as in torchvision.
+    """
+    heights, widths = torch.tensor([image.shape[1:] for image in images], dtype=torch.float32).T
+    crops = draw_crops(heights, widths, min_scale, generator)
+    cut = torch.empty(len(images), size, size, 3, dtype=torch.uint8, device=images[0].device).permute(0, 3, 1, 2)
+    boxes = zip(images, whole_boxes(heights, widths, crops), (crops[3] < 0).tolist(), strict=True)
+    for row, (image, (top, left, bottom, right), mirrored) in enumerate(boxes):
+        # torch keeps pixels together, which is faster, only where the first stride is the largest.
+        view = image.permute(1, 2, 0)[top:bottom, left:right].unsqueeze(0).permute(0, 3, 1, 2)
+        view = resize_as_pil(view, (size, size), "bilinear")
+        cut[row] = view[0].flip(-1) if mirrored else view[0]
+    return cut
+
+
 class TrainTransform(nn.Module):
-    """(B, 3, H, W) uint8 images and (B,) labels -> (B, 3, S, S) float32 pixel values and labels.
+    """(B, 3, H, W) uint8 images, or a list of (3, H, W), and (B,) labels -> (B, 3, S, S) float32 pixels and labels.
 
     Every image is cropped at random, mirrored with probability 0.5, and normalized. `sizes` are the values of S, used
     in turn, each for an equal part of the training. Until the fraction `augment_until` of the training,
@@ -220,20 +261,41 @@ class TrainTransform(nn.Module):
         """Side of the crops after that fraction of the training."""
         return self.sizes[min(int(progress * len(self.sizes)), len(self.sizes) - 1)]
 
-    def forward(
-        self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, progress: float = 0.0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def crop_batch(self, images: torch.Tensor, size: int, augments: bool, generator: torch.Generator) -> torch.Tensor:
+        """Normalized crops of images of one size, which TrivialAugment changes before they are cropped."""
         b, _, h, w = images.shape
-        size, augments = self.size_at(progress), progress < self.augment_until
         images = in_lines(images).float()  # fastest order: lay out as uint8, then normalize in lines
         if self.trivial_augment and augments:
             images = self.trivial_augment(images, generator)
-        crops = draw_crops(b, h, w, self.min_crop_scale, generator)
+        heights, widths = torch.full((b,), float(h)), torch.full((b,), float(w))
+        crops = draw_crops(heights, widths, self.min_crop_scale, generator)
         top, left, height, width = (values.to(images.device, non_blocking=True) for values in crops)
         rows = resampling_weights(top, height, h, size)
         columns = resampling_weights(left, width, w, size)
         # Normalizing first gives the same values, on fewer pixels where a crop is enlarged.
-        pixel_values = resample(self.evaluation.normalize(images), rows, columns)
+        return resample(self.evaluation.normalize(images), rows, columns)
+
+    def crop_list(
+        self, images: Sequence[torch.Tensor], size: int, augments: bool, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Normalized crops of images of several sizes, which TrivialAugment changes after they were cropped."""
+        cut = crop_each(images, size, self.min_crop_scale, generator).float()
+        if self.trivial_augment and augments:
+            cut = self.trivial_augment(cut, generator)
+        return self.evaluation.normalize(cut)
+
+    def forward(
+        self,
+        images: torch.Tensor | Sequence[torch.Tensor],
+        labels: torch.Tensor,
+        generator: torch.Generator,
+        progress: float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        size, augments = self.size_at(progress), progress < self.augment_until
+        if isinstance(images, torch.Tensor):
+            pixel_values = self.crop_batch(images, size, augments, generator)
+        else:
+            pixel_values = self.crop_list(images, size, augments, generator)
         if self.erasing and augments:
             pixel_values = self.erasing(pixel_values, generator)
         if self.mixing and augments:
