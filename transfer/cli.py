@@ -410,11 +410,13 @@ def try_arguments(args: FinetuningArguments) -> None:
         }
         DataLoader(cast(Any, range(8)), num_workers=args.dataloader_num_workers, **workers)
 
+    options = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")  # the latter since 5.23
+
     def checkpoint_gradients() -> None:
-        for options in (args.gradient_checkpointing_kwargs, args.activation_checkpointing_kwargs):
-            if options:
+        for name in options:
+            if values := getattr(args, name, None):
                 checkpoint(
-                    model, torch.zeros(1, 2, device=args.device), **{"use_reentrant": False} | cast(dict, options)
+                    model, torch.zeros(1, 2, device=args.device), **{"use_reentrant": False} | cast(dict, values)
                 )
 
     def compile_model() -> None:
@@ -428,7 +430,6 @@ def try_arguments(args: FinetuningArguments) -> None:
     _refuse_if_unusable(_shown(args, "lr_scheduler_type", "lr_scheduler_kwargs"), make_schedule)
     workers = ("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_multiprocessing_context")
     _refuse_if_unusable(_shown(args, *workers), make_loader)
-    options = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
     _refuse_if_unusable(_shown(args, *options), checkpoint_gradients)
     _refuse_if_unusable(_shown(args, "torch_compile_backend", "torch_compile_mode"), compile_model)
     torch.random.set_rng_state(random_state)
