@@ -97,7 +97,7 @@ def list_tiles(metrics: RunMetrics, classes: int, ece: float | None, leaderboard
     if metrics.train:
         tiles.append(("training accuracy", percent(metrics.train.accuracy)))
     if metrics.zero_epoch:
-        tiles.append(("accuracy before training", percent(metrics.zero_epoch.accuracy)))
+        tiles.append(("before training", percent(metrics.zero_epoch.accuracy)))
     if leaderboard:
         low, high = leaderboard["interval"]
         tiles.append(("public leaderboard*", f"{100 * low:.1f}–{percent(high)}"))
@@ -193,13 +193,14 @@ def render(template: str, **values) -> str:
 
 
 def _data_name(arguments: Mapping) -> str:
-    return arguments.get("dataset_name") or Path(str(arguments.get("data_dir"))).name
+    return arguments.get("dataset_name") or Path(str(arguments.get("data_dir"))).name.removesuffix(".zip")
 
 
 def _stand_in(place: str, name: str) -> str:
     """A path as it was given, or, where it would show folders of this machine, with `name` for its folder."""
-    path = PurePosixPath(place)
-    is_near = not place.startswith(("/", "~")) and (".." not in path.parts or len(set(path.parts) - {".."}) <= 2)
+    path = PurePosixPath(place.replace("\\", "/"))
+    is_absolute = place.startswith(("/", "~")) or place[1:3] in (":\\", ":/")
+    is_near = not is_absolute and (".." not in path.parts or len(set(path.parts) - {".."}) <= 2)
     return place if is_near else f"{name}/{path.name}"
 
 

@@ -200,6 +200,8 @@ def train_and_measure(context: RunContext, trainer: FinetuningTrainer, checkpoin
     run = context.run
     held_out = context.dataset["validation"]
     sample = PixelDataset(trainer.eval_dataset.store, select_evenly(held_out, MEASURED_IMAGES))
+    few = range(min(len(sample), trainer.args.eval_batch_size))
+    trainer.predict_logits(torch.utils.data.Subset(sample, few))  # the first batch is slower, and is not timed
     start = time.perf_counter()
     zero = ZeroEpoch(evaluate_split(trainer, sample, "untrained").accuracy)
     part = f", on {len(sample):,} images" if len(sample) < len(held_out) else ""
