@@ -110,7 +110,7 @@ def test_the_page_has_the_verdict_the_ensemble_and_what_differs(tmp_path, capsys
     assert "Validation accuracy over time" in page.words and "Without pictures: nowhere" in page.words
     assert f"{tmp_path / 'page.html'}  0." in capsys.readouterr().out
     rows = page.source.partition('<table class="sortable">')[2]
-    gains = [int(gain) for gain in re.findall(r'data-value="(-?\d+)">[+-]?\d+</td>', rows)]
+    gains = [int(gain) for gain in re.findall(r'data-value="(-?\d+)">[+−]?\d+</td>', rows)]
     assert sum(gains) == 15 and [abs(gain) for gain in gains] == sorted(map(abs, gains), reverse=True)
 
 

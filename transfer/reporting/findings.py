@@ -265,7 +265,10 @@ def show_training_images(run: RunResults, album: Album) -> list[dict]:
     images = [(image, label) for image, label in read if image is not None]
     if not images:
         return []
-    views, targets = _draw_views(run, *zip(*images, strict=True))
+    try:
+        views, targets = _draw_views(run, *zip(*images, strict=True))
+    except (ImportError, OSError):  # the model's processor is missing, or needs a package that is not installed
+        return []
     shown = []
     for view, target in zip(views, targets, strict=True):
         labels = [label for label in np.argsort(-target, kind="stable")[:2] if target[label] >= SMALLEST_SHARE]
