@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
     single.say_data(run, data, dataset, data_loading.describe_layout(data))
     say(*data_loading.describe_warnings(run, data, dataset))
     ends_by = started + 60 * run.max_minutes if run.max_minutes else None
-    context = RunContext(run, arguments, precision, data, dataset, ends_by, words)
+    context = RunContext(run, arguments, precision, data, dataset, ends_by, words, started=started)
     say(*context.describe_shortage(args))
 
     if run.estimate:

@@ -16,9 +16,10 @@ from data_loading import load_dataset, open_data
 from transfer.data.labels import read_template
 from transfer.data.splits import split_fingerprint
 from transfer.evaluation.predictions import Predictions
-from transfer.runs import timing
+from transfer.runs import single, timing
 from transfer.runs.timing import Deadline, TimeBudget, steps_that_fit
 from transfer.submission.checker import find_faults
+from transfer.training.trainer import FinetuningTrainer
 
 
 def test_steps_that_fit_leave_time_for_every_pause_on_the_way():
@@ -34,6 +35,29 @@ def test_held_out_images_that_fit_leave_time_to_train():
     # 2/3 of 69 s, at 1.15 s an image with slack, seen 4 times
     assert timing.images_that_fit(69, 1.0, passes=4) == 10
     assert timing.images_that_fit(-5, 1.0, passes=4) == 0
+
+
+class Stop(Exception):
+    """Ends a run where the test has seen enough."""
+
+
+def test_an_evaluation_is_timed_after_a_first_batch_which_is_slower(pristine_data, checkpoints, finetune, monkeypatch):
+    calls, foreseen = [], []
+
+    def predict_logits(self, split, view=None, what=""):
+        calls.append(len(split))
+        time.sleep(0.5 if len(calls) == 1 else 0.01)
+        return np.zeros((len(split), 4))
+
+    def limit_training(context, trainer, seconds):
+        foreseen.append(seconds)
+        raise Stop
+
+    monkeypatch.setattr(FinetuningTrainer, "predict_logits", predict_logits)
+    monkeypatch.setattr(single, "limit_training", limit_training)
+    with pytest.raises(Stop):
+        finetune(pristine_data, checkpoints("convnext"), per_device_eval_batch_size=4)
+    assert calls == [4, 12] and foreseen[0] < 0.5 / 12
 
 
 class Machine:

@@ -1,5 +1,6 @@
 """The model card: its numbers are the files', its metadata loads, and it names no place of this machine."""
 
+import json
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from transfer.evaluation.metrics import Calibration, RunMetrics, Scores, SplitScores, TtaMetrics
 from transfer.evaluation.predictions import Predictions
+from transfer.reporting import card
 from transfer.reporting.card import write_card
 
 NAMES = ["red thing", "green | thing", "<blue> [thing]", "grey_thing"]
@@ -111,9 +113,9 @@ def test_the_metadata_is_what_the_hub_reads(tmp_path):
     values = {result.metric_type: result.metric_value for result in results}
     assert values == {"accuracy": measured.validation.accuracy, "f1": measured.validation.macro_f1}
     assert all(result.dataset_split == "validation" for result in results)
-    card = ModelCard.load(path)
-    assert card.data.eval_results[0].metric_value == measured.validation.accuracy
-    assert 'pipeline("image-classification", model="me/tiny")' in card.text
+    loaded = ModelCard.load(path)
+    assert loaded.data.eval_results[0].metric_value == measured.validation.accuracy
+    assert 'pipeline("image-classification", model="me/tiny")' in loaded.text
 
 
 @pytest.mark.parametrize("metrics", [{}, SEEDS], ids=["one seed", "three seeds"])
@@ -162,3 +164,67 @@ def test_names_of_classes_are_text_and_not_markdown(tmp_path):
 def test_the_terms_are_those_of_the_data(data_dir, wnids, terms, tmp_path):
     text = make_card(tmp_path / "run", record={"arguments": {"data_dir": data_dir}}, class_ids=wnids)[0].read_text()
     assert terms in text and text.count("derive from ImageNet") == (data_dir == "tiny-imagenet-100.zip")
+
+
+def columns_of(card: Path) -> str:
+    return next(line for line in card.read_text().splitlines() if line.startswith("| measured on"))
+
+
+def test_of_few_classes_the_card_has_no_top5(tmp_path):
+    path, measured, record = make_card(tmp_path / "run")
+    assert columns_of(path) == "| measured on | images | accuracy | 95% interval | macro F1 | loss |"
+    names = [f"class {i}" for i in range(11)]
+    labels = np.arange(22) % 11
+    predictions = Predictions([f"{i}.JPEG" for i in range(22)], labels, some_logits(labels, 11), [], np.empty((0, 11)))
+    write_card(tmp_path / "run" / "model", measured, record, names, names, predictions)
+    assert columns_of(path) == "| measured on | images | accuracy | 95% interval | top-5 | macro F1 | loss |"
+    assert f"| {measured.validation.top5_accuracy:.4f} |" in path.read_text()
+
+
+def card_of(folder: Path, **arguments) -> tuple[dict, str]:
+    """(metadata, text) of the card of a run that started from a local model."""
+    record = {"local_model": True, "arguments": {"data_dir": "flowers"} | arguments}
+    path, *_ = make_card(folder, record=record, class_ids=["rose", "tulip", "lily", "daisy"])
+    return metadata_load(path), path.read_text()
+
+
+def test_the_license_is_that_of_the_base_models_card_and_is_left_out_where_there_is_none(tmp_path):
+    base = tmp_path / "vit"
+    base.mkdir()
+    metadata, text = card_of(tmp_path / "none", model_name_or_path=str(base))
+    assert "license" not in metadata and "No license is given here" in text
+    (base / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: dinov3\nlicense_link: LICENSE.md\n---\n# vit\n"
+    )
+    metadata, text = card_of(tmp_path / "run", model_name_or_path=str(base))
+    assert (metadata["license"], metadata["license_name"]) == ("other", "dinov3") and "license_link" not in metadata
+    assert "The license is that of the base model." in text and "No license" not in text
+    assert "base_model" not in metadata  # a downloaded folder does not tell its own name
+    (base / "README.md").write_text("---\nlicense: [\n---\n")
+    assert "license" not in card_of(tmp_path / "damaged", model_name_or_path=str(base))[0]
+
+
+def test_a_model_that_was_fine_tuned_again_names_the_repository_that_it_began_with(tmp_path):
+    first = {"local_model": False, "arguments": {"model_name_or_path": "google/vit-base-patch16-224-in21k"}}
+    path, *_ = make_card(tmp_path / "first", record=first)
+    (path.parent / "config.json").write_text(json.dumps({"class_ids": WNIDS}))
+    metadata, text = card_of(tmp_path / "second", model_name_or_path=str(path.parent))
+    assert metadata["base_model"] == "google/vit-base-patch16-224-in21k"
+    assert "| base model | first/model |" in text
+
+
+def test_a_folder_of_the_hubs_cache_is_named_by_its_repository(tmp_path):
+    place = tmp_path / "models--facebook--convnextv2-base-22k-224" / "snapshots" / ("0123abcd" * 5)
+    place.mkdir(parents=True)
+    (place / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    metadata, text = card_of(tmp_path / "run", model_name_or_path=str(place))
+    assert metadata["base_model"] == "facebook/convnextv2-base-22k-224" and metadata["license"] == "apache-2.0"
+    assert "[facebook/convnextv2-base-22k-224](https://huggingface.co/facebook/convnextv2-base-22k-224)" in text
+
+
+def test_the_card_of_a_hub_model_is_read_from_the_cache(tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text("---\nlicense: mit\n---\n")
+    monkeypatch.setattr(card, "try_to_load_from_cache", lambda *names, **_: str(readme) if "me/vit" in names else None)
+    record = {"local_model": False, "arguments": {"model_name_or_path": "me/vit"}}
+    assert metadata_load(make_card(tmp_path / "run", record=record)[0])["license"] == "mit"

@@ -194,7 +194,7 @@ def test_an_ensemble_is_reported_compared_and_not_reproduced_as_a_training(make,
     (out / "report.html").unlink()
     reporting.main([str(out)])
     page = Page(out / "report.html")
-    assert "Ensemble of 2 of 2 runs evaluated on" in page.words and "This is an ensemble" in page.words
+    assert "Ensemble of 2 of 2 runs on" in page.words and "This is an ensemble" in page.words
     assert "Nothing was trained" not in page.words and "Members" in page.words and "mean of all runs" in page.words
     assert "The members were chosen on the same images" in page.words and len(page.pictures()) >= 10
     with pytest.raises(ensemble.UserError, match="is the record of an ensemble; its own command makes it again: pyth"):

@@ -31,8 +31,8 @@ from transfer.evaluation.predictions import (
     fit_temperature,
     measure_calibration,
 )
-from transfer.files import claim_output_dir, is_finished, read_json, write_atomically
-from transfer.reporting import RunResults, align_hits
+from transfer.files import claim_output_dir, is_finished, write_atomically
+from transfer.reporting import RunResults, align_runs
 from transfer.reporting.page import redraw_report
 from transfer.runs.record import make_record, read_record, write_record
 from transfer.runs.repeats import start_of
@@ -44,11 +44,10 @@ from transfer.submission.checker import check_rows
 
 @dataclass(frozen=True)
 class Member:
-    """A finished run, its class ids in label order, and what identifies its predictions."""
+    """A finished run, and what identifies its predictions."""
 
     name: str  # the end of its path: metrics.json holds no path of this machine
     results: RunResults
-    class_ids: list[str]
     digest: str  # sha256 of predictions.npz
 
     @classmethod
@@ -57,11 +56,9 @@ class Member:
         if not is_finished(folder):
             raise UserError(f"{folder}: is not a finished run; name output folders of finished runs")
         results = RunResults.read(folder, read_record(folder / "run.json"))
-        config = {} if "class_ids" in results.record else read_json(folder / "model" / "config.json")
-        class_ids = results.record.get("class_ids") or config.get("class_ids") or config.get("wnids")
-        if not class_ids:
+        if not results.class_ids:
             raise UserError(f"{folder}: its model does not name its classes, so it is not a run of this project")
-        return cls(name, results, class_ids, digest_of((folder / FILE_NAME).read_bytes()))
+        return cls(name, results, digest_of((folder / FILE_NAME).read_bytes()))
 
     @property
     def folder(self) -> Path:
@@ -95,11 +92,11 @@ def check_fit(first: Member, other: Member) -> None:
     pair = f"{first.folder} and {other.folder}"
     if first.digest == other.digest:
         raise UserError(f"{pair} have the same predictions; leave one out")
-    if first.class_ids != other.class_ids:
-        alike = sorted(first.class_ids) == sorted(other.class_ids)
-        counts = f"{len(first.class_ids)} and {len(other.class_ids)}"
+    if first.results.class_ids != other.results.class_ids:
+        alike = sorted(first.results.class_ids) == sorted(other.results.class_ids)
+        counts = f"{len(first.results.class_ids)} and {len(other.results.class_ids)}"
         raise UserError(f"{pair} have different classes ({'in another order' if alike else counts})")
-    align_hits(first.results, other.results)
+    align_runs(first.results, other.results)
     ids = set(first.predictions.test_ids) ^ set(other.predictions.test_ids)
     if ids:
         raise UserError(
@@ -168,7 +165,7 @@ def find_form(member: Member) -> DatasetFiles:
     data = DatasetFiles(
         kind="",
         root=Path(),
-        class_ids=member.class_ids,
+        class_ids=member.results.class_ids,
         synonyms=names,
         class_names=names,
         label_order="",
@@ -221,7 +218,7 @@ def describe_ensemble(
         }
         for member in members
     ]
-    classes = {"class_ids": members[0].class_ids, "class_names": best.class_names}
+    classes = {"class_ids": best.class_ids, "class_names": best.class_names}
     return record | {"local_model": True, "members": listed} | classes
 
 

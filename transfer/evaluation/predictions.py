@@ -219,11 +219,15 @@ def find_confused_pairs(confusions: np.ndarray, most: int) -> list[ConfusedPair]
     return sorted(pairs, key=lambda p: (-p.times, -p.first_as_second, p.first, p.second))[:most]
 
 
-def expect_counts(confusions: np.ndarray, images: int) -> np.ndarray:
-    """(classes,) expected predictions of each label for `images` of balanced classes, confused as on validation."""
-    sizes = confusions.sum(1, keepdims=True)
-    shares = np.divide(confusions, sizes, where=sizes > 0, out=np.zeros(confusions.shape))
-    return shares.sum(0) / max(1, int((sizes > 0).sum())) * images
+def expect_counts(confusions: np.ndarray, images: int, shares: np.ndarray | None = None) -> np.ndarray:
+    """(classes,) expected predictions of each label for `images` images, confused as the validation images are.
+
+    `shares` are those of the classes (classes,); without them the classes are balanced.
+    """
+    sizes = confusions.sum(1)
+    rates = np.divide(confusions, sizes[:, None], where=sizes[:, None] > 0, out=np.zeros(confusions.shape))
+    weights = (sizes > 0) * (np.ones(len(sizes)) if shares is None else shares)
+    return weights @ rates / max(weights.sum(), 1e-12) * images
 
 
 def find_label_issues(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:

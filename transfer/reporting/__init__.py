@@ -2,10 +2,12 @@
 
 python -m transfer.reporting outputs/x                # write report.html of a finished run again
 python -m transfer.reporting outputs/x outputs/y      # compare two runs: is one better, or is it noise?
+python -m transfer.reporting outputs/x outputs/y --html comparison.html    # the same as a page
 
 `RunResults` holds the results of a finished run, read from its folder.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ from transfer.files import read_json
 from transfer.models.offline import BACKBONES
 
 SIGNIFICANCE = 0.05  # p-value below which a difference is not called noise
+CACHED = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")  # a folder of the Hub's cache
+TOP5_FROM = 11  # classes: of fewer, being among the five likeliest says little
 
 
 def _require(content, names: Sequence[str], path: Path) -> None:
@@ -30,15 +34,16 @@ def _require(content, names: Sequence[str], path: Path) -> None:
         raise UserError(f"{path}: {missing[0]!r} is missing; every run of this project writes it")
 
 
-def read_class_names(folder: Path) -> list[str]:
-    """Names of the classes in label order, from the saved model's config. Raises `UserError`."""
+def read_classes(folder: Path) -> tuple[list[str], list[str]]:
+    """(names, ids) of the classes in label order, from the saved model's config. Raises `UserError`."""
     path = folder / "model" / "config.json"
     config = read_json(path, f"is {folder} a finished run?")
     names: Any = config.get("id2label", config.get("label_names"))  # timm's configs have a list
     try:
-        return [str(names[str(label) if isinstance(names, Mapping) else label]) for label in range(len(names))]
+        named = [str(names[str(label) if isinstance(names, Mapping) else label]) for label in range(len(names))]
     except (TypeError, KeyError):
         raise UserError(f"{path}: its id2label does not name the classes 0, 1, 2 ...") from None
+    return named, list(map(str, config.get("class_ids") or config.get("wnids") or []))
 
 
 def read_histories(folder: Path) -> dict[str, list[dict]]:
@@ -51,12 +56,23 @@ def read_histories(folder: Path) -> dict[str, list[dict]]:
     return dict(zip(names, (read_json(path).get("log_history", []) for path in states), strict=True))
 
 
+def find_cached_id(folder: Path) -> str | None:
+    """The Hub id of a folder in the Hub's cache; None for all others."""
+    found = CACHED.search(folder.as_posix())
+    return f"{found[1]}/{found[2]}" if found else None
+
+
 def base_model_name(record: Mapping) -> str:
     """The checkpoint that a run started from: a Hub id, or the last part of a local path."""
     name = str(record["arguments"]["model_name_or_path"])
     if name in BACKBONES:
         return BACKBONES[name].title
-    return Path(name).name if record["local_model"] else name
+    path = Path(name)
+    if record["local_model"] and (cached := find_cached_id(path)):
+        return cached
+    if record["local_model"] and path.name == "model" and path.parent.name:  # of a run
+        return f"{path.parent.name}/model"
+    return path.name if record["local_model"] else name
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,7 @@ class RunResults:
     record: Mapping  # run.json
     predictions: Predictions
     class_names: list[str]
+    class_ids: list[str]  # of the dataset; empty where the model does not name them
     histories: Mapping[str, list[dict]]
 
     @classmethod
@@ -79,14 +96,15 @@ class RunResults:
             record = read_json(folder / "run.json", f"is {folder} a finished run?")
         _require(record, ["arguments", "local_model"], folder / "run.json")
         _require(record["arguments"], ["model_name_or_path"], folder / "run.json")
-        names = record.get("class_names") or read_class_names(folder)  # an ensemble has no model
-        predictions = Predictions.load(folder)
+        # An ensemble has no model; its record names the classes.
+        named = (record["class_names"], record["class_ids"]) if "members" in record else read_classes(folder)
+        (names, ids), predictions = named, Predictions.load(folder)
         if predictions.validation_logits.shape[1] != len(names):
             raise UserError(
                 f"{folder}: predictions.npz has {predictions.validation_logits.shape[1]} classes, but model/ has "
                 f"{len(names)}; they do not belong to the same run"
             )
-        return cls(folder, RunMetrics.read(folder), record, predictions, names, read_histories(folder))
+        return cls(folder, RunMetrics.read(folder), record, predictions, names, ids, read_histories(folder))
 
     @property
     def name(self) -> str:
@@ -124,8 +142,8 @@ def compare_hits(first: np.ndarray, second: np.ndarray) -> PairedComparison:
     return PairedComparison(images, int(first.sum()), int(second.sum()), first_only, second_only, p_value, interval)
 
 
-def align_hits(first: RunResults, second: RunResults) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) bool each: the validation images that each run classifies correctly, in the same order of files.
+def align_runs(first: RunResults, second: RunResults) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) int each: the positions of the validation images in each run, in the same order of files.
 
     Raises `UserError` if the runs have different images or labels.
     """
@@ -142,12 +160,13 @@ def align_hits(first: RunResults, second: RunResults) -> tuple[np.ndarray, np.nd
     if len(differing):
         file = files[differing[0]]
         raise UserError(f"{first.folder} and {second.folder} have different labels for {file}; their classes differ")
-    return ours.hits[order], theirs.hits[other]
+    return order, other
 
 
 def compare_runs(first: RunResults, second: RunResults) -> PairedComparison:
     """The paired comparison of two runs. Raises `UserError` if their validation images differ."""
-    return compare_hits(*align_hits(first, second))
+    order, other = align_runs(first, second)
+    return compare_hits(first.predictions.hits[order], second.predictions.hits[other])
 
 
 def describe_comparison(c: PairedComparison, first: str, second: str) -> list[str]:

@@ -6,18 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.repocard import metadata_load
+from yaml import YAMLError
 
 from transfer.config import card_names
+from transfer.errors import UserError
 from transfer.evaluation.metrics import Calibration, ClassificationMetrics, RunMetrics
 from transfer.evaluation.predictions import CALIBRATION_BINS, Predictions, find_confused_pairs, score_classes
-from transfer.files import leave_out_places
-from transfer.reporting import base_model_name
+from transfer.files import leave_out_places, read_json
+from transfer.reporting import TOP5_FROM, base_model_name, find_cached_id
 from transfer.reporting.charts import list_stages
 
 UNPUSHED = "path/to/model"  # the name of a model that is not on the Hub
 OFF: tuple = (None, False, 0, "none", [])  # values of an ingredient that a run does not use
 WORST_CLASSES, CONFUSED_PAIRS = 5, 5
+LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 CARD = """---
 {metadata}
@@ -36,9 +40,7 @@ print(classify("some_image.jpg"))
 
 ## Results
 
-| measured on | images | accuracy | 95% interval | top-5 | macro F1 | loss |
-|---|---|---|---|---|---|---|
-{rows}
+{results}
 
 {remarks}
 
@@ -72,6 +74,9 @@ OTHER_TERMS = (
     "No license is given here: the terms of the training images and of the base checkpoint decide how the model may "
     "be used."
 )
+LICENSED_TERMS = (
+    "The license is that of the base model. The terms of the training images also decide how the model may be used."
+)
 
 
 def _literal(text: str) -> str:
@@ -79,12 +84,70 @@ def _literal(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]|#~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
-def _row(name: str, m: ClassificationMetrics) -> str:
-    low, high = m.accuracy_ci95
-    return (
-        f"| {name} | {m.n} | {m.accuracy:.4f} | {low:.4f} to {high:.4f} | {m.top5_accuracy:.4f} "
-        f"| {m.macro_f1:.4f} | {m.loss:.4f} |"
-    )
+def _read_metadata(path: Path) -> Mapping:
+    """The metadata of a model card; empty where there is none, or where it cannot be read."""
+    try:
+        return metadata_load(path) or {}
+    except (OSError, ValueError, YAMLError):
+        return {}
+
+
+def _find_card(name: str, revision: str, may_download: bool) -> Path | None:
+    """The card of a model on the Hub: from its cache, or, if it may be downloaded, from the Hub."""
+    cached = try_to_load_from_cache(name, "README.md", revision=revision)
+    if isinstance(cached, str):
+        return Path(cached)
+    try:
+        return Path(hf_hub_download(name, "README.md", revision=revision)) if may_download else None
+    except Exception:  # the card of a finished run must not fail for lack of a license
+        return None
+
+
+def find_base(record: Mapping) -> tuple[str | None, Mapping]:
+    """(Hub id of the base model, the fields of its card that give its license), as far as both are known."""
+    arguments = record["arguments"]
+    name, revision = str(arguments["model_name_or_path"]), arguments.get("model_revision") or "main"
+    if name == "offline":
+        return None, {}
+    repo_id: str | None = base_model_name(record)
+    if record["local_model"]:
+        folder = Path(name).expanduser()
+        metadata = _read_metadata(folder / "README.md")
+        repo_id = find_cached_id(folder) or _base_of_own(folder, metadata)
+    else:
+        card = _find_card(name, revision, may_download=bool(arguments.get("push_to_hub")))
+        metadata = _read_metadata(card) if card else {}
+    known = {field: metadata[field] for field in LICENSE_FIELDS if isinstance(metadata.get(field), str)}
+    if not known.get("license_link", "").startswith("https://"):  # else it names a file of the base model
+        known.pop("license_link", None)
+    return repo_id, known
+
+
+def _base_of_own(folder: Path, metadata: Mapping) -> str | None:
+    """The base model of a model that this project saved, which its card names."""
+    try:
+        is_own = "class_ids" in read_json(folder / "config.json")
+    except UserError:
+        return None
+    base = metadata.get("base_model")
+    return base if is_own and isinstance(base, str) else None
+
+
+def _tabulate(measured: Mapping[str, ClassificationMetrics], classes: int) -> str:
+    """The metrics of each split as a table; of few classes without the top-5 accuracy."""
+    columns = {
+        "images": lambda m: f"{m.n}",
+        "accuracy": lambda m: f"{m.accuracy:.4f}",
+        "95% interval": lambda m: "{:.4f} to {:.4f}".format(*m.accuracy_ci95),
+        "top-5": lambda m: f"{m.top5_accuracy:.4f}",
+        "macro F1": lambda m: f"{m.macro_f1:.4f}",
+        "loss": lambda m: f"{m.loss:.4f}",
+    }
+    if classes < TOP5_FROM:
+        del columns["top-5"]
+    rows = [["measured on", *columns], ["---"] * (1 + len(columns))]
+    rows += [[name, *(write(m) for write in columns.values())] for name, m in measured.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _describe_repeats(metrics: RunMetrics) -> list[str]:
@@ -192,14 +255,21 @@ def _origin(record: Mapping) -> str:
     return "\n".join(lines)
 
 
-def _limits(data_dir: str | None, class_ids: Sequence[str]) -> str:
+def _limits(data_dir: str | None, class_ids: Sequence[str], has_license: bool) -> str:
     from_imagenet = all(re.fullmatch(r"n\d{8}", class_id) for class_id in class_ids)
-    terms = SAMPLE_TERMS if data_dir == "sample" else IMAGENET_TERMS if from_imagenet else OTHER_TERMS
+    others = LICENSED_TERMS if has_license else OTHER_TERMS
+    terms = SAMPLE_TERMS if data_dir == "sample" else IMAGENET_TERMS if from_imagenet else others
     return f"{terms} `config.class_ids` lists the class ids of the dataset in label order."
 
 
-def _metadata(title: str, data: str, validation: ClassificationMetrics, record: Mapping) -> str:
-    arguments = record["arguments"]
+def _metadata(
+    title: str,
+    data: str,
+    validation: ClassificationMetrics,
+    arguments: Mapping,
+    base_model: str | None,
+    license_fields: Mapping,
+) -> str:
     common: dict[str, Any] = {
         "task_type": "image-classification",
         "task_name": "Image Classification",
@@ -214,7 +284,8 @@ def _metadata(title: str, data: str, validation: ClassificationMetrics, record: 
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification",
-        base_model=None if record["local_model"] else arguments["model_name_or_path"],
+        base_model=base_model,
+        **license_fields,
         datasets=arguments.get("dataset_name"),
         tags=["image-classification", "vision", "generated_from_trainer"],
         metrics=["accuracy", "f1"],
@@ -235,26 +306,26 @@ def write_card(
     arguments = record["arguments"]
     data = arguments.get("dataset_name") or Path(arguments["data_dir"]).stem
     title = Path(arguments["hub_model_id"] or arguments["output_dir"]).name
-    base = base_model_name(record)
-    rows = [_row("validation", metrics.validation)]
+    base, (repo_id, license_fields) = base_model_name(record), find_base(record)
+    measured = {"validation": metrics.validation}
     if metrics.test:
-        rows.append(_row("test", metrics.test))
+        measured["test"] = metrics.test
     if isinstance(metrics.train, ClassificationMetrics):
-        rows.append(_row("training images, not augmented", metrics.train))
+        measured["training images, not augmented"] = metrics.train
     text = CARD.format(
-        metadata=_metadata(title, data, metrics.validation, record).strip(),
+        metadata=_metadata(title, data, metrics.validation, arguments, repo_id, license_fields).strip(),
         title=_literal(title),
         classes=len(class_names),
-        base=base if record["local_model"] else f"[{base}](https://huggingface.co/{base})",
+        base=f"[{repo_id}](https://huggingface.co/{repo_id})" if repo_id and base == repo_id else base,
         data=_literal(data),
         model_id=arguments["hub_model_id"] or UNPUSHED,
-        rows="\n".join(rows),
+        results=_tabulate(measured, len(class_names)),
         remarks=_remarks(metrics),
         failures=_failures(predictions, class_names),
         training=_training_table(metrics, record),
         command=leave_out_places(record["command"]),
         origin=_origin(record),
-        limits=_limits(arguments["data_dir"], class_ids),
+        limits=_limits(arguments["data_dir"], class_ids, bool(license_fields)),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 

@@ -15,10 +15,13 @@ from transfer.evaluation.metrics import RunMetrics, Speed, SplitScores
 from transfer.evaluation.predictions import Reliability
 
 # The confusion matrix.
+NUMBERED_CLASSES = 20  # up to so many classes it is a table with a number in each cell
+WIDEST_CELL, NARROWEST_CELL, TABLE_WIDTH = 96, 36, 860  # CSS pixels of that table, without its names
+UPRIGHT_FROM = 6  # classes: the names above the columns are then turned upright
 MOST_CLASSES = 120  # more names could not be read
 CELL, MARGIN = 10, 118
 # CSS pixels per unit: a small matrix is not stretched to the page's width, and a large one does not shrink on a phone.
-LARGEST_SCALE, SMALLEST_SCALE = 1.5, 0.85
+LARGEST_SCALE, SMALLEST_SCALE = 2.0, 0.85
 LONGEST_NAME = 22
 LEVELS = np.array([0.05, 0.1, 0.2, 0.4, 0.7])  # shares of a class's images at which the color of a cell darkens
 
@@ -46,14 +49,42 @@ def _shorten(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
 
 
-def _names(names: Sequence[str]) -> Markup:
-    row, column = '<text class="name end" x="{}" y="{}">{}</text>', '<text class="name" transform="{}">{}</text>'
-    texts = []
-    for i, name in enumerate(names):
-        baseline, edge = MARGIN + CELL * i + 8, MARGIN - 4
-        texts.append(Markup(row).format(edge, baseline, _shorten(name)))
-        texts.append(Markup(column).format(f"translate({baseline} {edge}) rotate(-90)", _shorten(name)))
-    return Markup("").join(texts)
+def _row_names(names: Sequence[str]) -> Markup:
+    text = Markup('<text class="name end" x="{}" y="{}">{}</text>')
+    return Markup("").join(text.format(MARGIN - 4, MARGIN + CELL * i + 8, _shorten(n)) for i, n in enumerate(names))
+
+
+def _column_names(names: Sequence[str]) -> Markup:
+    text = Markup('<text class="name" transform="translate({} {}) rotate(-90)">{}</text>')
+    return Markup("").join(text.format(MARGIN + CELL * i + 8, MARGIN - 4, _shorten(n)) for i, n in enumerate(names))
+
+
+def _count_shown(confusions: np.ndarray, order: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Counts of the shown classes, and the level of color of each, by its share of the label's images."""
+    counts = confusions[np.ix_(order, order)]
+    shares = counts / np.maximum(1, confusions.sum(1)[list(order)])[:, None]
+    return counts, np.searchsorted(LEVELS, shares, side="right")
+
+
+def tabulate_matrix(confusions: np.ndarray, names: Sequence[str], order: Sequence[int]) -> dict:
+    """The matrix of few classes as a table: its names, the width of a cell, and the cells of each row."""
+    counts, levels = _count_shown(confusions, order)
+    shown, images = [names[label] for label in order], confusions.sum(1)[list(order)].tolist()
+
+    def describe(row: int, column: int) -> dict:
+        outcome = "correct" if row == column else f"predicted as {shown[column]}"
+        kind = f"{'right' if row == column else 'wrong'}-{levels[row, column]}"
+        count = int(counts[row, column])
+        note = f"{shown[row]}: {count} of {images[row]} {outcome}"
+        return {"count": count, "kind": kind if count else "", "note": note}
+
+    places = range(len(order))
+    return {
+        "names": shown,
+        "upright": len(order) >= UPRIGHT_FROM,
+        "cell": max(NARROWEST_CELL, min(WIDEST_CELL, TABLE_WIDTH // len(order))),
+        "rows": [(shown[row], [describe(row, column) for column in places]) for row in places],
+    }
 
 
 def _guides(count: int) -> Markup:
@@ -67,11 +98,10 @@ def _guides(count: int) -> Markup:
 def draw_matrix(confusions: np.ndarray, names: Sequence[str], order: Sequence[int]) -> tuple[Markup, dict]:
     """The picture, with a row for each label and a column for each prediction, and the data that page.js reads.
 
+    The names of the rows are a picture of their own, which stays in place while the other one is scrolled sideways.
     All cells of one color are one path, so a matrix of a hundred classes takes about 20 kB.
     """
-    counts = confusions[np.ix_(order, order)]
-    shares = counts / np.maximum(1, confusions.sum(1)[list(order)])[:, None]
-    levels = np.searchsorted(LEVELS, shares, side="right")
+    counts, levels = _count_shown(confusions, order)
     paths = defaultdict(list)
     for row, column in zip(*np.nonzero(counts), strict=True):
         kind = ("right" if row == column else "wrong", int(levels[row, column]))
@@ -80,13 +110,19 @@ def draw_matrix(confusions: np.ndarray, names: Sequence[str], order: Sequence[in
         Markup('<path class="{}-{}" d="{}"/>').format(kind, level, "".join(parts))
         for (kind, level), parts in sorted(paths.items())
     ]
-    shown, size = [names[label] for label in order], MARGIN + CELL * len(order) + 2
-    head = (
-        '<svg class="matrix" id="matrix" style="max-width:{1:.0f}px;min-width:{2:.0f}px" viewBox="0 0 {0} {0}" '
-        'role="img" aria-label="confusion matrix">'
-    )
-    frame = Markup(head).format(size, LARGEST_SCALE * size, SMALLEST_SCALE * size)
-    picture = frame + _guides(len(order)) + Markup("").join(cells) + _names(shown)
+    shown, width = [names[label] for label in order], CELL * len(order) + 2
+    height = MARGIN + width
+    row_names = Markup(
+        '<svg class="names" style="flex:{0} 1 0;min-width:{1:.0f}px" viewBox="0 0 {0} {2}" aria-hidden="true">{3}'
+        '<rect class="cross" id="row-name"/></svg>'
+    ).format(MARGIN, SMALLEST_SCALE * MARGIN, height, _row_names(shown))
+    head = Markup(
+        '<svg class="matrix" id="matrix" style="flex:{1} 1 0;min-width:{2:.0f}px" viewBox="{0} 0 {1} {3}" role="img" '
+        'aria-label="confusion matrix">'
+    ).format(MARGIN, width, SMALLEST_SCALE * width, height)
+    picture = head + _guides(len(order)) + Markup("").join(cells) + _column_names(shown)
+    picture += Markup('<rect class="cross" id="row"/><rect class="cross" id="column"/></svg>')
+    frame = Markup('<div class="frame" style="max-width:{:.0f}px">').format(LARGEST_SCALE * height)
     reading = {
         "names": shown,
         "images": confusions.sum(1)[list(order)].tolist(),
@@ -94,7 +130,7 @@ def draw_matrix(confusions: np.ndarray, names: Sequence[str], order: Sequence[in
         "cell": CELL,
         "margin": MARGIN,
     }
-    return picture + Markup('<rect class="cross" id="row"/><rect class="cross" id="column"/></svg>'), reading
+    return frame + row_names + picture + Markup("</div>"), reading
 
 
 @dataclass(frozen=True)
@@ -211,17 +247,18 @@ def draw_reliability(reliability: Reliability) -> Markup:
     return plane.draw()
 
 
-def draw_histogram(counts: Sequence[int], names: Sequence[str], equal: float) -> Markup:
-    """A chart of how often each class was predicted, in label order, with a dashed line at `equal`."""
+def draw_histogram(counts: Sequence[int], names: Sequence[str], expected: Sequence[float]) -> Markup:
+    """A chart of how often each class was predicted, in label order, with a dashed line at the expected counts."""
     classes = len(counts)
-    plane = Plane([0, classes], find_ticks(0, max(*counts, equal), 4), f"{classes} labels, in order", "predictions")
+    most = max(*counts, *expected)
+    plane = Plane([0, classes], find_ticks(0, most, 4), f"{classes} labels, in order", "predictions")
     width = max(0.5, (plane.x(1) - plane.x(0)) * 0.8)
     for label, (count, name) in enumerate(zip(counts, names, strict=True)):
         top = plane.y(count)
         bar = '<rect class="bar" x="{}" y="{}" width="{:.2f}" height="{:.1f}"><title>{}: {}</title></rect>'
         plane.mark(bar, plane.x(label + 0.1), top, width, plane.y(0) - top, name, count)
-    line = '<line class="ideal" x1="{}" x2="{}" y1="{}" y2="{}"/>'
-    plane.mark(line, LEFT, WIDTH - RIGHT, plane.y(equal), plane.y(equal))
+    steps = [f"{plane.x(label)} {plane.y(e)}H{plane.x(label + 1)}" for label, e in enumerate(expected)]
+    plane.mark('<path class="ideal" fill="none" d="M{}"/>', "L".join(steps))
     return plane.draw()
 
 

@@ -1,22 +1,28 @@
 """What the report shows of a run's predictions: classes, pairs, mistakes and test images, with small pictures."""
 
 import base64
+import dataclasses
 import io
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import torch
 from PIL import Image
 from scipy.special import softmax
+from transformers import AutoImageProcessor
 
-from transfer.data.images import read_image
+from transfer.config import RunArguments, card_names
+from transfer.data.images import LARGEST_KEPT_SIDE, ImageGeometry, read_image, to_rgb
 from transfer.data.layouts import ROOT_DEPTH
 from transfer.data.listing import IMAGE_SUFFIXES, list_visible_folders
 from transfer.data.sources import extract_zip
 from transfer.data.tiny_imagenet import sample_data
 from transfer.errors import UserError
+from transfer.evaluation.metrics import measure
 from transfer.evaluation.predictions import (
+    average_probabilities,
     balance_warning,
     expect_counts,
     find_confused_pairs,
@@ -24,18 +30,29 @@ from transfer.evaluation.predictions import (
     score_classes,
     sort_by_confidence,
 )
+from transfer.files import anonymize
+from transfer.models.load import read_geometry
 from transfer.reporting import RunResults
-from transfer.reporting.charts import draw_histogram
+from transfer.reporting.charts import draw_histogram, percent
+from transfer.transforms.evaluation import EvaluationTransform
+from transfer.transforms.training import make_train_transform, seeded_generator
 
-PICTURE_SIZE = 96  # pixels of the longer side
+PICTURE_SIZE = 128  # pixels of the longer side
 JPEG_QUALITY = 80
 
-# How many of each are shown, so that the page stays below 5 MB.
-CLASSES_SHOWN = 10
-PAIRS_SHOWN, PICTURES_PER_PAIR = 8, 4
+# How many of each are shown, so that the page stays below 5 MB, and so that they fill the rows of a gallery.
+PAIRS_SHOWN, CONFUSED_PER_PAIR, PICTURES_PER_PAIR = 8, 4, 6
 MISTAKES_SHOWN, LABEL_ISSUES_LISTED = 24, 60
 UNCERTAIN_SHOWN = 24
+DIFFERENCES_SHOWN = 16
 DEVIATIONS_SHOWN = 8
+SMALLEST_SHARE = 0.05  # of a mixed image's label, to be named
+
+# What numbers of images mean anything.
+FEWEST_PER_CLASS = 5  # test images, on average: a rule of thumb for expected counts
+FEWEST_OF_A_MEAN = 100  # images behind each of two mean confidences that are compared
+UNLIKE = 0.05  # mean confidence below that of the validation images, from which on the page says so
+BALANCED = 1.5  # most images of a class by fewest, up to which the classes are taken for balanced
 
 
 def find_data_root(data_dir: str, known_file: str) -> Path:
@@ -91,14 +108,17 @@ class Album:
     def __init__(self, root: Path | None, test_files: Mapping[str, str] | None = None):
         self.root, self.test_files = root, test_files or {}
 
-    def show(self, file: str) -> str | None:
-        """The image as a data URI of a few kilobytes; None if it cannot be read."""
+    def read(self, file: str) -> Image.Image | None:
+        """The RGB image; None if it cannot be read."""
         if self.root is None or ".." in PurePosixPath(file).parts or PurePosixPath(file).is_absolute():
             return None
         _, image = read_image(self.root, file)
-        if image is None:
-            return None
-        return encode_thumbnail(image.convert("RGB"))
+        return None if image is None else image.convert("RGB")
+
+    def show(self, file: str) -> str | None:
+        """The image as a data URI of a few kilobytes; None if it cannot be read."""
+        image = self.read(file)
+        return None if image is None else encode_thumbnail(image)
 
     def show_test(self, image_id: str) -> str | None:
         """The test image with this id, as a data URI; None if it cannot be read."""
@@ -115,6 +135,14 @@ class Findings:
         self.predicted = self.probabilities.argmax(1)
         self.confusions = predictions.count_confusions()
         self.test_probabilities = softmax(predictions.test_logits.astype(np.float64), axis=1)
+        counts = run.record.get("train_counts")
+        self.train_counts = None if counts is None else np.array(counts)  # (classes,) training images
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether the classes have about equally many training images, as far as is known."""
+        counts = self.train_counts
+        return counts is None or counts.max() <= BALANCED * max(1, counts.min())
 
 
 def describe_image(found: Findings, position: int) -> dict:
@@ -144,21 +172,29 @@ def show_mistakes(found: Findings, album: Album) -> dict:
 
 
 def _typical(found: Findings, label: int) -> list[int]:
-    """The most confident of a class's correctly classified images, if there is one."""
-    correct = np.flatnonzero((found.labels == label) & (found.predicted == label))
-    return sort_by_confidence(found.probabilities, correct)[:1]
+    """The class's correctly classified images, the most confident first."""
+    return sort_by_confidence(
+        found.probabilities, np.flatnonzero((found.labels == label) & (found.predicted == label))
+    )
+
+
+def _choose_for_pair(found: Findings, first: int, second: int) -> tuple[list[int], list[int]]:
+    """(typical images of both classes, images confused); further typical ones take the place of missing others."""
+    first_as_second = (found.labels == first) & (found.predicted == second)
+    second_as_first = (found.labels == second) & (found.predicted == first)
+    confused = sort_by_confidence(found.probabilities, np.flatnonzero(first_as_second | second_as_first))
+    confused = confused[:CONFUSED_PER_PAIR]
+    both = _typical(found, first), _typical(found, second)
+    in_turn = [positions[i] for i in range(PICTURES_PER_PAIR) for positions in both if i < len(positions)]
+    return in_turn[: PICTURES_PER_PAIR - len(confused)], confused
 
 
 def show_pairs(found: Findings, album: Album) -> list[dict]:
-    """The most confused pairs of classes, each with a typical image of both classes and the images confused."""
+    """The most confused pairs of classes, each with typical images of both classes and the images confused."""
     shown = []
     for pair in find_confused_pairs(found.confusions, PAIRS_SHOWN):
-        first_as_second = (found.labels == pair.first) & (found.predicted == pair.second)
-        second_as_first = (found.labels == pair.second) & (found.predicted == pair.first)
-        confused = sort_by_confidence(found.probabilities, np.flatnonzero(first_as_second | second_as_first))
-        typical = [*_typical(found, pair.first), *_typical(found, pair.second)]
-        positions = [*typical, *confused[:PICTURES_PER_PAIR]]
-        images = [describe_image(found, p) | {"typical": p in typical} for p in positions]
+        typical, confused = _choose_for_pair(found, pair.first, pair.second)
+        images = [describe_image(found, p) | {"typical": p in typical} for p in [*typical, *confused]]
         shown.append(
             {
                 "first": found.names[pair.first],
@@ -171,27 +207,82 @@ def show_pairs(found: Findings, album: Album) -> list[dict]:
     return shown
 
 
-def list_classes(found: Findings) -> dict:
-    """Tables of the worst and the best classes by their heading; a single table if there are few classes."""
-    rows = [
-        {
-            "name": found.names[s.label],
-            "correct": s.correct,
-            "images": s.images,
-            "recall": s.recall,
-            "confused_with": None if s.confused_with is None else found.names[s.confused_with],
-            "times": s.times,
-        }
-        for s in score_classes(found.confusions)
-    ]
-    if len(rows) <= 2 * CLASSES_SHOWN:
-        return {"All classes, worst first": rows}
-    return {"Worst classes": rows[:CLASSES_SHOWN], "Best classes": rows[::-1][:CLASSES_SHOWN]}
+def list_classes(found: Findings) -> list[dict]:
+    """A row for every class, the lowest share of correct images first; classes without validation images come last."""
+    predicted, rows = found.confusions.sum(0), []
+    scores = {score.label: score for score in score_classes(found.confusions)}
+    for label in [*scores, *(label for label in range(len(found.names)) if label not in scores)]:
+        score = scores.get(label)
+        other = score.confused_with if score else None
+        rows.append(
+            {
+                "name": found.names[label],
+                "train": None if found.train_counts is None else int(found.train_counts[label]),
+                "images": score.images if score else 0,
+                "correct": score.correct if score else 0,
+                "recall": score.recall if score else None,
+                "precision": found.confusions[label, label] / predicted[label] if predicted[label] else None,
+                "confused_with": None if other is None else found.names[other],
+                "times": score.times if score else 0,
+            }
+        )
+    return rows
+
+
+# Training images as the model saw them
+
+
+def _store(images: Sequence[Image.Image], geometry: ImageGeometry) -> Sequence[Image.Image]:
+    """The images as a pixel store keeps them: as they are if they are small and of one size, else cropped."""
+    limit = max(LARGEST_KEPT_SIDE, *geometry.crop)
+    if len({image.size for image in images}) == 1 and max(images[0].size) <= limit:
+        return images
+    return [geometry.apply(image) for image in images]
+
+
+def _draw_views(
+    run: RunResults, images: Sequence[Image.Image], labels: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(N, S, S, 3) uint8 and (N, classes): what the train transform makes of images and labels at the first step."""
+    arguments, classes = run.record["arguments"], len(run.class_names)
+    geometry = read_geometry(AutoImageProcessor.from_pretrained(run.folder / "model"))
+    fields = {field.name for field in dataclasses.fields(RunArguments)} & arguments.keys()
+    evaluation = EvaluationTransform(geometry)
+    transform = make_train_transform(RunArguments(**{name: arguments[name] for name in fields}), evaluation, classes)
+    pixels = np.stack([to_rgb(image) for image in _store(images, geometry)])  # (N, H, W, 3)
+    generator = seeded_generator(arguments.get("seed", 0), 0, 0, 0)
+    values, targets = transform(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor(labels), generator)
+    if targets.ndim == 1:
+        targets = torch.nn.functional.one_hot(targets, classes)
+    values = values.flip(1) if geometry.bgr else values
+    seen = ((values - evaluation.offset) / evaluation.scale).round().clamp(0, 255).byte()  # (N, 3, S, S)
+    return seen.permute(0, 2, 3, 1).numpy(), targets.numpy()
+
+
+def show_training_images(run: RunResults, album: Album) -> list[dict]:
+    """The training images that run.json names, as the train transform showed them to the model."""
+    read = [(album.read(file), label) for file, label in run.record.get("train_sample", {}).items()]
+    images = [(image, label) for image, label in read if image is not None]
+    if not images:
+        return []
+    try:
+        views, targets = _draw_views(run, *zip(*images, strict=True))
+    except (ImportError, OSError):  # the model's processor is missing, or needs a package that is not installed
+        return []
+    shown = []
+    for view, target in zip(views, targets, strict=True):
+        labels = [label for label in np.argsort(-target, kind="stable")[:2] if target[label] >= SMALLEST_SHARE]
+        parts = [run.class_names[label] + f" {percent(target[label])}" * (len(labels) > 1) for label in labels]
+        shown.append({"label": ", ".join(parts), "picture": encode_thumbnail(Image.fromarray(view))})
+    return shown
+
+
+# The test images
 
 
 def _list_deviations(found: Findings, counts: np.ndarray) -> list[dict]:
     """The classes whose number of test predictions is farthest from the expected one."""
-    expected = expect_counts(found.confusions, int(counts.sum()))
+    expected = expect_counts(found.confusions, int(counts.sum()), found.train_counts)
     surprise = np.abs(counts - expected) / np.sqrt(expected + 1)
     return [
         {"name": found.names[label], "count": int(counts[label]), "expected": float(expected[label])}
@@ -213,20 +304,85 @@ def _show_uncertain(found: Findings, album: Album) -> list[dict]:
 
 
 def show_test(found: Findings, album: Album) -> dict | None:
-    """The balance and confidence of the test predictions, and the least confident ones; None without test images."""
+    """The balance and confidence of the test predictions, and the least confident ones; None without test images.
+
+    Without `deviating` there are too few test images to expect a number of predictions of each class.
+    """
     probabilities, images = found.test_probabilities, len(found.run.predictions.test_ids)
     if not images:
         return None
     predicted, classes = probabilities.argmax(1), len(found.names)
-    counts = np.bincount(predicted, minlength=classes)
+    counts, shares = np.bincount(predicted, minlength=classes), found.train_counts
+    equal = (
+        np.full(classes, images / classes) if shares is None or found.is_balanced else shares / shares.sum() * images
+    )
+    confidence, usual = float(probabilities.max(1).mean()), float(found.probabilities.max(1).mean())
+    enough = min(images, len(found.labels)) >= FEWEST_OF_A_MEAN
     return {
         "images": images,
-        "histogram": draw_histogram(counts.tolist(), found.names, images / classes),
-        "balanced": images / classes,
+        "histogram": draw_histogram(counts.tolist(), found.names, equal.tolist()),
+        "balanced": found.is_balanced,
         "never": [found.names[label] for label in np.flatnonzero(counts == 0)],
-        "warning": balance_warning(predicted, classes),
-        "deviating": _list_deviations(found, counts),
-        "confidence": float(probabilities.max(1).mean()),
-        "validation_confidence": float(found.probabilities.max(1).mean()),
+        "warning": balance_warning(predicted, classes) if found.is_balanced else None,
+        "deviating": _list_deviations(found, counts) if images >= FEWEST_PER_CLASS * classes else [],
+        "confidence": confidence,
+        "validation_confidence": usual,
+        "unlike": enough and confidence < usual - UNLIKE,
         "uncertain": _show_uncertain(found, album),
+    }
+
+
+# Two runs
+
+
+def _recalls(run: RunResults) -> tuple[np.ndarray, np.ndarray]:
+    """(classes,) each: how many validation images every class has, and how many of them are classified correctly."""
+    confusions = run.predictions.count_confusions()
+    return confusions.sum(1), confusions.diagonal()
+
+
+def compare_classes(first: RunResults, second: RunResults) -> list[dict]:
+    """The correct validation images of every class by two runs on the same images, the largest difference first."""
+    images, ours = _recalls(first)
+    _, theirs = _recalls(second)
+    rows = [
+        {"name": name, "images": int(n), "first": int(a), "second": int(b), "gain": int(b) - int(a)}
+        for name, n, a, b in zip(first.class_names, images, ours, theirs, strict=True)
+    ]
+    return sorted(rows, key=lambda row: (-abs(row["gain"]), -row["gain"], row["name"]))
+
+
+def list_differing_settings(first: RunResults, second: RunResults) -> list[tuple[str, str, str]]:
+    """Arguments, precision and hardware that differ between two runs, as text."""
+    names = ["data_dir", "dataset_name", "model_name_or_path", *card_names("setting"), *card_names("ingredient")]
+    pairs = [(name, first.record["arguments"].get(name), second.record["arguments"].get(name)) for name in names]
+    pairs += [(name, first.record.get(name), second.record.get(name)) for name in ("precision", "device")]
+
+    def describe(value) -> str:
+        return "–" if value is None else anonymize(str(value))
+
+    return [(name, describe(a), describe(b)) for name, a, b in pairs if a != b]
+
+
+def show_differences(
+    first: RunResults, second: RunResults, order: np.ndarray, other: np.ndarray, album: Album
+) -> dict:
+    """Images that only one of two runs classifies correctly, and the accuracy of both together.
+
+    `order` and `other` are the positions of the same images in both runs.
+    """
+    ours, theirs = Findings(first), Findings(second)
+    labels, hits = ours.labels[order], (first.predictions.hits[order], second.predictions.hits[other])
+    logits = first.predictions.validation_logits[order], second.predictions.validation_logits[other]
+
+    def show_images(wrong: Findings, positions: np.ndarray, missed: np.ndarray) -> list[dict]:
+        shown = sort_by_confidence(wrong.probabilities, positions[missed])[:DIFFERENCES_SHOWN]
+        images = [describe_image(wrong, position) for position in shown]
+        return [image | {"picture": album.show(image["file"])} for image in images]
+
+    return {
+        "ensemble": measure(average_probabilities(logits), labels),
+        "both_wrong": int((~hits[0] & ~hits[1]).sum()),
+        "only_first": show_images(theirs, other, hits[0] & ~hits[1]),
+        "only_second": show_images(ours, order, hits[1] & ~hits[0]),
     }

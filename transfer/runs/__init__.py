@@ -1,9 +1,10 @@
 """One run, repeated runs, search, time limits, and the record that reproduces a run."""
 
 import math
+import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import datasets
@@ -56,6 +57,7 @@ class RunContext:
     ends_by: float | None = None  # --max_minutes, in seconds since the epoch
     words: Sequence[str] = ()  # of the command line, or of the call of `main`
     parent_split: datasets.DatasetDict | None = None  # of a repeated run's training: the split that all start from
+    started: float = field(default_factory=time.time)  # in seconds since the epoch
 
     @property
     def test_images(self) -> int:

@@ -15,7 +15,7 @@ import torch
 from transfer.errors import UserError
 from transfer.evaluation.metrics import FILE_NAME as METRICS_FILE
 from transfer.evaluation.metrics import RunMetrics
-from transfer.files import PROJECT, digest_of_folder, read_json, run_git, write_atomically
+from transfer.files import PROJECT, digest_of_folder, hide_home, read_json, run_git, write_atomically
 from transfer.models.offline import is_offline
 from transfer.runtime import launched_processes, say, shards_model
 from transfer.training.checkpoints import decides_weights
@@ -59,18 +59,26 @@ def describe_device() -> str:
     return f"CPU, {model}, {threads} thread{'s' * (threads > 1)}"
 
 
+def _place_of(file: str) -> str:
+    """One of the project's files as a path from the current folder."""
+    try:
+        return Path(os.path.relpath(PROJECT / file)).as_posix()
+    except ValueError:  # it is on another drive of Windows
+        return file
+
+
 def describe_command(words: Sequence[str]) -> str:
-    """The command line that repeats a run with these words, with the launcher if one started it.
+    """The command line that repeats a run with these words in this folder, with the launcher if one started it.
 
     The run may also have been started by `main(words)`, from Python or a notebook.
     """
-    script = ["finetune_vit.py", *map(str, words)]
+    script = [_place_of("finetune_vit.py"), *map(str, words)]
     if os.environ.get("ACCELERATE_MIXED_PRECISION") is None:
         return shlex.join(["python", *script])
-    launcher = ["accelerate", "launch", "--config_file", "accelerate_config.yaml"]
+    launcher = ["accelerate", "launch", "--config_file", _place_of("accelerate_config.yaml")]
     if (processes := launched_processes()) > 1:
         kind = "fsdp" if shards_model() else "multi_gpu"
-        launcher[-1:] = [f"recipes/accelerate/{kind}.yaml", "--num_processes", str(processes)]
+        launcher[-1:] = [_place_of(f"recipes/accelerate/{kind}.yaml"), "--num_processes", str(processes)]
     return shlex.join([*launcher, *script])
 
 
@@ -97,6 +105,7 @@ def make_record(
     name = arguments["model_name_or_path"]
     return {
         "command": command,
+        "folder": Path(hide_home(str(Path.cwd()))).name,  # where the command was given
         "arguments": dict(arguments),
         "precision": precision,
         "local_model": is_offline(name) or Path(name).exists(),

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -114,7 +115,7 @@ def run_repeats(
         say(f"{folder.name:<11} training {number} of {len(trainings)}: {describe_splits(part.dataset)}")
         checkpoint = last_checkpoint(folder) if resuming else None
         ends_by = share_of_time(context.ends_by, len(trainings) - number + 1)
-        part = replace(part, run=replace(part.run, reproduce=reproduce), ends_by=ends_by)
+        part = replace(part, run=replace(part.run, reproduce=reproduce), ends_by=ends_by, started=time.time())
         fine_tune(part, own, str(checkpoint) if checkpoint else None)
         reproduce = None  # the first one says what differs
     return combine(context, args, folders, make_trainer)

@@ -81,6 +81,7 @@ from transfer.transforms.training import enough_pixels
 READ_BACK_IMAGES = 10
 IGNORED_SHOWN = 3  # kinds of files
 TIMED_IMAGES = 32  # to foresee how fast images are decoded
+SHOWN_IMAGES = 16  # training images on the report
 
 
 def set_up_logging(args: FinetuningArguments) -> None:
@@ -246,6 +247,8 @@ def train_and_measure(context: RunContext, trainer: FinetuningTrainer, checkpoin
     run = context.run
     held_out = context.dataset["validation"]
     sample = PixelDataset(trainer.eval_dataset.store, select_evenly(held_out, MEASURED_IMAGES))
+    few = range(min(len(sample), trainer.args.eval_batch_size))
+    trainer.predict_logits(torch.utils.data.Subset(sample, few))  # the first batch is slower, and is not timed
     start = time.perf_counter()
     zero = ZeroEpoch(evaluate_split(trainer, sample, "untrained").accuracy)
     part = f", on {len(sample):,} images" if len(sample) < len(held_out) else ""
@@ -353,6 +356,17 @@ def save_model(trainer: FinetuningTrainer, place: Path) -> None:
     write_folder_atomically(place, write)
 
 
+def describe_training_images(context: RunContext) -> dict:
+    """For run.json: how many training images each class has, and some of them with their labels for the report."""
+    train = context.dataset["train"]
+    counts = np.bincount(train["label"][:], minlength=len(context.data.class_ids))
+    shown = select_evenly(train, SHOWN_IMAGES)
+    return {
+        "train_counts": counts.tolist(),
+        "train_sample": dict(zip(shown["file"][:], shown["label"][:], strict=True)),
+    }
+
+
 def write_results(
     context: RunContext,
     trainer: FinetuningTrainer,
@@ -380,7 +394,11 @@ def write_results(
     record = record | {
         "optimizer_steps": trainer.state.global_step,
         "weights_sha256": digest_of_folder(out / "model", "*.safetensors"),
+        "parameters": trainer.accelerator.unwrap_model(trainer.model).num_parameters(),
+        "seconds": time.time() - context.started,
     }
+    if metrics.train is not None and not metrics.folds:  # every image is in the training images of all folds but one
+        record |= describe_training_images(context)
     submission = None
     if len(predictions.test_ids):
         scores = predictions.test_logits if scores is None else scores
