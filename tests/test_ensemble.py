@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -197,6 +198,10 @@ def test_an_ensemble_is_reported_compared_and_not_reproduced_as_a_training(make,
     assert "Ensemble of 2 of 2 runs on" in page.words and "This is an ensemble" in page.words
     assert "Nothing was trained" not in page.words and "Members" in page.words and "mean of all runs" in page.words
     assert "The members were chosen on the same images" in page.words and len(page.pictures()) >= 10
+    assert "Training images as the model saw them" not in page.words and "too high if" not in page.words
+    assert re.search(
+        r"<pre>python -m transfer\.ensemble RUNS/a RUNS/b --output_dir RUNS/together-again</pre>", page.source
+    )
     with pytest.raises(ensemble.UserError, match="is the record of an ensemble; its own command makes it again: pyth"):
         cli.parse_command_line(["--reproduce", str(out / "run.json")])
 

@@ -65,6 +65,10 @@ class Member:
         return self.results.folder
 
     @property
+    def class_ids(self) -> list[str]:
+        return self.results.class_ids
+
+    @property
     def predictions(self) -> Predictions:
         return self.results.predictions
 
@@ -92,9 +96,9 @@ def check_fit(first: Member, other: Member) -> None:
     pair = f"{first.folder} and {other.folder}"
     if first.digest == other.digest:
         raise UserError(f"{pair} have the same predictions; leave one out")
-    if first.results.class_ids != other.results.class_ids:
-        alike = sorted(first.results.class_ids) == sorted(other.results.class_ids)
-        counts = f"{len(first.results.class_ids)} and {len(other.results.class_ids)}"
+    if first.class_ids != other.class_ids:
+        alike = sorted(first.class_ids) == sorted(other.class_ids)
+        counts = f"{len(first.class_ids)} and {len(other.class_ids)}"
         raise UserError(f"{pair} have different classes ({'in another order' if alike else counts})")
     align_runs(first.results, other.results)
     ids = set(first.predictions.test_ids) ^ set(other.predictions.test_ids)
@@ -165,7 +169,7 @@ def find_form(member: Member) -> DatasetFiles:
     data = DatasetFiles(
         kind="",
         root=Path(),
-        class_ids=member.results.class_ids,
+        class_ids=member.class_ids,
         synonyms=names,
         class_names=names,
         label_order="",
@@ -218,7 +222,10 @@ def describe_ensemble(
         }
         for member in members
     ]
-    classes = {"class_ids": best.class_ids, "class_names": best.class_names}
+    classes = {"class_ids": members[0].class_ids, "class_names": best.class_names}
+    counts = [member.results.record.get("train_counts") for member in members]
+    if counts[0] and all(own == counts[0] for own in counts):
+        classes["train_counts"] = counts[0]
     return record | {"local_model": True, "members": listed} | classes
 
 

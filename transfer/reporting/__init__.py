@@ -96,9 +96,11 @@ class RunResults:
             record = read_json(folder / "run.json", f"is {folder} a finished run?")
         _require(record, ["arguments", "local_model"], folder / "run.json")
         _require(record["arguments"], ["model_name_or_path"], folder / "run.json")
-        # An ensemble has no model; its record names the classes.
-        named = (record["class_names"], record["class_ids"]) if "members" in record else read_classes(folder)
-        (names, ids), predictions = named, Predictions.load(folder)
+        if "class_names" in record:  # an ensemble has no model
+            names, ids = record["class_names"], record["class_ids"]
+        else:
+            names, ids = read_classes(folder)
+        predictions = Predictions.load(folder)
         if predictions.validation_logits.shape[1] != len(names):
             raise UserError(
                 f"{folder}: predictions.npz has {predictions.validation_logits.shape[1]} classes, but model/ has "

@@ -15,6 +15,7 @@ from transfer.errors import UserError
 from transfer.evaluation.metrics import Calibration, ClassificationMetrics, RunMetrics
 from transfer.evaluation.predictions import CALIBRATION_BINS, Predictions, find_confused_pairs, score_classes
 from transfer.files import leave_out_places, read_json
+from transfer.models.offline import is_offline
 from transfer.reporting import TOP5_FROM, base_model_name, find_cached_id
 from transfer.reporting.charts import list_stages
 
@@ -107,7 +108,7 @@ def find_base(record: Mapping) -> tuple[str | None, Mapping]:
     """(Hub id of the base model, the fields of its card that give its license), as far as both are known."""
     arguments = record["arguments"]
     name, revision = str(arguments["model_name_or_path"]), arguments.get("model_revision") or "main"
-    if name == "offline":
+    if is_offline(name):
         return None, {}
     repo_id: str | None = base_model_name(record)
     if record["local_model"]:

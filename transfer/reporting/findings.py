@@ -14,7 +14,7 @@ from scipy.special import softmax
 from transformers import AutoImageProcessor
 
 from transfer.config import RunArguments, card_names
-from transfer.data.images import LARGEST_KEPT_SIDE, ImageGeometry, read_image, to_rgb
+from transfer.data.images import LARGEST_KEPT_SIDE, ImageGeometry, read_image, to_rgb, whole_pixels
 from transfer.data.layouts import ROOT_DEPTH
 from transfer.data.listing import IMAGE_SUFFIXES, list_visible_folders
 from transfer.data.sources import extract_zip
@@ -35,7 +35,7 @@ from transfer.models.load import read_geometry
 from transfer.reporting import RunResults
 from transfer.reporting.charts import draw_histogram, percent
 from transfer.transforms.evaluation import EvaluationTransform
-from transfer.transforms.training import make_train_transform, seeded_generator
+from transfer.transforms.training import enough_pixels, make_train_transform, seeded_generator
 
 PICTURE_SIZE = 128  # pixels of the longer side
 JPEG_QUALITY = 80
@@ -232,26 +232,28 @@ def list_classes(found: Findings) -> list[dict]:
 # Training images as the model saw them
 
 
-def _store(images: Sequence[Image.Image], geometry: ImageGeometry) -> Sequence[Image.Image]:
-    """The images as a pixel store keeps them: as they are if they are small and of one size, else cropped."""
-    limit = max(LARGEST_KEPT_SIDE, *geometry.crop)
-    if len({image.size for image in images}) == 1 and max(images[0].size) <= limit:
-        return images
-    return [geometry.apply(image) for image in images]
+def _prepare(
+    images: Sequence[Image.Image], geometry: ImageGeometry, run: RunArguments
+) -> torch.Tensor | list[torch.Tensor]:
+    """The images as a training gets them: (N, 3, H, W) if small and of one size, else a list of whole ones."""
+    if len({image.size for image in images}) == 1 and max(images[0].size) <= max(LARGEST_KEPT_SIDE, *geometry.crop):
+        return torch.from_numpy(np.stack([to_rgb(image) for image in images])).permute(0, 3, 1, 2)
+    side = run.decoded_side or enough_pixels(run.train_image_size or [geometry.crop[0]], run.min_crop_scale)
+    return [torch.from_numpy(whole_pixels(image, side)).permute(2, 0, 1) for image in images]
 
 
 def _draw_views(
     run: RunResults, images: Sequence[Image.Image], labels: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(N, S, S, 3) uint8 and (N, classes): what the train transform makes of images and labels at the first step."""
-    arguments, classes = run.record["arguments"], len(run.class_names)
+    recorded, classes = run.record["arguments"], len(run.class_names)
+    fields = {field.name for field in dataclasses.fields(RunArguments)} & recorded.keys()
+    arguments = RunArguments(**{name: recorded[name] for name in fields})
     geometry = read_geometry(AutoImageProcessor.from_pretrained(run.folder / "model"))
-    fields = {field.name for field in dataclasses.fields(RunArguments)} & arguments.keys()
     evaluation = EvaluationTransform(geometry)
-    transform = make_train_transform(RunArguments(**{name: arguments[name] for name in fields}), evaluation, classes)
-    pixels = np.stack([to_rgb(image) for image in _store(images, geometry)])  # (N, H, W, 3)
-    generator = seeded_generator(arguments.get("seed", 0), 0, 0, 0)
-    values, targets = transform(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor(labels), generator)
+    transform = make_train_transform(arguments, evaluation, classes)
+    generator = seeded_generator(recorded.get("seed", 0), 0, 0, 0)
+    values, targets = transform(_prepare(images, geometry, arguments), torch.tensor(labels), generator)
     if targets.ndim == 1:
         targets = torch.nn.functional.one_hot(targets, classes)
     values = values.flip(1) if geometry.bgr else values

@@ -45,6 +45,12 @@ from transfer.reporting.findings import (
 HERE = Path(__file__).parent
 FILE_NAME = "report.html"
 FEWEST_FOR_CALIBRATION = 200  # validation images; of fewer, most of the measured error is chance
+# What stands on the page for a folder that would show others of this machine.
+STAND_INS = {
+    "PROJECT": "PROJECT by the folder of finetune_vit.py",
+    "RUN": "RUN by the folder of this page",
+    "RUNS": "RUNS by the folder of the runs",
+}
 # The competition, by its numbers of classes and of test images, and how many of these its public leaderboard scores.
 COMPETITION_CLASSES, COMPETITION_IMAGES, LEADERBOARD_IMAGES = 100, 5000, 500
 
@@ -204,27 +210,34 @@ def _stand_in(place: str, name: str) -> str:
     return place if is_near else f"{name}/{path.name}"
 
 
+def _repeat(words: Sequence[str], out: str) -> list[str] | None:
+    """The command that repeats that of a run or an ensemble with this output folder; None for any other command."""
+    script = next((i for i, word in enumerate(words) if PurePosixPath(word).name == "finetune_vit.py"), None)
+    if script is not None:
+        launcher = [_stand_in(word, "PROJECT") for word in words[: script + 1]]
+        if launcher[:2] == ["accelerate", "launch"] and "--quiet" not in launcher:
+            launcher.insert(2, "--quiet")
+        return [*launcher, "--reproduce", _stand_in(f"{out}/run.json", "RUN")]
+    if "transfer.ensemble" in words:
+        split = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+        return [_stand_in(f"{out}-again" if word == out else word, "RUNS") for word in split]
+    return None
+
+
 def describe_repetition(record: Mapping) -> dict | None:
     """The command that repeats a run, with the folder that it is for; None for a record of another version."""
     words, out = shlex.split(record.get("command", "")), record["arguments"].get("output_dir")
-    script = next((i for i, word in enumerate(words) if PurePosixPath(word).name == "finetune_vit.py"), None)
-    if script is None or out is None:
-        return (
-            {"folder": record.get("folder"), "ensemble": leave_out_places(record["command"])}
-            if "members" in record
-            else None
-        )
-    launcher = [_stand_in(word, "PROJECT") for word in words[: script + 1]]
-    if launcher[:2] == ["accelerate", "launch"] and "--quiet" not in launcher:
-        launcher.insert(2, "--quiet")
-    command = shlex.join([*launcher, "--reproduce", _stand_in(f"{out}/run.json", "RUN")])
-    given = leave_out_places(record["command"])
+    repeated = _repeat(words, out) if out else None
+    if repeated is None:
+        return None
+    command, given = shlex.join(repeated), leave_out_places(record["command"])
     return {
         "folder": record.get("folder"),
         "command": command,
-        "stand_ins": [name for name in ("PROJECT", "RUN") if f"{name}/" in command],
+        "stand_ins": [what for name, what in STAND_INS.items() if f"{name}/" in command],
         "given": given,
         "is_cut": given != shlex.join(words),
+        "compares": "--reproduce" in repeated,
     }
 
 
