@@ -311,7 +311,7 @@ def test_every_argument_of_the_trainer_is_refused_with_a_reason_or_works(name, p
 def test_a_run_trains_with_all_arguments_of_the_trainer_at_once(pristine_data, checkpoints, finetune):
     alone = {"output_dir", "resume_from_checkpoint", "num_train_epochs", "trackio_static_space_id"}
     alone |= {"torch_compile_backend", "torch_compile_mode"}  # both turn compiling on, which takes a minute
-    settings = {name: value for name, value in TRIED.items() if name not in alone}
+    settings = {name: value for name, value in TRIED.items() if name not in alone and name in known_names()}
     assert (finetune(pristine_data, checkpoints("vit"), **settings) / "submission.csv").is_file()
 
 

@@ -635,7 +635,8 @@ def test_a_change_on_resume_goes_on_with_a_meaning_or_is_refused_by_name(then, c
 def test_every_argument_that_decides_weights_has_a_meaning_on_resume():
     judged = [*checkpoint_files.FIXED, *checkpoint_files.CONTINUES]
     assert len(judged) == len(set(judged))
-    assert set(judged) - {"processes"} == set(filter(checkpoint_files.decides_weights, known_names()))
+    later = {"activation_checkpointing", "activation_checkpointing_kwargs"} - set(known_names())  # transformers 5.23
+    assert set(judged) - {"processes"} - later == set(filter(checkpoint_files.decides_weights, known_names()))
 
 
 def test_a_change_that_cannot_be_resumed_is_refused_before_data_are_read(

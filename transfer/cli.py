@@ -360,7 +360,7 @@ def check_sharing(run: RunArguments, args: FinetuningArguments) -> None:
 
 def _shown(args: FinetuningArguments, *names: str) -> str:
     """The flags of those arguments that are set."""
-    values = {name: getattr(args, name) for name in names}
+    values = {name: getattr(args, name, None) for name in names}
     words = (f"--{name} {getattr(value, 'value', value)}" for name, value in values.items() if value is not None)
     return " ".join(words)
 
