@@ -187,7 +187,7 @@ def test_the_card_lists_settings_from_the_image_to_the_split_and_then_ingredient
     settings, ingredients = card_names("setting"), card_names("ingredient")
     assert settings[:4] == ["image_size", "train_image_size", "min_crop_scale", "head_warm_start"]
     assert settings[-4:] == ["seeds", "kfold", "split_seed", "validation_fraction"]
-    assert ingredients[0] == "freeze_layers" and ingredients[-1] == "tta"
+    assert ingredients[:2] == ["decoded_side", "freeze_layers"] and ingredients[-1] == "tta"
     assert not set(settings) & set(ingredients)
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
-from conftest import COLORS, ROOT, WNIDS, stored_pixels, write_data_set
+from conftest import COLORS, ROOT, WNIDS, draw_picture, stored_pixels, write_data_set
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, TrainerCallback, pipeline
@@ -158,6 +158,19 @@ def test_one_seed_gives_one_result_whatever_the_number_of_workers(
 
     weights = [weigh(f"run{i}", dataloader_num_workers=workers) for i, workers in enumerate((0, 2, 0))]
     assert weights[0] == weights[1] == weights[2] != weigh("other", seed=7)
+
+
+def test_photographs_train_to_the_same_weights_and_csv_with_the_cache_and_without(data, checkpoints, finetune, capsys):
+    for i, size in enumerate([(300, 200), (160, 400), (90, 90)]):
+        draw_picture(WNIDS[0], i, size).save(data / "train" / WNIDS[0] / "images" / f"{WNIDS[0]}_{i}.JPEG")
+    words = {"num_train_epochs": 1, "trivial_augment": "true", "mixup_alpha": 0.2}
+    cached = finetune(data, checkpoints("convnext"), output_dir="cached", **words)
+    capsys.readouterr()
+    uncached = finetune(data, checkpoints("convnext"), output_dir="uncached", cache_images="false", **words)
+    assert "images      are decoded whenever they are needed, about " in (said := capsys.readouterr().out)
+    assert "data worker" in said and "(--cache_images false)" in said
+    for file in ("model/model.safetensors", "submission.csv"):
+        assert (cached / file).read_bytes() == (uncached / file).read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["vit", "convnext"])

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 import weakref
 from pathlib import Path
@@ -583,6 +584,24 @@ def test_a_data_worker_ends_when_its_run_says_so_and_not_by_itself():
     assert os.waitpid(child, 0)[1] == 0
     process.kill()
     process.join()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells forks that their parent was killed")
+def test_processes_that_decode_end_with_a_run_that_is_killed():
+    end, other_end = os.pipe()
+    child = os.fork()
+    if not child:
+        with runtime.forks_end_with_this_process():
+            if not os.fork():
+                time.sleep(60)  # as a process that reads images; nobody stops it
+        os.write(other_end, b"forked")
+        time.sleep(60)
+    os.close(other_end)
+    assert os.read(end, 6) == b"forked"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert os.read(end, 1) == b""  # every process that could write into the pipe has ended
+    os.close(end)
 
 
 BEFORE = {

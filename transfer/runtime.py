@@ -10,6 +10,7 @@ import os
 import platform
 import select
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -234,6 +235,34 @@ def shield_worker(pid: int) -> None:
         os._exit(0)
 
     threading.Thread(target=obey, daemon=True).start()
+
+
+_forks_follow = False
+
+
+@functools.cache
+def _let_forks_follow() -> None:
+    """Prepare `forks_end_with_this_process`; what is registered for forks stays for good."""
+    libc = ctypes.CDLL(None)
+
+    def follow() -> None:
+        if _forks_follow:
+            libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+    os.register_at_fork(after_in_child=follow)
+
+
+@contextlib.contextmanager
+def forks_end_with_this_process() -> Iterator[None]:
+    """On Linux, the system kills the processes that are forked in here when this one is killed: nobody else would."""
+    global _forks_follow
+    if sys.platform == "linux":
+        _let_forks_follow()
+    _forks_follow = True
+    try:
+        yield
+    finally:
+        _forks_follow = False
 
 
 def handle_end_signals() -> None:

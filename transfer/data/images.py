@@ -25,7 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from transfer.errors import Terminated, UserError
 from transfer.files import build_folder_once, datasets_cache, read_json
-from transfer.runtime import count_cores, shield_worker
+from transfer.runtime import count_cores, forks_end_with_this_process, shield_worker
 from transfer.terminal import format_duration, is_terminal, log_only
 
 # The geometry
@@ -270,7 +270,7 @@ def _read_all(
 ) -> datasets.Dataset:
     """One row with the reader's columns for each file, in order; in Arrow files at `place`, or in temporary ones."""
     at_once = PHOTOS_PER_TASK if reader.keeps == "mixed" else IMAGES_PER_TASK
-    with _librarys_bar(what, len(files), hidden), _interrupts_first():
+    with _librarys_bar(what, len(files), hidden), _interrupts_first(), forks_end_with_this_process():
         return datasets.Dataset.from_dict({"file": list(files)}).map(
             reader,
             batched=True,
