@@ -13,6 +13,7 @@ import contextlib
 import gc
 import random
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,9 @@ sys.path.insert(0, str(ROOT))
 
 from backbones import save_tiny  # noqa: E402  it needs the path
 from hub_server import TOKEN, running_hub  # noqa: E402
+
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and tests send it
 
 WNIDS = ["n00000030", "n00000010", "n00000040", "n00000020"]  # not sorted, as the competition's are
 GLOSSES = {"n00000030": "red thing, ruby", "n00000010": "green thing", "n00000040": "blue thing", "n00000020": "grey"}

@@ -50,7 +50,7 @@ Other fields of transformers.TrainingArguments are accepted too, except
 {refused}.
 
 First try:  ... finetune_vit.py recipes/sample.yaml
-Small part: ... finetune_vit.py recipes/offline.yaml --data_dir DATA.zip --max_train_samples 2000
+Small part: ... finetune_vit.py recipes/offline_fast.yaml --data_dir DATA.zip --max_train_samples 2000
 """
 
 TRIED_STEPS = 20  # of a schedule
