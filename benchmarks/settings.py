@@ -22,9 +22,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from benchmarks.throughput import CASES, GPU_CASES, project_trainer, quiet, train_timed
+from benchmarks.throughput import CASES, GPU_CASES, open_store, project_trainer, quiet, train_timed
 from data_loading import load_dataset, open_data
-from transfer.data.images import open_pixel_store
 from transfer.models.cpu_kernels import apply_cpu_speedups, skip_saturated_gates
 from transfer.models.load import read_geometry
 from transfer.runs.record import describe_device, describe_versions
@@ -67,7 +66,7 @@ def measure(case: str, setting: str, data_dir: str) -> float:
     if "attention" in setting:
         model.set_attn_implementation("eager")
     folder = open_data(data_dir)
-    store = open_pixel_store(folder.root, folder.files, read_geometry(processor))
+    store = open_store(folder, read_geometry(processor))
     with tempfile.TemporaryDirectory() as scratch:
         arguments = quiet(scratch, batch, steps) | SETTINGS[setting]
         ours = project_trainer(model, processor, store, load_dataset(folder), arguments)

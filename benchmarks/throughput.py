@@ -46,7 +46,7 @@ from transformers import (
 from benchmarks.stock import stock_trainer
 from data_loading import load_dataset, open_data
 from transfer.config import FinetuningArguments
-from transfer.data.images import PixelDataset, open_pixel_store
+from transfer.data.images import ImageGeometry, PixelDataset, PixelStore, open_pixel_store
 from transfer.models.build import Classifier
 from transfer.models.cpu_kernels import apply_cpu_speedups
 from transfer.models.load import read_geometry
@@ -56,9 +56,10 @@ from transfer.runs.timing import StepTimer
 from transfer.runtime import resolve_mixed_precision, tune_malloc, use_all_cores
 from transfer.training.trainer import FinetuningTrainer
 from transfer.transforms.evaluation import EvaluationTransform
-from transfer.transforms.training import TrainTransform
+from transfer.transforms.training import TrainTransform, enough_pixels
 
 CLASSES = 100
+SMALLEST_CROP = 0.35  # of the area: the default of --min_crop_scale
 
 
 def square(size: int) -> ViTImageProcessor:
@@ -185,9 +186,15 @@ def quiet(folder: str, batch: int, steps: int) -> dict:
     }
 
 
+def open_store(folder, geometry: ImageGeometry) -> PixelStore:
+    """The decoded images of a dataset, for crops as `project_trainer` draws them."""
+    side = enough_pixels(geometry.crop, SMALLEST_CROP)
+    return open_pixel_store(folder.root, folder.files, geometry, train_files=folder.train_files, train_side=side)
+
+
 def project_trainer(model, processor, store, dataset, arguments: dict) -> FinetuningTrainer:
-    view = EvaluationTransform(read_geometry(processor))
-    training = TrainTransform(view, [view.geometry.crop[0]], 0.35)
+    view = EvaluationTransform(read_geometry(processor), store.cropped)
+    training = TrainTransform(view, [view.geometry.crop[0]], SMALLEST_CROP)
     args = FinetuningArguments(**arguments, load_best_model_at_end=False)
     train, test = PixelDataset(store, dataset["train"], for_training=True), PixelDataset(store, dataset["test"])
     return FinetuningTrainer(Classifier(model, processor), args, view, training, train, test, layer_decay=0.9)
@@ -235,7 +242,7 @@ def measure_case(name: str, repeats: int, dataset, folder, data_dir: str) -> dic
     apply_cpu_speedups(model)
     geometry = read_geometry(processor)
     size = geometry.crop[0]
-    store = open_pixel_store(folder.root, folder.files, geometry)
+    store = open_store(folder, geometry)
     rounds = []
     with tempfile.TemporaryDirectory() as scratch:
         arguments = quiet(scratch, batch, steps)
@@ -291,7 +298,7 @@ def measure_data(data_dir: str) -> dict:
             folder = open_data(data_dir)
             dataset = load_dataset(folder)
             opened = time.perf_counter()
-            store = open_pixel_store(folder.root, folder.files, geometry)
+            store = open_store(folder, geometry)
             PixelDataset(store, dataset["train"], for_training=True).__getitems__(range(64))
             end = time.perf_counter()
             times[state] = {"seconds": end - start, "of_it_on_the_cache": end - opened, "images": len(folder.files)}

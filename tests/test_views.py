@@ -21,6 +21,7 @@ from transfer.data import images
 from transfer.data.images import ImageGeometry, PixelDataset, identity_collate, open_pixel_store, unpack_images
 from transfer.errors import UserError
 from transfer.models.load import read_geometry, set_image_size
+from transfer.training.memory import split_batch
 from transfer.transforms.evaluation import EvaluationTransform, check_transform, resize_as_pil
 from transfer.transforms.training import (
     TrainTransform,
@@ -312,6 +313,15 @@ def test_workers_make_the_same_batches_and_do_not_copy_the_cache(why_uncached, p
         torch.utils.data.DataLoader(pickle.loads(sent), **options),
     ):
         assert all(itertools.starmap(same, zip(alone, others, strict=True)))
+
+
+def test_a_batch_of_photographs_can_be_split_where_memory_is_short(photographs, tmp_path):
+    store = open_store(photographs, tmp_path, square(64), train_side=78)
+    dataset = PixelDataset(store, load_dataset(photographs)["train"], for_training=True)
+    batch = unpack_images(dataset.__getitems__(range(8)))
+    parts = list(split_batch(batch, 3))
+    assert [len(part["images"]) for part in parts] == [3, 3, 2] == [len(part["labels"]) for part in parts]
+    assert all(map(torch.equal, batch["images"], [image for part in parts for image in part["images"]]))
 
 
 def test_a_store_is_reused_until_the_data_change(data, tmp_path, monkeypatch):
