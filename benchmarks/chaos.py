@@ -225,9 +225,13 @@ class Victim:
                 return
             time.sleep(0.0005)
 
+    def leftovers(self) -> list[str]:
+        """Half-written files and folders."""
+        return [path.name for path in self.out.glob(".*tmp")]
+
     def results(self) -> tuple[str, ...]:
-        files = ((self.out / "model", "*.safetensors"), (self.out, "submission.csv"), (self.out, ".*tmp"))
-        return tuple(digest_of_folder(*place) for place in files)
+        files = ((self.out / "model", "*.safetensors"), (self.out, "submission.csv"))
+        return *(digest_of_folder(*place) for place in files), *self.leftovers()
 
 
 def kill_runs(kind: str, words: list[str], kills: int, place: Path, rng: random.Random) -> tuple[int, int]:
@@ -246,7 +250,9 @@ def kill_runs(kind: str, words: list[str], kills: int, place: Path, rng: random.
             if not victim.kill(moment, rng.uniform(0, seconds), whom, number_sent):
                 break
             here, moments = here + 1, [*moments, f"{moment}: {number_sent.name} to {whom}"]
-        code = victim.finish(victim.start()) if not (victim.out / "submission.csv").exists() else 0
+        # A finished run that was resumed from its last checkpoint and killed again has a csv and half a model.
+        is_done = (victim.out / "submission.csv").exists() and not victim.leftovers()
+        code = 0 if is_done else victim.finish(victim.start())
         same = victim.results() == calm.results()
         killed, survived = killed + here, survived + here * same
         said = "same weights and csv" if same else f"DIFFERS (exit code {code}): {victim.log.read_text()[-300:]}"

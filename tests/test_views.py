@@ -4,10 +4,13 @@ import errno
 import itertools
 import os
 import pickle
+import re
 import resource
 import shutil
 import threading
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +22,9 @@ from transformers import CLIPImageProcessor, ConvNextImageProcessor, DeiTImagePr
 from data_loading import load_dataset, open_data
 from transfer.data import images
 from transfer.data.images import ImageGeometry, PixelDataset, identity_collate, open_pixel_store, unpack_images
-from transfer.errors import UserError
+from transfer.errors import UserError, exits_cleanly
 from transfer.models.load import read_geometry, set_image_size
+from transfer.runs import single
 from transfer.training.memory import split_batch
 from transfer.transforms.evaluation import EvaluationTransform, check_transform, resize_as_pil
 from transfer.transforms.training import (
@@ -197,6 +201,10 @@ def photographs(pristine_data, tmp_path_factory):
     shutil.copytree(pristine_data, root)
     for i, (width, height) in enumerate([(1500, 1000), (900, 1600), (500, 375)]):
         draw_photograph(width, height).save(root / "train" / WNIDS[0] / "images" / f"{WNIDS[0]}_{i}.JPEG", quality=95)
+    # Some phones save a JPEG with another one inside.
+    draw_photograph(800, 1001).save(
+        root / photograph(4), format="MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))]
+    )
     return open_data(str(root))
 
 
@@ -313,6 +321,34 @@ def test_workers_make_the_same_batches_and_do_not_copy_the_cache(why_uncached, p
         torch.utils.data.DataLoader(pickle.loads(sent), **options),
     ):
         assert all(itertools.starmap(same, zip(alone, others, strict=True)))
+
+
+def test_every_unreadable_image_is_named_also_where_the_first_one_is_among_them(data, tmp_path):
+    folder = open_data(str(data))
+    for file in folder.train_files[:2]:
+        (folder.root / file).write_bytes(b"no image")
+    with pytest.raises(UserError, match=f"2 of {len(folder.files)} images.*{re.escape(folder.train_files[1])}"):
+        open_store(folder, tmp_path)
+
+
+def test_an_image_that_is_damaged_during_a_run_without_cache_is_one_line(data, tmp_path, capsys):
+    folder = open_data(str(data))
+    store = open_store(folder, tmp_path, why_uncached="--cache_images false")
+    dataset = PixelDataset(store, load_dataset(folder)["train"])
+    (folder.root / folder.train_files[0]).write_bytes(b"no image")
+    loader = torch.utils.data.DataLoader(dataset, batch_size=64, num_workers=1, collate_fn=identity_collate)
+    with pytest.raises(SystemExit):
+        exits_cleanly(lambda: list(loader))()
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: {folder.root / folder.train_files[0]}: cannot be read") and "at the start" in line
+
+
+def test_data_workers_fit_into_shared_memory(monkeypatch):
+    monkeypatch.setattr(single, "count_cores", lambda: 8)
+    for free, workers in ((64e6, 3), (1e6, 0), (1e12, 8)):
+        monkeypatch.setattr(single.shutil, "disk_usage", lambda place, free=free: SimpleNamespace(free=int(free)))
+        monkeypatch.setattr(single, "SHARED_MEMORY", Path("/"))
+        assert single.choose_workers(10_000_000, processes=1) == workers
 
 
 def test_a_batch_of_photographs_can_be_split_where_memory_is_short(photographs, tmp_path):

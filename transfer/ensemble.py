@@ -230,7 +230,7 @@ def describe_ensemble(
 
 
 def write_ensemble(words: Sequence[str], out: Path, members: Sequence[Member]) -> list[str]:
-    """Write all results, submission.csv last; returns the summary, as lines to print."""
+    """Write all results; returns the summary, as lines to print."""
     metrics, predictions, temperatures = combine(members)
     assert metrics.members and metrics.calibration
     record = describe_ensemble(words, out, members, metrics.members.kept, temperatures)
@@ -242,11 +242,11 @@ def write_ensemble(words: Sequence[str], out: Path, members: Sequence[Member]) -
     predictions.save(out)
     metrics.write(out)
     write_record(out, record)
-    report, without_pictures = redraw_report(out)
     lines = describe_metrics(metrics)
     if data:
         write_atomically(csv, submission)
         lines.append(f"submission  {csv} ({check_rows(csv, data):,} rows, checked)")
+    report, without_pictures = redraw_report(out)  # last: if it fails, everything else is there
     lines.append(f"report      {report}")
     return [*lines, f"            without pictures: {without_pictures}"] if without_pictures else lines
 

@@ -83,6 +83,12 @@ def _let_launcher_end() -> None:
     print(file=sys.stderr)  # the shell's prompt has already come
 
 
+def _own_words(mistake: UserError) -> str:
+    """The line of an error; torch wraps one of a data worker into that worker's traceback."""
+    text = str(mistake)
+    return text.strip().rsplit("UserError: ", 1)[-1] if " in DataLoader worker process " in text else text
+
+
 def _stop_early(number, frame) -> NoReturn:
     _let_launcher_end()
     _stop("interrupted", 130)
@@ -136,7 +142,7 @@ def exits_cleanly(main):
         except UserError as mistake:
             if isinstance(mistake.__context__, KeyboardInterrupt):
                 _let_launcher_end()
-            _stop(str(mistake), 2)
+            _stop(_own_words(mistake), 2)
         except Terminated as end:
             if int(os.environ.get("LOCAL_RANK", 0)):  # the first process says it, and needs a moment for it
                 time.sleep(min(1.0, OTHERS_WAIT_SECONDS))

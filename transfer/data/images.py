@@ -163,6 +163,7 @@ def read_image(root: Path, file: str, side: int | None = None) -> tuple[ImageRec
 
 # All files
 
+REDUCIBLE = ("JPEG", "MPO")  # formats that Pillow decodes at a reduced size; an MPO is a JPEG with others inside
 IMAGES_PER_TASK = 256
 PHOTOS_PER_TASK = 32  # their pixels take up to half a megabyte each
 WORKERS_FROM = 2000  # images; with fewer, starting workers takes longer than they save
@@ -236,7 +237,7 @@ class _Reader:
 
     def _reduced(self, file: str, image: Image.Image) -> Image.Image:
         """The image as `decode` gives it for a side, which is how it is read without the cache."""
-        reads_less = image.format == "JPEG" and min(image.size) >= 2 * self.side
+        reads_less = image.format in REDUCIBLE and min(image.size) >= 2 * self.side
         return (read_image(self.root, file, self.side)[1] if reads_less else None) or image
 
 
@@ -362,7 +363,10 @@ class PixelStore:
         whole = whole and self.size is None
         record, image = read_image(self.root, file, self.side if whole else None)
         if image is None and file not in self.unreadable:
-            _refuse_faults(self.root, [record])
+            raise UserError(
+                f"{self.root / file}: {record.fault}, although it was read at the start; run the same command again "
+                "when it can be read"
+            )
         if self.size is None:
             return whole_pixels(image, self.side) if image and whole else view_pixels(image, self.geometry)
         return np.zeros((*self.size, 3), np.uint8) if image is None else to_rgb(image)
@@ -458,12 +462,11 @@ def _find_or_build(
 
     made = "\n".join([reader.geometry.rule, f"whole {reader.side}", *sorted(reader.train)])
     mixed = hashlib.sha256(made.encode()).hexdigest()[:8]
-    first, _ = read_image(root, files[0])
-    _refuse_faults(root, [first])
-    height_width = first.size[1], first.size[0]
+    records = (read_image(root, file)[0] for file in files)
+    width, height = next((record.size for record in records if not record.fault), (0, 0))
     tried = [replace(reader, keeps="mixed", size=(0, 0))]
-    if _is_small(height_width, reader.geometry) and not (cache_dir / f"{key}-{mixed}").is_dir():
-        tried.insert(0, replace(reader, keeps="same", size=height_width))
+    if height and _is_small((height, width), reader.geometry) and not (cache_dir / f"{key}-{mixed}").is_dir():
+        tried.insert(0, replace(reader, keeps="same", size=(height, width)))
     for kept in tried if why_uncached is None else []:
         name = "same" if kept.keeps == "same" else mixed
         if not (cache_dir / f"{key}-{name}").is_dir():

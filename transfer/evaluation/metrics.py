@@ -175,7 +175,7 @@ class EnsembleMembers:
 
     kept: list[str]  # the runs that are averaged, the most accurate first
     accuracy: dict[str, float]  # validation accuracy of each run that was tried
-    mean_of_all: float  # validation accuracy of the mean of all of them, which nothing was chosen for
+    mean_of_all: float  # validation accuracy of the mean of all of them
     note: str = "slightly optimistic: the members were chosen on these images"  # about the validation accuracy
 
 

@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import shlex
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -80,6 +81,7 @@ from transfer.transforms.training import enough_pixels
 
 READ_BACK_IMAGES = 10
 IGNORED_SHOWN = 3  # kinds of files
+SHARED_MEMORY = Path("/dev/shm")  # through which data workers hand over their batches
 TIMED_IMAGES = 32  # to foresee how fast images are decoded
 SHOWN_IMAGES = 16  # training images on the report
 
@@ -166,7 +168,9 @@ def decode_images(context: RunContext, args: FinetuningArguments, classifier: Cl
     """
     run, data, geometry = context.run, context.data, classifier.geometry
     check_transform(classifier.processor, EvaluationTransform(geometry))
-    side = run.decoded_side or enough_pixels(run.train_image_size or [geometry.crop[0]], run.min_crop_scale)
+    # The arguments as given: a trial of a search has its own crops, and shares the cache of the others.
+    given = {"train_image_size": run.train_image_size, "min_crop_scale": run.min_crop_scale} | context.arguments
+    side = run.decoded_side or enough_pixels(given["train_image_size"] or [geometry.crop[0]], given["min_crop_scale"])
     why_uncached = None if run.cache_images else "--cache_images false"
     with args.main_process_first(local=True, desc="decoding images"):
         store = open_pixel_store(
@@ -174,14 +178,27 @@ def decode_images(context: RunContext, args: FinetuningArguments, classifier: Cl
         )
     if store.why_uncached:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.dataloader_num_workers = args.dataloader_num_workers or max(1, count_cores() // processes)
-        workers = args.dataloader_num_workers * processes
+        args.dataloader_num_workers = args.dataloader_num_workers or choose_workers(
+            args.per_device_train_batch_size * 3 * 2 * side * side, processes
+        )
+        workers = max(1, args.dataloader_num_workers) * processes
         speed = time_decoding(PixelDataset(store, context.dataset["train"], for_training=True))
         say(
             f"images      are decoded whenever they are needed, about {min(workers, count_cores()) * speed:,.0f} a "
             f"second with {workers} data worker{'s' if workers > 1 else ''} ({store.why_uncached})"
         )
     return store
+
+
+def choose_workers(batch_bytes: int, processes: int) -> int:
+    """How many data workers each process may have: one on each core, and as many as shared memory has room for.
+
+    Every worker keeps two batches there, and containers often have 64 MB of it.
+    """
+    workers = max(1, count_cores() // processes)
+    if SHARED_MEMORY.is_dir():
+        workers = min(workers, shutil.disk_usage(SHARED_MEMORY).free // (2 * batch_bytes * processes))
+    return workers
 
 
 def time_decoding(images: PixelDataset) -> float:
