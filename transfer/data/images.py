@@ -266,6 +266,18 @@ def _interrupts_first() -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def _same_environment() -> Iterator[None]:
+    """Keep the object os.environ, which `Dataset.map` replaces by a copy: others hold it and would miss changes."""
+    environment, names = os.environ, set(os.environ)
+    try:
+        yield
+    finally:
+        os.environ = environment  # noqa: B003  the very object
+        for name in set(environment) - names:
+            del environment[name]
+
+
 def _read_all(
     files: Sequence[str], reader: _Reader, what: str, place: Path | None = None, hidden: bool = False
 ) -> datasets.Dataset:
