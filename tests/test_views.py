@@ -470,7 +470,9 @@ def test_several_processes_decode_as_one_does(photographs, pristine_data, tmp_pa
     one = open_store(photographs, tmp_path / "one", square(64), train_side=78)
     monkeypatch.setattr(images, "WORKERS_FROM", 0)
     monkeypatch.setattr(images, "count_cores", lambda: 2)
+    environment = os.environ
     two = open_store(photographs, tmp_path / "two", square(64), train_side=78)
+    assert os.environ is environment  # which colors of the terminal, for example, are read from
     assert one.data_fingerprint == two.data_fingerprint and len(list((tmp_path / "two").rglob("*.arrow"))) == 2
     splits = load_dataset(photographs)
     splits.pop("test")

@@ -283,7 +283,12 @@ def _read_all(
 ) -> datasets.Dataset:
     """One row with the reader's columns for each file, in order; in Arrow files at `place`, or in temporary ones."""
     at_once = PHOTOS_PER_TASK if reader.keeps == "mixed" else IMAGES_PER_TASK
-    with _librarys_bar(what, len(files), hidden), _interrupts_first(), forks_end_with_this_process():
+    with (
+        _librarys_bar(what, len(files), hidden),
+        _same_environment(),
+        _interrupts_first(),
+        forks_end_with_this_process(),
+    ):
         return datasets.Dataset.from_dict({"file": list(files)}).map(
             reader,
             batched=True,
