@@ -6,10 +6,20 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, GLOSSES, WNIDS
 from safetensors.torch import load_file, save_file
-from transformers import EfficientNetConfig, EfficientNetForImageClassification, ViTModel
+from torch.profiler import ProfilerActivity, profile
+from transformers import (
+    EfficientNetConfig,
+    EfficientNetForImageClassification,
+    SiglipConfig,
+    SiglipForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
 
 from transfer.errors import UserError
 from transfer.models.build import build_classifier, load_trained, match_labels
+from transfer.models.cpu_kernels import use_plain_attention
 from transfer.models.load import read_geometry
 
 NAMES = [GLOSSES[wnid].split(",")[0] for wnid in WNIDS]
@@ -163,3 +173,34 @@ def test_stochastic_depth_changes_training_and_is_refused_where_there_is_none(
     with pytest.raises(SystemExit):
         finetune(pristine_data, checkpoints("vit"), output_dir="vit", drop_path_rate=0.1)
     assert "vit has no stochastic depth" in capsys.readouterr().err
+
+
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="only without a GPU")
+@pytest.mark.parametrize("kind", ["vit", "siglip"])
+def test_short_sequences_train_without_the_slow_attention_kernel_and_long_ones_with_it(kind):
+    if kind == "vit":
+        model = ViTForImageClassification(ViTConfig(**SMALL))
+    else:
+        model = SiglipForImageClassification(SiglipConfig(vision_config={**SMALL, "vision_use_head": False}))
+    images = torch.randn(3, 3, 32, 32)
+    before = model(pixel_values=images).logits
+    assert not use_plain_attention(model, images=10_000_000, image_size=32)
+    assert use_plain_attention(model, images=3, image_size=32)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        after = model(pixel_values=images).logits
+    assert not any("scaled_dot_product" in event.key for event in profiled.key_averages())
+    torch.testing.assert_close(after, before)
+
+
+def test_models_without_global_attention_are_left_as_they_are(checkpoints):
+    assert not use_plain_attention(build(checkpoints("convnext")).model, images=1, image_size=32)

@@ -21,7 +21,7 @@ from transfer.config import FinetuningArguments, RunArguments
 from transfer.data.images import ImageGeometry
 from transfer.data.layouts import DatasetFiles
 from transfer.errors import UserError
-from transfer.models.cpu_kernels import apply_cpu_speedups
+from transfer.models.cpu_kernels import apply_cpu_speedups, use_plain_attention
 from transfer.models.layers import (
     add_adapters,
     describe_learning_rates,
@@ -290,6 +290,8 @@ def prepare_model(run: RunArguments, args: FinetuningArguments, data: DatasetFil
         run.trust_remote_code,
         run.drop_path_rate,
     )
+    image_size = max(run.train_image_size or [classifier.geometry.crop[0]])
+    use_plain_attention(classifier.model, args.per_device_train_batch_size, image_size)
     kind, parameters = type(classifier.model).__name__, sum(p.numel() for p in classifier.model.parameters())
     model = _choose_trained_weights(classifier.model, run)
     share = trainable_fraction(model)
