@@ -375,6 +375,34 @@ def test_a_store_is_reused_until_the_data_change(data, tmp_path, monkeypatch):
     assert changed.stat().st_size == before.st_size and second.data_fingerprint != first.data_fingerprint
 
 
+@pytest.mark.parametrize("why_uncached", [None, "--cache_images false"])
+def test_a_read_error_is_not_remembered_but_damaged_content_is(why_uncached, data, tmp_path, monkeypatch):
+    folder = open_data(str(data))
+    lost, damaged = folder.test_files[:2]
+    (data / damaged).write_bytes(b"no image")
+    read_bytes = Path.read_bytes
+
+    def fail(path):
+        if path == data / lost:
+            raise OSError(errno.EIO, "Input/output error")
+        return read_bytes(path)
+
+    def open_again():
+        return open_store(folder, tmp_path, may_fail=folder.test_files, why_uncached=why_uncached)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        store = open_again()
+        assert list(store.unreadable) == [lost, damaged] and "Input/output error" in store.unreadable[lost]
+        assert not stored_pixels(store, lost).any()
+        patch.setattr(images, "_fill", None)
+        assert open_again().unreadable == store.unreadable  # nothing is decoded again while it cannot be read
+    store = open_again()
+    assert list(store.unreadable) == [damaged] and stored_pixels(store, lost).any()
+    monkeypatch.setattr(images, "_fill", None)
+    assert open_again().unreadable == store.unreadable
+
+
 def first_image(data) -> str:
     return min(path.name for path in (data / "test" / "images").iterdir())
 

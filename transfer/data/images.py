@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -97,6 +98,7 @@ class ImageRecord:
     size: tuple[int, int] = (0, 0)  # (width, height)
     digest: str = ""  # of the file's bytes
     fault: str | None = None
+    may_pass: bool = False  # the fault is not the content's, as an error of a network disk: another try may succeed
 
 
 def reduced_size(size: tuple[int, int], side: int) -> tuple[int, int]:
@@ -149,13 +151,15 @@ def read_image(root: Path, file: str, side: int | None = None) -> tuple[ImageRec
 
     With a side, the image may be smaller than the file's, as `decode` says, and the record has no digest.
     """
+    content = None
     try:
         content = (root / file).read_bytes()
         image = decode(content, side)
     except Exception as fault:  # damaged bytes make decoders raise anything: struct.error, IndexError, MemoryError
         unknown = isinstance(fault, UnidentifiedImageError)  # its text names only the memory that held the bytes
         reason = "unknown format" if unknown else " ".join(str(fault).split()) or type(fault).__name__
-        return ImageRecord(file, fault=f"cannot be read as an image ({reason})"), None
+        may_pass = content is None or isinstance(fault, MemoryError)
+        return ImageRecord(file, fault=f"cannot be read as an image ({reason})", may_pass=may_pass), None
     # 128 bits: equal only if the bytes are equal
     digest = "" if side else hashlib.blake2b(content, digest_size=16).hexdigest()
     return ImageRecord(file, image.mode, image.size, digest), image
@@ -201,6 +205,7 @@ class _Reader:
         self.run = os.getpid()
         text, number, pixels = (datasets.Value(kind) for kind in ("string", "int32", "large_binary"))
         self.features = {"file": text, "mode": text, "width": number, "height": number, "digest": text, "fault": text}
+        self.features |= {"may_pass": datasets.Value("bool")}
         if self.keeps:
             self.features |= {"pixels": pixels, "pixels_height": number, "pixels_width": number}
         if self.keeps == "mixed":
@@ -217,7 +222,7 @@ class _Reader:
     def _read(self, file: str) -> dict:
         record, image = read_image(self.root, file)
         row = {"file": file, "mode": record.mode, "width": record.size[0], "height": record.size[1]}
-        row |= {"digest": record.digest, "fault": record.fault or "", "view": b""}
+        row |= {"digest": record.digest, "fault": record.fault or "", "may_pass": record.may_pass, "view": b""}
         values = np.zeros((*self.size, 3), np.uint8)  # black, if the file cannot be read
         if self.keeps == "same" and image is not None:
             self._check_size(image)
@@ -314,7 +319,7 @@ def scan_images(root: Path, files: Sequence[str], show_progress: bool = False) -
 
 # The cache of decoded images
 
-STORE_FORMAT = 3  # raise it when pixels are made differently, so that older caches are not used
+STORE_FORMAT = 4  # raise it when pixels are made differently, so that older caches are not used
 
 # Images of one size are kept as they are up to this many pixels per side, or up to the run's image size if that is
 # larger: 50,000 of them then take at most 2.5 GB of disk.
@@ -451,7 +456,8 @@ def _fill(folder: Path, root: Path, files: Sequence[str], reader: _Reader, may_f
     """
     reader.mixed = folder / "mixed"
     rows = _read_all(files, reader, "decoding" if reader.keeps else "checking", folder / "images.arrow")
-    columns = rows.select_columns(["file", "digest", "fault", "height", "width"]).with_format("arrow")[:].to_pydict()
+    names = ["file", "digest", "fault", "may_pass", "height", "width"]
+    columns = rows.select_columns(names).with_format("arrow")[:].to_pydict()
     named = list(zip(columns["file"], columns["digest"], columns["fault"], strict=True))
     _refuse_faults(root, [ImageRecord(f, fault=fault or None) for f, _, fault in named if f not in may_fail])
     fingerprint = hashlib.sha256("\n".join(sorted(f"{f} {digest}" for f, digest, _ in named)).encode()).hexdigest()
@@ -462,8 +468,14 @@ def _fill(folder: Path, root: Path, files: Sequence[str], reader: _Reader, may_f
         "images": len(files),
         "size": next(iter(sizes)) if len(sizes) == 1 else None,
         "unreadable": {f: fault for f, _, fault in named if fault},
+        "may_pass": list(itertools.compress(columns["file"], columns["may_pass"])),
     }
     (folder / "store.json").write_text(json.dumps(description))
+
+
+def _is_valid(folder: Path, root: Path) -> bool:
+    """Whether no file of a filled folder can be read now that could not be read when it was filled."""
+    return all(read_image(root, file)[0].may_pass for file in read_json(folder / "store.json")["may_pass"])
 
 
 def _find_or_build(
@@ -475,7 +487,12 @@ def _find_or_build(
 
     def build(name: str, reader: _Reader) -> Path:
         folder = cache_dir / f"{key}-{name}"
-        return build_folder_once(folder, lambda f: _fill(f, root, files, reader, may_fail), "HF_DATASETS_CACHE")
+        return build_folder_once(
+            folder,
+            lambda f: _fill(f, root, files, reader, may_fail),
+            "HF_DATASETS_CACHE",
+            lambda: _is_valid(folder, root),
+        )
 
     made = "\n".join([reader.geometry.rule, f"whole {reader.side}", *sorted(reader.train)])
     mixed = hashlib.sha256(made.encode()).hexdigest()[:8]
