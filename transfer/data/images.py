@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence, Set
@@ -177,12 +178,21 @@ class _MixedSizes(Exception):
     """An image differs in size from the first one."""
 
 
+def _end_with(parent: int) -> None:
+    """End this process soon after its parent, which was killed."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
 @functools.cache
 def _start_reader(pid: int) -> None:
     """For a process with this id that `Dataset.map` started: its run ends it, not the terminal."""
     torch.set_num_threads(1)  # there is a process for every core, and a fork has none of its parent's threads
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # The parent is the run, or a fork server, which ends with the run.
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 
 @dataclass
@@ -214,8 +224,6 @@ class _Reader:
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         if os.getpid() != self.run:
             _start_reader(os.getpid())
-            if os.getppid() != self.run:  # it was killed
-                os._exit(1)
         rows = [self._read(file) for file in batch["file"]]
         return {name: [row[name] for row in rows] for name in self.features}
 
