@@ -8,10 +8,12 @@ import re
 import resource
 import shutil
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -20,11 +22,12 @@ from PIL import Image
 from transformers import CLIPImageProcessor, ConvNextImageProcessor, DeiTImageProcessor, ViTImageProcessor
 
 from data_loading import load_dataset, open_data
+from transfer.config import RunArguments
 from transfer.data import images
 from transfer.data.images import ImageGeometry, PixelDataset, identity_collate, open_pixel_store, unpack_images
 from transfer.errors import UserError, exits_cleanly
 from transfer.models.load import read_geometry, set_image_size
-from transfer.runs import single
+from transfer.runs import RunContext, single
 from transfer.training.memory import split_batch
 from transfer.transforms.evaluation import EvaluationTransform, check_transform, resize_as_pil
 from transfer.transforms.training import (
@@ -220,6 +223,37 @@ def test_training_images_are_kept_whole_and_no_larger_than_crops_need(photograph
     assert shapes == [(side, 410, 3), (485, side, 3), (side, 364, 3), (32, 32, 3)]
     small = np.asarray(Image.open(photographs.root / photograph(3)).convert("RGB"))
     assert np.array_equal(stored_pixels(store, photograph(3), whole=True), small)
+
+
+def test_without_training_no_image_is_kept_whole_and_a_later_training_has_them(photographs, tmp_path):
+    options = {"geometry": square(64), "train_side": 78}
+    evaluated = open_store(photographs, tmp_path, crops=False, **options)
+    assert not evaluated.shapes.any() and len(evaluated.columns["view"]) == len(photographs.files)
+    trained = open_store(photographs, tmp_path, **options)
+    assert stored_pixels(trained, photograph(0), whole=True).shape == (78, 117, 3)
+    for file in (photograph(0), photographs.test_files[0]):
+        assert np.array_equal(stored_pixels(trained, file), stored_pixels(evaluated, file))
+    again = open_store(photographs, tmp_path, crops=False, **options)  # what a training has kept is used
+    assert np.array_equal(again.shapes, trained.shapes) and len(list((tmp_path / "store").glob("*-*/"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "crops"),
+    [
+        ({}, True),
+        ({"linear_probe": True}, True),
+        ({"linear_probe_only": True}, False),
+        ({"linear_probe_only": True, "estimate": True}, True),  # which trains some steps
+        ({"do_train": False}, False),
+    ],
+)
+def test_a_run_keeps_whole_images_only_to_train_on_their_crops(arguments, crops, photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(single, "check_transform", lambda *_: None)
+    args = SimpleNamespace(do_train=arguments.pop("do_train", True), main_process_first=lambda **_: nullcontext())
+    context = RunContext(RunArguments(data_dir="", **arguments), {}, "", photographs, load_dataset(photographs))
+    store = single.decode_images(context, args, SimpleNamespace(geometry=square(64), processor=None))
+    assert store.shapes.any() == crops
 
 
 def test_a_crop_of_a_photograph_is_pils_crop_and_resize_of_the_original(photographs, tmp_path):

@@ -486,15 +486,28 @@ def _is_valid(folder: Path, root: Path) -> bool:
     return all(read_image(root, file)[0].may_pass for file in read_json(folder / "store.json")["may_pass"])
 
 
+def _name_of(reader: _Reader) -> str:
+    """What ends the name of the folder with the reader's rows: it differs where the pixels do."""
+    if reader.keeps != "mixed":
+        return reader.keeps or "checked"
+    assert reader.geometry is not None
+    made = "\n".join([reader.geometry.rule, f"whole {reader.side}", *sorted(reader.train)])
+    return hashlib.sha256(made.encode()).hexdigest()[:8]
+
+
 def _find_or_build(
-    cache_dir: Path, root: Path, files: Sequence[str], reader: _Reader, may_fail: Set[str], why_uncached: str | None
+    cache_dir: Path, files: Sequence[str], reader: _Reader, may_fail: Set[str], crops: bool, why_uncached: str | None
 ) -> tuple[Path, str | None]:
     """The folder of the decoded images, and None, or the folder with what is known about the files, and why."""
-    assert reader.geometry is not None
+    root, geometry = reader.root, reader.geometry
+    assert geometry is not None
     key = listing_key(root, files)
 
-    def build(name: str, reader: _Reader) -> Path:
-        folder = cache_dir / f"{key}-{name}"
+    def folder_of(reader: _Reader) -> Path:
+        return cache_dir / f"{key}-{_name_of(reader)}"
+
+    def build(reader: _Reader) -> Path:
+        folder = folder_of(reader)
         return build_folder_once(
             folder,
             lambda f: _fill(f, root, files, reader, may_fail),
@@ -502,22 +515,22 @@ def _find_or_build(
             lambda: _is_valid(folder, root),
         )
 
-    made = "\n".join([reader.geometry.rule, f"whole {reader.side}", *sorted(reader.train)])
-    mixed = hashlib.sha256(made.encode()).hexdigest()[:8]
+    mixed = replace(reader, keeps="mixed")
+    if not crops and not folder_of(mixed).is_dir():
+        mixed = replace(mixed, train=frozenset(), side=0)
+    tried = [mixed]
     records = (read_image(root, file)[0] for file in files)
     width, height = next((record.size for record in records if not record.fault), (0, 0))
-    tried = [replace(reader, keeps="mixed", size=(0, 0))]
-    if height and _is_small((height, width), reader.geometry) and not (cache_dir / f"{key}-{mixed}").is_dir():
+    if height and _is_small((height, width), geometry) and not folder_of(mixed).is_dir():
         tried.insert(0, replace(reader, keeps="same", size=(height, width)))
     for kept in tried if why_uncached is None else []:
-        name = "same" if kept.keeps == "same" else mixed
-        if not (cache_dir / f"{key}-{name}").is_dir():
+        if not folder_of(kept).is_dir():
             why_uncached = _describe_lack(cache_dir, _foresee_bytes(root, files, kept))
         if why_uncached:
             break
         with contextlib.suppress(_MixedSizes):
-            return build(name, kept), None
-    return build("checked", reader), why_uncached
+            return build(kept), None
+    return build(reader), why_uncached
 
 
 def open_pixel_store(
@@ -529,17 +542,19 @@ def open_pixel_store(
     train_files: Sequence[str] = (),
     train_side: int = 0,
     why_uncached: str | None = None,
+    crops: bool = True,
 ) -> PixelStore:
     """Open the pixels of these files in the datasets cache; they are decoded first if they are missing or changed.
 
     Where the images differ in size, or are large, `train_files` are kept whole as well, their shorter side reduced to
-    `train_side`. If the disk has no room for the pixels, or `why_uncached` gives another reason, files are checked
-    once and decoded whenever they are needed, to the same pixels. Raises `UserError` for the first image that cannot
-    be read and is not in `may_fail`. Processes that ask at the same time decode once.
+    `train_side`. Without `crops` to train on, they are not, unless another run has kept them. If the disk has no room
+    for the pixels, or `why_uncached` gives another reason, files are checked once and decoded whenever they are
+    needed, to the same pixels. Raises `UserError` for the first image that cannot be read and is not in `may_fail`.
+    Processes that ask at the same time decode once.
     """
     cache_dir = cache_dir or datasets_cache("pixels")
     reader = _Reader(root, geometry=geometry, side=train_side, train=frozenset(train_files))
-    folder, why_uncached = _find_or_build(cache_dir, root, files, reader, frozenset(may_fail), why_uncached)
+    folder, why_uncached = _find_or_build(cache_dir, files, reader, frozenset(may_fail), crops, why_uncached)
     store = PixelStore(folder, root, files, geometry, train_side, why_uncached)
     # It may have been made for a run that could do without other files.
     faults = {file: fault for file, fault in store.unreadable.items() if file not in may_fail}

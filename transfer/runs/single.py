@@ -172,9 +172,10 @@ def decode_images(context: RunContext, args: FinetuningArguments, classifier: Cl
     given = {"train_image_size": run.train_image_size, "min_crop_scale": run.min_crop_scale} | context.arguments
     side = run.decoded_side or enough_pixels(given["train_image_size"] or [geometry.crop[0]], given["min_crop_scale"])
     why_uncached = None if run.cache_images else "--cache_images false"
+    crops = run.estimate or (args.do_train and not run.linear_probe_only)
     with args.main_process_first(local=True, desc="decoding images"):
         store = open_pixel_store(
-            data.root, data.files, geometry, None, data.test_files, data.train_files, side, why_uncached
+            data.root, data.files, geometry, None, data.test_files, data.train_files, side, why_uncached, crops
         )
     if store.why_uncached:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -182,7 +183,7 @@ def decode_images(context: RunContext, args: FinetuningArguments, classifier: Cl
             args.per_device_train_batch_size * 3 * 2 * side * side, processes
         )
         workers = max(1, args.dataloader_num_workers) * processes
-        speed = time_decoding(PixelDataset(store, context.dataset["train"], for_training=True))
+        speed = time_decoding(PixelDataset(store, context.dataset["train"], for_training=crops))
         say(
             f"images      are decoded whenever they are needed, about {min(workers, count_cores()) * speed:,.0f} a "
             f"second with {workers} data worker{'s' if workers > 1 else ''} ({store.why_uncached})"
@@ -202,7 +203,7 @@ def choose_workers(batch_bytes: int, processes: int) -> int:
 
 
 def time_decoding(images: PixelDataset) -> float:
-    """How many images a second one process gets ready for training."""
+    """How many images a second one process decodes."""
     few = range(0, len(images), max(1, len(images) // TIMED_IMAGES))[:TIMED_IMAGES]
     start = time.perf_counter()
     images.__getitems__(few)
