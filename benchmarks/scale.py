@@ -39,7 +39,7 @@ from PIL import Image
 from benchmarks.stock import collate, random_view, transform
 from benchmarks.throughput import square, take_turns
 from data_loading import load_dataset, open_data
-from transfer.data.images import PixelDataset, identity_collate, open_pixel_store, unpack_images
+from transfer.data.images.store import PixelDataset, identity_collate, open_pixel_store, unpack_images
 from transfer.models.load import read_geometry
 from transfer.runs.record import describe_device
 from transfer.runtime import count_cores, tune_malloc

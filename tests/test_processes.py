@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from data_loading import load_dataset, open_data
 from transfer import errors
-from transfer.data.images import ImageGeometry, PixelDataset, _Reader, open_pixel_store
+from transfer.data.images import ImageGeometry, ImageReader
+from transfer.data.images.store import PixelDataset, open_pixel_store
 from transfer.errors import UserError, exits_cleanly
 from transfer.runtime import share_batch
 from transfer.transforms import training
@@ -225,7 +226,7 @@ def test_images_are_the_same_bit_for_bit_cached_or_not_and_however_workers_are_s
 
 def test_a_fork_servers_processes_decode_as_well(images):
     store = images[0].store
-    reader = _Reader(store.root, "mixed", geometry=store.geometry, side=39, train=frozenset(store.files))
+    reader = ImageReader(store.root, "mixed", geometry=store.geometry, side=39, train=frozenset(store.files))
     batch = {"file": store.files[:3]}
     with several.CONTEXT.Pool(1) as pool:
         assert pool.apply_async(reader, (batch,)).get(timeout=30) == reader(batch)

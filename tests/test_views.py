@@ -24,7 +24,9 @@ from transformers import CLIPImageProcessor, ConvNextImageProcessor, DeiTImagePr
 from data_loading import load_dataset, open_data
 from transfer.config import RunArguments
 from transfer.data import images
-from transfer.data.images import ImageGeometry, PixelDataset, identity_collate, open_pixel_store, unpack_images
+from transfer.data.images import ImageGeometry
+from transfer.data.images import store as pixel_store
+from transfer.data.images.store import PixelDataset, identity_collate, open_pixel_store, unpack_images
 from transfer.errors import UserError, exits_cleanly
 from transfer.models.load import read_geometry, set_image_size
 from transfer.runs import RunContext, single
@@ -397,7 +399,7 @@ def test_a_batch_of_photographs_can_be_split_where_memory_is_short(photographs, 
 def test_a_store_is_reused_until_the_data_change(data, tmp_path, monkeypatch):
     first = open_store(open_data(str(data)), tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(images, "_fill", None)
+        patch.setattr(pixel_store, "_fill", None)
         open_store(open_data(str(data)), tmp_path)
     changed = data / "test" / "images" / first_image(data)
     before = changed.stat()
@@ -429,11 +431,11 @@ def test_a_read_error_is_not_remembered_but_damaged_content_is(why_uncached, dat
         store = open_again()
         assert list(store.unreadable) == [lost, damaged] and "Input/output error" in store.unreadable[lost]
         assert not stored_pixels(store, lost).any()
-        patch.setattr(images, "_fill", None)
+        patch.setattr(pixel_store, "_fill", None)
         assert open_again().unreadable == store.unreadable  # nothing is decoded again while it cannot be read
     store = open_again()
     assert list(store.unreadable) == [damaged] and stored_pixels(store, lost).any()
-    monkeypatch.setattr(images, "_fill", None)
+    monkeypatch.setattr(pixel_store, "_fill", None)
     assert open_again().unreadable == store.unreadable
 
 
@@ -454,7 +456,7 @@ def test_an_interrupted_build_leaves_no_store_and_the_next_one_is_whole(data, tm
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(images, "_refuse_faults", interrupt)
+        patch.setattr(pixel_store, "_refuse_faults", interrupt)
         with pytest.raises(KeyboardInterrupt):
             open_store(folder, tmp_path)
     assert not [p for p in (tmp_path / "store").iterdir() if p.is_dir()]
@@ -463,8 +465,8 @@ def test_an_interrupted_build_leaves_no_store_and_the_next_one_is_whole(data, tm
 
 def test_two_builders_at_once_build_one_store(pristine_data, tmp_path, monkeypatch):
     folder, built = open_data(str(pristine_data)), []
-    original = images._fill
-    monkeypatch.setattr(images, "_fill", lambda *args: (built.append(1), original(*args)))
+    original = pixel_store._fill
+    monkeypatch.setattr(pixel_store, "_fill", lambda *args: (built.append(1), original(*args)))
     threads = [threading.Thread(target=open_store, args=(folder, tmp_path)) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -544,5 +546,5 @@ def test_several_processes_decode_as_one_does(photographs, pristine_data, tmp_pa
 def test_another_image_size_shares_the_store_of_whole_images(data, tmp_path, monkeypatch):
     folder = open_data(str(data))
     open_store(folder, tmp_path)
-    monkeypatch.setattr(images, "_fill", None)
+    monkeypatch.setattr(pixel_store, "_fill", None)
     assert not open_store(folder, tmp_path, square(64)).cropped

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from transfer import terminal
 from transfer.bundle import check_target, pack
 from transfer.config import FinetuningArguments, RunArguments, describe_arguments, training_only_names
-from transfer.data.images import PixelDataset, PixelStore, open_pixel_store, read_image
+from transfer.data.images import read_image
+from transfer.data.images.store import PixelDataset, PixelStore, open_pixel_store
 from transfer.data.layouts import DatasetFiles
 from transfer.data.splits import count_copies, describe_data, split_fingerprint
 from transfer.errors import UserError
