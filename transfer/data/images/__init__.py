@@ -96,7 +96,7 @@ class ImageRecord:
     size: tuple[int, int] = (0, 0)  # (width, height)
     digest: str = ""  # of the file's bytes
     fault: str | None = None  # why the file cannot be used
-    may_pass: bool = False  # the content is not to blame, but for example a network disk: another try may succeed
+    may_pass: bool = False  # the fault is not the content's, but for example the network's: another try may succeed
 
 
 def reduced_size(size: tuple[int, int], side: int) -> tuple[int, int]:
@@ -106,9 +106,10 @@ def reduced_size(size: tuple[int, int], side: int) -> tuple[int, int]:
 
 
 def decode(content: bytes, side: int | None = None) -> Image.Image:
-    """Decode the bytes of an image file; the mode stays. Raises whatever the decoder raises.
+    """The image in the bytes of a file, upright and in its own mode. Raises whatever the decoder raises.
 
-    With `side`, a JPEG is decoded at 1/8, 1/4 or 1/2 of its size if the shorter side is then still at least `side`.
+    With `side`, a JPEG is decoded at the smallest of 1/8, 1/4, 1/2 and all of its size whose shorter side is at least
+    `side`.
     """
     with warnings.catch_warnings():
         # PIL only warns about images of one to two times its limit. In a dataset, that size is a mistake.
@@ -250,14 +251,14 @@ class ImageReader:
             raise MixedSizes
 
     def _reduced(self, file: str, image: Image.Image) -> Image.Image:
-        """The image as `decode` returns it for a side: without the cache, it is read like this, too."""
+        """The image as `decode` returns it with `side`, which is how it is read without the cache."""
         reads_less = image.format in REDUCIBLE and min(image.size) >= 2 * self.side
         return (read_image(self.root, file, self.side)[1] if reads_less else None) or image
 
 
 @contextlib.contextmanager
 def _progress(what: str, images: int, hidden: bool) -> Iterator[None]:
-    """Let `datasets` show its progress bar on a terminal, and write the time to run.log; nothing if hidden."""
+    """Let `datasets` show its progress bar on a terminal, and write the time to run.log, unless `hidden`."""
     were_disabled = datasets.are_progress_bars_disabled()
     (datasets.disable_progress_bars if hidden or not is_terminal() else datasets.enable_progress_bars)()
     start = time.perf_counter()
@@ -282,7 +283,7 @@ def _interrupts_first() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _same_environment() -> Iterator[None]:
-    """Keep the object os.environ: `Dataset.map` replaces it by a copy, and who holds it would miss later changes."""
+    """Keep the object os.environ: `Dataset.map` puts a copy in its place, and libraries hold the original."""
     environment, names = os.environ, set(os.environ)
     try:
         yield

@@ -87,7 +87,7 @@ class PixelStore:
     def take(self, rows: np.ndarray, whole: bool) -> tuple[np.ndarray, np.ndarray]:
         """The pixels of the images in these rows, as one line of bytes, and their (height, width) as (B, 2).
 
-        Images of several sizes come whole, to be cropped, or as evaluation views.
+        Images of several sizes come as evaluation views, or `whole` for crops of them.
         """
         if self.why_uncached is not None:
             images = [self._decode(self.files[row], whole) for row in rows]
@@ -142,7 +142,7 @@ def _is_small(size: Sequence[int], geometry: ImageGeometry) -> bool:
     return max(size) <= max(LARGEST_KEPT_SIDE, *geometry.crop)
 
 
-def _foresee_bytes(root: Path, files: Sequence[str], reader: ImageReader) -> int:
+def _estimate_bytes(root: Path, files: Sequence[str], reader: ImageReader) -> int:
     """How much disk the decoded images will take, estimated from the sizes of some of them."""
     if reader.keeps == "same":
         return len(files) * math.prod(reader.size) * 3
@@ -197,7 +197,7 @@ def _is_valid(folder: Path, root: Path) -> bool:
 
 
 def _name_of(reader: ImageReader) -> str:
-    """The last part of the name of the folder with the reader's rows; other pixels have another name."""
+    """The last part of the name of the folder with the reader's rows, which depends on the pixels that it keeps."""
     if reader.keeps != "mixed":
         return reader.keeps or "checked"
     assert reader.geometry is not None
@@ -240,7 +240,7 @@ def _find_or_build(
         tried.insert(0, replace(reader, keeps="same", size=(height, width)))
     for kept in tried if why_uncached is None else []:
         if not folder_of(kept).is_dir():
-            why_uncached = _describe_lack(cache_dir, _foresee_bytes(root, files, kept))
+            why_uncached = _describe_lack(cache_dir, _estimate_bytes(root, files, kept))
         if why_uncached:
             break
         with contextlib.suppress(MixedSizes):
@@ -262,9 +262,10 @@ def open_pixel_store(
     """Return the store of these files' pixels. Missing or changed ones are first decoded into the datasets cache.
 
     Where images differ in size or are large, `train_files` are kept whole as well, their shorter side reduced to
-    `train_side`. With `crops=False` nothing is trained on crops of them, and they are not kept whole. If the disk has
-    no room for the pixels, or `why_uncached` gives another reason, nothing is kept: files are checked once, and
-    decoded to the same pixels whenever they are needed. Processes that ask at the same time decode once.
+    `train_side`. `crops=False` says that nothing is trained on crops of them: they are not kept whole, unless an
+    earlier training kept them. If the disk has no room for the pixels, or `why_uncached` gives another reason, nothing
+    is kept: files are checked once, and decoded to the same pixels whenever they are needed. Processes that ask at the
+    same time decode once.
 
     Raises `UserError` that names the images that cannot be read, except those in `may_fail`.
     """
