@@ -229,4 +229,4 @@ def test_a_fork_servers_processes_decode_as_well(images):
     reader = ImageReader(store.root, "mixed", geometry=store.geometry, side=39, train=frozenset(store.files))
     batch = {"file": store.files[:3]}
     with several.CONTEXT.Pool(1) as pool:
-        assert pool.apply_async(reader, (batch,)).get(timeout=30) == reader(batch)
+        assert pool.apply_async(reader, (batch,)).get(timeout=120) == reader(batch)
