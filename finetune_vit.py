@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import data_loading
 from transfer.cli import parse_command_line
 from transfer.config import FinetuningArguments, describe_arguments
-from transfer.data.images import PixelDataset
+from transfer.data.images.store import PixelDataset
 from transfer.evaluation.metrics import RunMetrics
 from transfer.models.build import Classifier, prepare_model
 from transfer.runs import RunContext, repeats, search, single, timing

@@ -40,7 +40,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune_vit
 from benchmarks.layout_check import fuzz_layouts
 from data_loading import load_dataset, open_data
-from transfer.data.images import ImageGeometry, open_pixel_store
+from transfer.data.images import ImageGeometry
+from transfer.data.images.store import open_pixel_store
 from transfer.data.labels import open_template, render_submission
 from transfer.errors import UserError
 from transfer.files import digest_of_folder

@@ -39,7 +39,7 @@ from PIL import Image
 from benchmarks.stock import collate, random_view, transform
 from benchmarks.throughput import square, take_turns
 from data_loading import load_dataset, open_data
-from transfer.data.images import PixelDataset, identity_collate, open_pixel_store, unpack_images
+from transfer.data.images.store import PixelDataset, identity_collate, open_pixel_store, unpack_images
 from transfer.models.load import read_geometry
 from transfer.runs.record import describe_device
 from transfer.runtime import count_cores, tune_malloc
@@ -51,6 +51,11 @@ CLASSES, SCENES = 10, 24
 SIDE, BATCH, MIN_SCALE = 224, 64, 0.35
 MEASURED = 1500  # images, for each speed
 CONTENDERS = ("cached", "uncached", "stock")
+
+try:
+    from matplotlib import pyplot, ticker
+except ImportError:
+    pyplot = None
 
 
 def draw_scene(width: int, height: int, seed: int) -> bytes:
@@ -202,22 +207,27 @@ def table(rows: list[dict]) -> str:
 
 def draw_plot(rows: list[dict], path: Path) -> None:
     """How each quantity grows with the number of photographs."""
-    import matplotlib.pyplot as plt
-
     titles = {
-        "cold_seconds": "seconds to the first batch, cold",
-        "warm_seconds": "seconds to the first batch, warm",
-        "disk_bytes": "bytes on the disk",
-        "images_per_second": "images/s of the input alone",
-        "memory_bytes": "peak memory, bytes",
+        "cold_seconds": ("first batch, nothing cached (s)", 1),
+        "warm_seconds": ("first batch afterwards (s)", 1),
+        "images_per_second": ("images/s of the input alone", 1),
+        "disk_bytes": ("disk for decoded images (GB)", 1e9),
+        "memory_bytes": ("peak memory of all processes (GB)", 1e9),
     }
-    figure, axes = plt.subplots(1, len(titles), figsize=(4 * len(titles), 3.5), layout="constrained")
-    for axis, (quantity, title) in zip(axes, titles.items(), strict=True):
-        for name in CONTENDERS:
-            axis.plot([r["images"] for r in rows], [r["contenders"][name][quantity] for r in rows], "o-", label=name)
-        axis.set(title=title, xlabel="photographs", xscale="log", ylim=(0, None))
-    axes[0].legend()
-    figure.savefig(path)
+    counts = [row["images"] for row in rows]
+    figure, axes = pyplot.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
+    for axis, (quantity, (title, unit)) in zip(axes.flat, titles.items(), strict=False):
+        for name, style in zip(CONTENDERS, ("o-", "s-", "^--"), strict=True):
+            values = [row["contenders"][name][quantity] / unit for row in rows]
+            axis.plot(counts, values, style, label=name, alpha=0.8)
+        axis.margins(0.08)
+        axis.set(title=title, xlabel="photographs", xlim=(0, None), ylim=(0, None))  # straight: grows in proportion
+        axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axis.grid(alpha=0.3)
+    axes.flat[-1].axis("off")
+    axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), loc="center", title="input")
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -229,8 +239,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where photographs and caches go: 0.5 MB for each photograph")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
-    parser.add_argument("--plot", type=Path, help="where to draw how they grow (needs matplotlib)")
+    parser.add_argument("--plot", type=Path, help="where to draw how they grow; needs matplotlib")
     options = parser.parse_args()
+    if options.plot and pyplot is None:
+        parser.error("--plot: pip install matplotlib")
     sizes = ((options.width, options.height),) if options.width and options.height else SIZES
     rows = []
     for count in options.images:

@@ -46,7 +46,8 @@ from transformers import (
 from benchmarks.stock import stock_trainer
 from data_loading import load_dataset, open_data
 from transfer.config import FinetuningArguments
-from transfer.data.images import ImageGeometry, PixelDataset, PixelStore, open_pixel_store
+from transfer.data.images import ImageGeometry
+from transfer.data.images.store import PixelDataset, PixelStore, open_pixel_store
 from transfer.models.build import Classifier
 from transfer.models.cpu_kernels import apply_cpu_speedups
 from transfer.models.load import read_geometry

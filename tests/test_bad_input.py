@@ -19,7 +19,8 @@ from transformers import AutoModelForImageClassification
 from transformers.models.convnext import ConvNextConfig
 
 from data_loading import load_dataset, main, open_data
-from transfer.data.images import ImageGeometry, open_pixel_store, read_image
+from transfer.data.images import ImageGeometry, read_image
+from transfer.data.images.store import open_pixel_store
 from transfer.data.labels import read_template, render_submission
 from transfer.errors import UserError, exits_cleanly
 from transfer.models.load import load_checkpoint

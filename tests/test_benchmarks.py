@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import ablation, time_to_accuracy
+from benchmarks import ablation, scale, time_to_accuracy
 from benchmarks.time_to_accuracy import compare, first_time
 from transfer.models import build
 
@@ -81,11 +81,26 @@ def test_stock_and_project_are_trained_to_the_end_of_every_budget(words, monkeyp
     assert "project, 0.02 min" in (tmp_path / "curves.svg").read_text()
 
 
-def test_a_plot_that_cannot_be_drawn_is_refused_before_the_training(words, monkeypatch, capsys):
-    monkeypatch.setattr(time_to_accuracy, "pyplot", None)
-    monkeypatch.setattr(sys, "argv", ["time_to_accuracy.py", *words, "--plot", "curves.png"])
+def test_the_growth_of_every_input_is_drawn(tmp_path):
+    if scale.pyplot is None:
+        pytest.skip("matplotlib is an optional extra (requirements-extras.txt)")
+    quantities = ("cold_seconds", "warm_seconds", "images_per_second", "disk_bytes", "memory_bytes")
+    rows = [
+        {"images": count, "contenders": {name: dict.fromkeys(quantities, count * 1e6) for name in scale.CONTENDERS}}
+        for count in (1000, 3000)
+    ]
+    scale.draw_plot(rows, tmp_path / "growth.svg")
+    drawn = (tmp_path / "growth.svg").read_text()
+    assert all(word in drawn for word in (*scale.CONTENDERS, "(GB)", "2,000"))
+
+
+@pytest.mark.parametrize("benchmark", [time_to_accuracy, scale])
+def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_is_measured(benchmark, words, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "pyplot", None)
+    words = words if benchmark is time_to_accuracy else []
+    monkeypatch.setattr(sys, "argv", [benchmark.__name__, *words, "--plot", "curves.png"])
     with pytest.raises(SystemExit):
-        time_to_accuracy.main()
+        benchmark.main()
     assert "--plot: pip install matplotlib" in capsys.readouterr().err
 
 

@@ -6,11 +6,15 @@ import sys
 
 import pytest
 import several
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT, write_data_set
+from conftest import ROOT, WNIDS, draw_picture, write_data_set
 from safetensors.torch import load_file
 
+from data_loading import load_dataset, open_data
 from transfer import errors
+from transfer.data.images import ImageGeometry, ImageReader
+from transfer.data.images.store import PixelDataset, open_pixel_store
 from transfer.errors import UserError, exits_cleanly
 from transfer.runtime import share_batch
 from transfer.transforms import training
@@ -190,3 +194,39 @@ def test_accelerate_reads_every_config(path):
     config = load_config_from_file(str(path))
     assert config.num_processes > 0
     assert path.read_text().startswith(f"# accelerate launch --config_file recipes/accelerate/{path.name}")
+
+
+@pytest.fixture
+def images(data, tmp_path):
+    """Training images of several sizes, cached and not."""
+    for i, size in enumerate([(300, 200), (90, 160), (70, 40)]):
+        draw_picture(WNIDS[0], i, size).save(data / "train" / WNIDS[0] / "images" / f"{WNIDS[0]}_{i}.JPEG")
+    folder, geometry = open_data(str(data)), ImageGeometry(36, (32, 32), "bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
+    stores = [
+        open_pixel_store(data, folder.files, geometry, tmp_path / "store", (), folder.train_files, 39, why)
+        for why in (None, "--cache_images false")
+    ]
+    return [PixelDataset(store, load_dataset(folder)["train"], for_training=True) for store in stores]
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn", several.CONTEXT], ids=["fork", "spawn", "forkserver"])
+def test_images_are_the_same_bit_for_bit_cached_or_not_and_however_workers_are_started(context, images):
+    cached, uncached = images
+    both = torch.utils.data.ConcatDataset(images)  # since starting workers takes longest
+    options = {"num_workers": 2, "multiprocessing_context": context}
+    batches = torch.utils.data.DataLoader(both, batch_size=8, collate_fn=list, **options)
+    read = [row for batch in batches for row in batch]
+    assert len(read) == 2 * len(cached)
+    for i, (first, second) in enumerate(zip(read, read[len(cached) :], strict=False)):
+        assert first.keys() == second.keys() == {"images", "labels"}
+        for name, values in cached[i].items():
+            assert torch.equal(values, uncached[i][name])
+            assert torch.equal(values, first[name]) and torch.equal(values, second[name])
+
+
+def test_a_fork_servers_processes_decode_as_well(images):
+    store = images[0].store
+    reader = ImageReader(store.root, "mixed", geometry=store.geometry, side=39, train=frozenset(store.files))
+    batch = {"file": store.files[:3]}
+    with several.CONTEXT.Pool(1) as pool:
+        assert pool.apply_async(reader, (batch,)).get(timeout=120) == reader(batch)

@@ -19,7 +19,8 @@ import data_loading
 from data_loading import open_data
 from finetune_vit import main
 from transfer import runtime
-from transfer.data.images import ImageGeometry, open_pixel_store
+from transfer.data.images import ImageGeometry
+from transfer.data.images.store import open_pixel_store
 from transfer.errors import UserError
 from transfer.runs import timing
 from transfer.training import trainer

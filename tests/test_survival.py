@@ -1,11 +1,14 @@
 """A run that is killed, stopped, or out of memory or disk goes on, and ends where it would have ended."""
 
+import contextlib
 import errno
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import weakref
@@ -23,6 +26,7 @@ import data_loading
 from finetune_vit import main
 from transfer import errors, files, runtime
 from transfer.config import known_names
+from transfer.data import images
 from transfer.errors import UserError
 from transfer.runs import single
 from transfer.training import checkpoints as checkpoint_files
@@ -566,34 +570,39 @@ def worker(ready) -> None:
     time.sleep(60)
 
 
-def test_a_data_worker_ends_when_its_run_says_so_and_not_by_itself():
-    ready = several.CONTEXT.Event()
-    process = several.CONTEXT.Process(target=worker, args=(ready,), daemon=True)
+@pytest.mark.parametrize("context", [several.CONTEXT, multiprocessing.get_context("fork")], ids=["forkserver", "fork"])
+def test_a_data_worker_ends_when_its_run_says_so_and_not_by_itself(context):
+    ready = context.Event()
+    process = context.Process(target=worker, args=(ready,), daemon=True)
     process.start()
     assert ready.wait(30)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        os.kill(process.pid, number)  # the test is not its parent: the server of forks is
+        subprocess.run(["sh", "-c", f"kill -{number:d} {process.pid}"], check=True)  # not the run, but another process
     process.join(0.3)
     assert process.is_alive()
-    child = os.fork()
-    if not child:
-        runtime.shield_worker(os.getpid())
-        time.sleep(60)
-    time.sleep(0.3)
-    os.kill(child, signal.SIGTERM)
-    assert os.waitpid(child, 0)[1] == 0
+    process.terminate()
+    process.join(10)
+    ended = process.exitcode
     process.kill()
-    process.join()
+    assert ended == 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells forks that their parent was killed")
-def test_processes_that_decode_end_with_a_run_that_is_killed():
+@pytest.mark.parametrize(
+    "ends",
+    [
+        pytest.param("by the system", marks=pytest.mark.skipif(sys.platform != "linux", reason="Linux alone does")),
+        "by watching",
+    ],
+)
+def test_processes_that_decode_end_with_a_run_that_is_killed(ends):
     end, other_end = os.pipe()
     child = os.fork()
     if not child:
-        with runtime.forks_end_with_this_process():
+        with runtime.forks_end_with_this_process() if ends == "by the system" else contextlib.nullcontext():
             if not os.fork():
-                time.sleep(60)  # as a process that reads images; nobody stops it
+                if ends == "by watching":
+                    images._start_reader(os.getpid())
+                time.sleep(60)  # as a process that waits for images to read; nobody stops it
         os.write(other_end, b"forked")
         time.sleep(60)
     os.close(other_end)

@@ -8,10 +8,12 @@ import re
 import resource
 import shutil
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -20,11 +22,14 @@ from PIL import Image
 from transformers import CLIPImageProcessor, ConvNextImageProcessor, DeiTImageProcessor, ViTImageProcessor
 
 from data_loading import load_dataset, open_data
+from transfer.config import RunArguments
 from transfer.data import images
-from transfer.data.images import ImageGeometry, PixelDataset, identity_collate, open_pixel_store, unpack_images
+from transfer.data.images import ImageGeometry
+from transfer.data.images import store as pixel_store
+from transfer.data.images.store import PixelDataset, identity_collate, open_pixel_store, unpack_images
 from transfer.errors import UserError, exits_cleanly
 from transfer.models.load import read_geometry, set_image_size
-from transfer.runs import single
+from transfer.runs import RunContext, single
 from transfer.training.memory import split_batch
 from transfer.transforms.evaluation import EvaluationTransform, check_transform, resize_as_pil
 from transfer.transforms.training import (
@@ -222,6 +227,37 @@ def test_training_images_are_kept_whole_and_no_larger_than_crops_need(photograph
     assert np.array_equal(stored_pixels(store, photograph(3), whole=True), small)
 
 
+def test_without_training_no_image_is_kept_whole_and_a_later_training_has_them(photographs, tmp_path):
+    options = {"geometry": square(64), "train_side": 78}
+    evaluated = open_store(photographs, tmp_path, crops=False, **options)
+    assert not evaluated.shapes.any() and len(evaluated.columns["view"]) == len(photographs.files)
+    trained = open_store(photographs, tmp_path, **options)
+    assert stored_pixels(trained, photograph(0), whole=True).shape == (78, 117, 3)
+    for file in (photograph(0), photographs.test_files[0]):
+        assert np.array_equal(stored_pixels(trained, file), stored_pixels(evaluated, file))
+    again = open_store(photographs, tmp_path, crops=False, **options)  # what a training has kept is used
+    assert np.array_equal(again.shapes, trained.shapes) and len(list((tmp_path / "store").glob("*-*/"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "crops"),
+    [
+        ({}, True),
+        ({"linear_probe": True}, True),
+        ({"linear_probe_only": True}, False),
+        ({"linear_probe_only": True, "estimate": True}, True),  # which trains some steps
+        ({"do_train": False}, False),
+    ],
+)
+def test_a_run_keeps_whole_images_only_to_train_on_their_crops(arguments, crops, photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(single, "check_transform", lambda *_: None)
+    args = SimpleNamespace(do_train=arguments.pop("do_train", True), main_process_first=lambda **_: nullcontext())
+    context = RunContext(RunArguments(data_dir="", **arguments), {}, "", photographs, load_dataset(photographs))
+    store = single.decode_images(context, args, SimpleNamespace(geometry=square(64), processor=None))
+    assert store.shapes.any() == crops
+
+
 def test_a_crop_of_a_photograph_is_pils_crop_and_resize_of_the_original(photographs, tmp_path):
     store = open_store(photographs, tmp_path, square(224), train_side=273)
     whole = stored_pixels(store, photograph(0), whole=True)
@@ -363,7 +399,7 @@ def test_a_batch_of_photographs_can_be_split_where_memory_is_short(photographs, 
 def test_a_store_is_reused_until_the_data_change(data, tmp_path, monkeypatch):
     first = open_store(open_data(str(data)), tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(images, "_fill", None)
+        patch.setattr(pixel_store, "_fill", None)
         open_store(open_data(str(data)), tmp_path)
     changed = data / "test" / "images" / first_image(data)
     before = changed.stat()
@@ -373,6 +409,34 @@ def test_a_store_is_reused_until_the_data_change(data, tmp_path, monkeypatch):
     os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
     second = open_store(open_data(str(data)), tmp_path, may_fail=[f"test/images/{changed.name}"])
     assert changed.stat().st_size == before.st_size and second.data_fingerprint != first.data_fingerprint
+
+
+@pytest.mark.parametrize("why_uncached", [None, "--cache_images false"])
+def test_a_read_error_is_not_remembered_but_damaged_content_is(why_uncached, data, tmp_path, monkeypatch):
+    folder = open_data(str(data))
+    lost, damaged = folder.test_files[:2]
+    (data / damaged).write_bytes(b"no image")
+    read_bytes = Path.read_bytes
+
+    def fail(path):
+        if path == data / lost:
+            raise OSError(errno.EIO, "Input/output error")
+        return read_bytes(path)
+
+    def open_again():
+        return open_store(folder, tmp_path, may_fail=folder.test_files, why_uncached=why_uncached)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        store = open_again()
+        assert list(store.unreadable) == [lost, damaged] and "Input/output error" in store.unreadable[lost]
+        assert not stored_pixels(store, lost).any()
+        patch.setattr(pixel_store, "_fill", None)
+        assert open_again().unreadable == store.unreadable  # nothing is decoded again while it cannot be read
+    store = open_again()
+    assert list(store.unreadable) == [damaged] and stored_pixels(store, lost).any()
+    monkeypatch.setattr(pixel_store, "_fill", None)
+    assert open_again().unreadable == store.unreadable
 
 
 def first_image(data) -> str:
@@ -392,7 +456,7 @@ def test_an_interrupted_build_leaves_no_store_and_the_next_one_is_whole(data, tm
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(images, "_refuse_faults", interrupt)
+        patch.setattr(pixel_store, "_refuse_faults", interrupt)
         with pytest.raises(KeyboardInterrupt):
             open_store(folder, tmp_path)
     assert not [p for p in (tmp_path / "store").iterdir() if p.is_dir()]
@@ -401,8 +465,8 @@ def test_an_interrupted_build_leaves_no_store_and_the_next_one_is_whole(data, tm
 
 def test_two_builders_at_once_build_one_store(pristine_data, tmp_path, monkeypatch):
     folder, built = open_data(str(pristine_data)), []
-    original = images._fill
-    monkeypatch.setattr(images, "_fill", lambda *args: (built.append(1), original(*args)))
+    original = pixel_store._fill
+    monkeypatch.setattr(pixel_store, "_fill", lambda *args: (built.append(1), original(*args)))
     threads = [threading.Thread(target=open_store, args=(folder, tmp_path)) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -482,5 +546,5 @@ def test_several_processes_decode_as_one_does(photographs, pristine_data, tmp_pa
 def test_another_image_size_shares_the_store_of_whole_images(data, tmp_path, monkeypatch):
     folder = open_data(str(data))
     open_store(folder, tmp_path)
-    monkeypatch.setattr(images, "_fill", None)
+    monkeypatch.setattr(pixel_store, "_fill", None)
     assert not open_store(folder, tmp_path, square(64)).cropped

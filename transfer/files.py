@@ -126,19 +126,24 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], object]) -> No
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def build_folder_once(folder: Path, build: Callable[[Path], object], variable: str = "HF_HOME") -> Path:
-    """Return `folder`; if it is missing, let `build` fill an empty folder and move that there atomically.
+def build_folder_once(
+    folder: Path,
+    build: Callable[[Path], object],
+    variable: str = "HF_HOME",
+    is_valid: Callable[[], bool] = lambda: True,
+) -> Path:
+    """Return `folder`; if it is missing or not valid, let `build` fill an empty folder and move that there atomically.
 
     Processes that ask at the same time wait for the one that builds. A folder that is already there is returned
     without the lock, so the cache may be read-only. If `build` raises, nothing is left: an `OSError` becomes a
     `UserError` that names the environment variable that chooses another place, every other exception passes.
     """
-    if folder.is_dir():
+    if folder.is_dir() and is_valid():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
-            if not folder.is_dir():  # another process may have built it while this one waited
+            if not (folder.is_dir() and is_valid()):  # another process may have built it while this one waited
                 write_folder_atomically(folder, build)
     except OSError as fault:
         raise UserError(f"{folder}: cannot be built ({fault}); {variable} chooses another place") from None

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import multiprocessing
 import os
 import platform
 import select
@@ -229,8 +230,11 @@ def shield_worker(pid: int) -> None:
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
+    parent = multiprocessing.parent_process()
+    run = parent.pid if parent else os.getppid()  # under forkserver, the system's parent is the server
+
     def obey() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run:
             pass
         os._exit(0)
 

@@ -17,7 +17,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from transfer.config import RunArguments
-from transfer.data.images import listing_key
+from transfer.data.images.store import listing_key
 from transfer.data.layouts import DatasetFiles
 from transfer.errors import UserError
 

@@ -14,7 +14,8 @@ from scipy.special import softmax
 from transformers import AutoImageProcessor
 
 from transfer.config import RunArguments, card_names
-from transfer.data.images import LARGEST_KEPT_SIDE, ImageGeometry, read_image, to_rgb, whole_pixels
+from transfer.data.images import ImageGeometry, read_image, to_rgb, whole_pixels
+from transfer.data.images.store import LARGEST_KEPT_SIDE
 from transfer.data.layouts import ROOT_DEPTH
 from transfer.data.listing import IMAGE_SUFFIXES, list_visible_folders
 from transfer.data.sources import extract_zip

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import datasets
 
 from transfer.config import FinetuningArguments, RunArguments
-from transfer.data.images import PixelDataset
+from transfer.data.images.store import PixelDataset
 from transfer.data.layouts import DatasetFiles
 from transfer.data.splits import take_evenly
 from transfer.transforms.evaluation import TTA_TRANSFORMS

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from transfer import terminal
 from transfer.bundle import check_target, pack
 from transfer.config import FinetuningArguments, RunArguments, describe_arguments, training_only_names
-from transfer.data.images import PixelDataset, PixelStore, open_pixel_store, read_image
+from transfer.data.images import read_image
+from transfer.data.images.store import PixelDataset, PixelStore, open_pixel_store
 from transfer.data.layouts import DatasetFiles
 from transfer.data.splits import count_copies, describe_data, split_fingerprint
 from transfer.errors import UserError
@@ -172,9 +173,10 @@ def decode_images(context: RunContext, args: FinetuningArguments, classifier: Cl
     given = {"train_image_size": run.train_image_size, "min_crop_scale": run.min_crop_scale} | context.arguments
     side = run.decoded_side or enough_pixels(given["train_image_size"] or [geometry.crop[0]], given["min_crop_scale"])
     why_uncached = None if run.cache_images else "--cache_images false"
+    crops = run.estimate or (args.do_train and not run.linear_probe_only)
     with args.main_process_first(local=True, desc="decoding images"):
         store = open_pixel_store(
-            data.root, data.files, geometry, None, data.test_files, data.train_files, side, why_uncached
+            data.root, data.files, geometry, None, data.test_files, data.train_files, side, why_uncached, crops
         )
     if store.why_uncached:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -182,7 +184,7 @@ def decode_images(context: RunContext, args: FinetuningArguments, classifier: Cl
             args.per_device_train_batch_size * 3 * 2 * side * side, processes
         )
         workers = max(1, args.dataloader_num_workers) * processes
-        speed = time_decoding(PixelDataset(store, context.dataset["train"], for_training=True))
+        speed = time_decoding(PixelDataset(store, context.dataset["train"], for_training=crops))
         say(
             f"images      are decoded whenever they are needed, about {min(workers, count_cores()) * speed:,.0f} a "
             f"second with {workers} data worker{'s' if workers > 1 else ''} ({store.why_uncached})"
@@ -202,7 +204,7 @@ def choose_workers(batch_bytes: int, processes: int) -> int:
 
 
 def time_decoding(images: PixelDataset) -> float:
-    """How many images a second one process gets ready for training."""
+    """How many images a second one process decodes."""
     few = range(0, len(images), max(1, len(images) // TIMED_IMAGES))[:TIMED_IMAGES]
     start = time.perf_counter()
     images.__getitems__(few)

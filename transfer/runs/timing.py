@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from transfer.config import FinetuningArguments
-from transfer.data.images import PixelDataset
+from transfer.data.images.store import PixelDataset
 from transfer.errors import UserError
 from transfer.models.build import prepare_model
 from transfer.reporting.page import format_seconds

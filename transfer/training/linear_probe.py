@@ -16,7 +16,7 @@ from accelerate.utils import broadcast, gather_object
 from torch import nn
 from transformers import PreTrainedModel
 
-from transfer.data.images import PixelDataset, PixelStore
+from transfer.data.images.store import PixelDataset, PixelStore
 from transfer.files import datasets_cache, write_atomically
 from transfer.models.layers import find_heads
 from transfer.models.load import fingerprint_of_weights

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from transfer.config import FinetuningArguments
-from transfer.data.images import PixelDataset, identity_collate, unpack_images
+from transfer.data.images.store import PixelDataset, identity_collate, unpack_images
 from transfer.errors import Terminated, UserError
 from transfer.evaluation.metrics import find_hits, macro_f1
 from transfer.models.build import Classifier
