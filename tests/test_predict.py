@@ -1,5 +1,6 @@
 """python -m transfer.predict: the pipeline's labels for any pictures, a csv, and a line for what cannot be read."""
 
+import copy
 import csv
 import json
 import random
@@ -22,7 +23,7 @@ from transformers import AutoModelForImageClassification, pipeline
 from benchmarks import predict_speed
 from transfer import predict
 from transfer.files import read_json
-from transfer.models.cpu_kernels import fold_batch_norms
+from transfer.models.cpu_kernels import prepare_for_inference
 
 ENDINGS = ["jpg", "png", "webp", "bmp", "gif", "tif", "JPEG"]
 MODES = ["RGB", "RGB", "L", "P", "RGBA", "LA", "1", "CMYK"]
@@ -236,22 +237,52 @@ class NormFirst(torch.nn.Module):
         return SimpleNamespace(logits=self.convolution(self.norm(pixel_values)).mean((2, 3)))
 
 
+class ReadTwice(torch.nn.Module):
+    """Also reads what its activation would overwrite, as a residual does."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.activation = torch.nn.Conv2d(3, 3, 1), torch.nn.ReLU()
+
+    def forward(self, pixel_values):
+        images = self.convolution(pixel_values)
+        return SimpleNamespace(logits=(self.activation(images) + images).mean((2, 3)))
+
+
+def describe(model) -> tuple[int, int]:
+    """Numbers of batch norms and of activations that overwrite their input."""
+    modules = list(model.modules())
+    norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in modules)
+    return norms, sum(getattr(module, "inplace", False) for module in modules)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("connected", [True, False])
-def test_batch_norms_are_folded_unless_that_changes_the_logits(checkpoints, connected):
+@pytest.mark.parametrize("kind", ["efficientnet", NormFirst, ReadTwice])
+def test_a_model_is_changed_for_inference_unless_that_changes_the_logits(checkpoints, kind):
     torch.manual_seed(0)
-    model = AutoModelForImageClassification.from_pretrained(checkpoints("efficientnet")) if connected else NormFirst()
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    for norm in norms:
-        norm.running_mean.normal_()
-        norm.running_var.uniform_(0.5, 2)
-    images = torch.randn(2, 3, 32, 32)
-    before = model.eval()(pixel_values=images).logits
-    folded = fold_batch_norms(model, images)
-    assert torch.allclose(model(pixel_values=images).logits, before, atol=1e-5)
-    assert folded == (len(norms) if connected else 0)
-    kept = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    assert len(kept) == len(norms) - folded
+    known = isinstance(kind, str)
+    model = AutoModelForImageClassification.from_pretrained(checkpoints(kind)) if known else kind()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    images, plain, state = torch.randn(2, 3, 32, 32), describe(model), copy.deepcopy(model.state_dict())
+    logits = model.eval()(pixel_values=images).logits
+    with prepare_for_inference(model, (32, 32)):
+        torch.testing.assert_close(model(pixel_values=images).logits, logits)
+        norms, in_place = describe(model)
+        assert norms == 0 and in_place > 0 if known else (norms, in_place) == plain
+    assert describe(model) == plain and list(model.state_dict()) == list(state)
+    assert all(torch.equal(values, state[name]) for name, values in model.state_dict().items())
+    assert torch.equal(model(pixel_values=images).logits, logits)
+
+
+@torch.no_grad()
+def test_a_model_is_not_changed_for_inference_in_autocast(checkpoints):
+    model = AutoModelForImageClassification.from_pretrained(checkpoints("efficientnet"))
+    plain = describe(model)
+    with torch.autocast("cpu", torch.bfloat16), prepare_for_inference(model, (32, 32)):
+        assert describe(model) == plain
 
 
 def test_the_benchmark_compares_with_the_forward_pass(run, monkeypatch, tmp_path):

@@ -42,6 +42,30 @@ def test_the_saved_model_is_the_best_checkpoint_bit_for_bit(kind, pristine_data,
     assert json.loads((out / "metrics.json").read_text())["validation"]["accuracy"] == state["best_metric"]
 
 
+def test_predictions_of_the_run_are_those_of_the_plain_model_that_it_saves(
+    pristine_data, checkpoints, finetune, monkeypatch
+):
+    changed, prepare = [], trainer.prepare_for_inference
+
+    def watched(model, size):
+        changes = prepare(model, size)
+        changed.append(not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()))
+        return changes
+
+    monkeypatch.setattr(trainer, "prepare_for_inference", watched)
+    out = finetune(pristine_data, checkpoints("resnet"), num_train_epochs=1, learning_rate="1e-2")
+    assert changed and all(changed)
+    with np.load(out / "predictions.npz") as saved:
+        files, logits = saved["validation_files"], saved["validation_logits"]
+    classify = pipeline("image-classification", model=str(out / "model"), function_to_apply="none", top_k=None)
+    plain = [
+        {row["label"]: row["score"] for row in rows} for rows in classify([str(pristine_data / f) for f in files])
+    ]
+    names = classify.model.config.id2label
+    expected = [[scores[names[label]] for label in range(len(names))] for scores in plain]
+    np.testing.assert_allclose(logits, expected, atol=1e-3)  # the processor rounds pixels in another way
+
+
 def test_a_worse_last_epoch_is_not_what_is_kept(pristine_data, checkpoints, finetune, monkeypatch):
     """The encoder, not the head alone, must come back from the better epoch (ViT's checkpoints use older names)."""
 

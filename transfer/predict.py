@@ -32,7 +32,7 @@ from transfer.data.images import ImageGeometry, read_image, to_rgb
 from transfer.data.listing import is_image, natural_key
 from transfer.errors import UserError, exits_cleanly
 from transfer.files import read_json, write_atomically
-from transfer.models.cpu_kernels import apply_cpu_speedups, fold_batch_norms
+from transfer.models.cpu_kernels import apply_cpu_speedups, prepare_for_inference
 from transfer.models.load import load_checkpoint, read_geometry
 from transfer.reporting.findings import encode_thumbnail
 from transfer.reporting.page import HERE, open_templates
@@ -203,7 +203,7 @@ def open_classifier(name: str) -> PictureClassifier:
         raise UserError(str(fault).removeprefix("--model_name_or_path ")) from None
     geometry = read_geometry(processor)
     check_transform(processor, EvaluationTransform(geometry))
-    fold_batch_norms(model, torch.randn(2, 3, *geometry.crop))
+    prepare_for_inference(model, geometry.crop)
     apply_cpu_speedups(model)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model.eval().to(device, memory_format=torch.channels_last)

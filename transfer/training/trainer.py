@@ -7,6 +7,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Sized
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -34,6 +35,7 @@ from transfer.data.images.store import PixelDataset, identity_collate, unpack_im
 from transfer.errors import Terminated, UserError
 from transfer.evaluation.metrics import find_hits, macro_f1
 from transfer.models.build import Classifier
+from transfer.models.cpu_kernels import prepare_for_inference
 from transfer.models.layers import (
     check_same_adapters,
     find_blocks,
@@ -308,7 +310,8 @@ class FinetuningTrainer(Trainer):
         """Logits (N, classes) of a split in fp32, as a plain pipeline computes them; `view` is one of TTA's.
 
         In bf16 2% of the top labels differ from the pipeline's. accelerate wraps the mixed precision around the
-        instance's forward, so the class's own is called.
+        instance's forward, so the class's own is called. While it predicts, a model that is not sharded is changed as
+        `prepare_for_inference` says.
         """
         model = self.accelerator.unwrap_model(self.model).to(self.args.device).eval()
         self._share_buffers()
@@ -320,7 +323,9 @@ class FinetuningTrainer(Trainer):
         loader = self.get_test_dataloader(split)
         found = []
         hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-        with Bar(what or "predicting", len(cast(Sized, split)), hidden=hidden or not what) as bar:
+        size = self.eval_transform.geometry.crop
+        changes = ExitStack() if self.is_sharded() else prepare_for_inference(model, size)
+        with changes, Bar(what or "predicting", len(cast(Sized, split)), hidden=hidden or not what) as bar:
             for batch in loader:
                 _, logits = self._run_in_parts(batch, step)
                 found.append(self.accelerator.gather_for_metrics(torch.cat(logits)).cpu())
