@@ -108,7 +108,7 @@ class Prediction:
 
 
 def _decode(file: Path, geometry: ImageGeometry, with_thumbnail: bool) -> Decoded:
-    record, image = read_image(Path(), str(file))
+    record, image = read_image(Path(), str(file), with_digest=False)
     if image is None:
         advice = "; convert it to JPEG" if file.suffix.lower() in HEIC_SUFFIXES else ""
         return Decoded(file, np.empty(0), f"{record.fault}{advice}")

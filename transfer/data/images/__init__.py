@@ -145,7 +145,9 @@ def view_pixels(image: Image.Image | None, geometry: ImageGeometry) -> np.ndarra
     return np.zeros((*geometry.crop, 3), np.uint8) if image is None else to_rgb(geometry.apply(image.convert("RGB")))
 
 
-def read_image(root: Path, file: str, side: int | None = None) -> tuple[ImageRecord, Image.Image | None]:
+def read_image(
+    root: Path, file: str, side: int | None = None, with_digest: bool = True
+) -> tuple[ImageRecord, Image.Image | None]:
     """(record, decoded image) of one file. For a bad file, the record has a fault and the image is None.
 
     With `side`, the image may come at a reduced size (see `decode`), and the record has no digest.
@@ -160,7 +162,7 @@ def read_image(root: Path, file: str, side: int | None = None) -> tuple[ImageRec
         may_pass = content is None or isinstance(fault, MemoryError)
         return ImageRecord(file, fault=f"cannot be read as an image ({reason})", may_pass=may_pass), None
     # With 128 bits, equal digests mean equal bytes.
-    digest = "" if side else hashlib.blake2b(content, digest_size=16).hexdigest()
+    digest = hashlib.blake2b(content, digest_size=16).hexdigest() if with_digest and not side else ""
     return ImageRecord(file, image.mode, image.size, digest), image
 
 
