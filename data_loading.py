@@ -49,6 +49,7 @@ from transfer.data.splits import (
 from transfer.data.tiny_imagenet import make_100, sample_data
 from transfer.errors import UserError, exits_cleanly
 from transfer.submission import form_of
+from transfer.terminal import show
 
 UNUSED_SHOWN = 5  # folders of unused images that are named
 CONFLICTS_SHOWN = 10  # pictures with several labels that are named
@@ -251,7 +252,7 @@ def _describe_order(data: DatasetFiles) -> str:
     is_sorted = data.class_ids == sorted(data.class_ids)
     if data.label_order != WNIDS_NAME:
         return f"labels by {data.label_order}{'' if is_sorted else ', which is not the sorted order'}"
-    return "wnids.txt is sorted" if is_sorted else "wnids.txt is not the sorted order: labels follow wnids.txt"
+    return "wnids.txt is sorted" if is_sorted else "labels follow wnids.txt, which is not sorted"
 
 
 def _describe_classes(data: DatasetFiles) -> str:
@@ -385,14 +386,15 @@ def describe_images(data: DatasetFiles) -> list[str]:
             f"{faults[0]}; {len(faults)} of {len(records)} images cannot be read{more}; replace them, or leave them "
             "out with --skip_unreadable true"
         )
-    unread = f"{len(faults)} test images cannot be read" if faults else "every image decodes"
+    unread = f"{len(faults)} test image{'s' * (len(faults) > 1)} cannot be read" if faults else "every image decodes"
     readable = [r for r in records if not r.fault]
     modes = ", ".join(f"{n} {mode}" for mode, n in Counter(r.mode for r in readable).most_common())
+    converted = " (all are converted to RGB)" if any(r.mode != "RGB" for r in readable) else ""
     sizes = Counter(f"{r.size[0]}x{r.size[1]}" for r in readable).most_common()
     more = f", {len(sizes) - 5} more sizes" if len(sizes) > 5 else ""
     digests = {r.file: r.digest for r in records}
     return [
-        f"pixels      {unread}; modes {modes} (all are converted to RGB); "
+        f"pixels      {unread}; modes {modes}{converted}; "
         f"sizes {', '.join(f'{n} of {size}' for size, n in sizes[:5])}{more}",
         f"duplicates  {describe_duplicates(digests, data)} (identical bytes)",
         *describe_conflicts(digests, data),
@@ -406,12 +408,10 @@ def describe_images(data: DatasetFiles) -> list[str]:
 def check_data(run: RunArguments) -> None:
     """Print what was found in a dataset after decoding every image, and how a run splits it. Raises `UserError`."""
     data = find_data(run)
-    for line in describe_layout(data) + describe_images(data):
-        print(line)
+    show(*describe_layout(data), *describe_images(data))
     dataset = split_data(run, data)
-    for line in [f"splits      {describe_splits(dataset)}", *describe_warnings(run, data, dataset)]:
-        print(line)
-    print("ok          this dataset can be used")
+    show(f"splits      {describe_splits(dataset)}", *describe_warnings(run, data, dataset))
+    show("ok          this dataset can be used")
 
 
 @exits_cleanly
@@ -421,7 +421,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv[:1] == ["make-100"] and len(argv) == 3:
         print(f"written     {make_100(open_data(argv[1]), Path(argv[2]).expanduser())}")
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="\n\n".join((__doc__ or "").split("\n\n")[:2]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("path", metavar="PATH", help="the dataset's folder or zip, or `sample`")
     parser.add_argument("--classes_file", metavar="FILE", help="use only these classes, one per line in label order")
     parser.add_argument("--template", metavar="FILE", help="the submission's template")

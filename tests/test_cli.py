@@ -160,6 +160,16 @@ def test_defaults_are_within_their_bounds():
     check_bounds(RunArguments(), FinetuningArguments(output_dir="outputs"))
 
 
+def test_help_fits_the_terminal(capsys, monkeypatch):
+    for columns, widest in (("80", 79), ("200", 100)):
+        monkeypatch.setenv("COLUMNS", columns)
+        with pytest.raises(SystemExit):
+            parse_command_line(["--help"])
+        text = capsys.readouterr().out.replace(USAGE, "")
+        arguments = [line for line in text.splitlines() if line.startswith("  ")]
+        assert widest - 12 < max(map(len, arguments)) <= widest
+
+
 def test_help_lists_every_own_argument_once_under_its_topic(capsys):
     with pytest.raises(SystemExit):
         parse_command_line(["--help"])

@@ -300,7 +300,7 @@ def test_the_command_prints_what_it_found(data, monkeypatch, capsys):
     runpy.run_path(str(ROOT / "data_loading.py"), run_name="__main__")
     printed = capsys.readouterr().out
     for part in (
-        "classes     4, 12 training images each; wnids.txt is not the sorted order",
+        "classes     4, 12 training images each; labels follow wnids.txt, which is not sorted",
         "labels      0 = n00000030 red thing, 1 = n00000010 green thing",
         "ignored     4 *_boxes.txt, 1 .DS_Store",
         "submission_sample.csv lists exactly the 10 test images",

@@ -101,7 +101,7 @@ def test_two_processes_resume_to_the_weights_that_they_would_have_had(tmp_path, 
     code, said = launch(pristine_data, model, "whole", **recipe)
     assert code == 0, said
     code, said = launch(pristine_data, model, "stopped", several.get_sigterm_in_step_7, **recipe)
-    stop = "error: stopped by SIGTERM in epoch 1.40; resume with --resume_from_checkpoint true, from checkpoint-7"
+    stop = "error: stopped by SIGTERM after 1.40 epochs; resume with --resume_from_checkpoint true, from checkpoint-7"
     assert code == 143 and said.count(stop) == 1, said
     code, said = launch(pristine_data, model, "stopped", resume_from_checkpoint="true", **recipe)
     assert code == 0, said

@@ -207,7 +207,7 @@ def test_a_run_stopped_after_an_epoch_resumes_to_the_same_weights(
     with stops_at_a_checkpoint(), pytest.raises(SystemExit):
         finetune(pristine_data, checkpoints(kind), output_dir="stopped")
     message = capsys.readouterr().err
-    assert "error: interrupted in epoch 1.00; resume with --resume_from_checkpoint true" in message
+    assert "error: interrupted after 1.00 epochs; resume with --resume_from_checkpoint true" in message
     (tmp_path / "stopped" / "checkpoint-99").mkdir()  # what a kill leaves of a checkpoint that was being written
     resumed = finetune(pristine_data, checkpoints(kind), output_dir="stopped", resume_from_checkpoint="true")
     for name in ("model/model.safetensors", "submission.csv"):
@@ -296,8 +296,8 @@ def test_a_trial_is_validated_on_as_small_a_part_unless_a_flag_says_otherwise(
     out = finetune(pristine_data, checkpoints("convnext"), num_train_epochs=1, max_train_samples=8, **flags)
     said, metrics = capsys.readouterr().out, json.loads((out / "metrics.json").read_text())
     assert metrics["validation"]["n"] == validated and metrics["train"]["n"] == 3
-    why = "--max_eval_samples" if flags else "the same fraction as of the training images"
-    assert f"validation  on {validated} of 12 images: {why}\n" in said
+    why = "--max_eval_samples" if flags else "--max_train_samples"
+    assert f"validation  on {validated} of 12 images, because of {why}\n" in said
     assert "before training, on 3 images\n" in said
     assert len(labels_of(out / "submission.csv")) == 10  # the csv is complete
 
@@ -322,6 +322,7 @@ def test_a_bad_image_stops_the_run_before_training_and_leaves_nothing(data, chec
     [
         ([], "the recipe comes first"),
         (["nothing.yaml"], "nothing.yaml: cannot read this recipe"),
+        (["recipes/smaple.yaml"], "did you mean recipes/sample.yaml?"),
         (["RECIPE", "--lerning_rate", "1"], "unknown argument 'lerning_rate'; did you mean learning_rate"),
         (["RECIPE", "--bf16", "true"], "mixed_precision in accelerate_config.yaml"),
         (["RECIPE", "--seed", "many"], "argument --seed: invalid int value: 'many'"),
@@ -622,9 +623,9 @@ def test_a_run_of_few_steps_and_few_validation_images_says_so_before_training(da
         before = capsys.readouterr().out.partition("zero epoch")[0]
         return [line for line in before.splitlines() if line.startswith("warning ")]
 
-    (said,) = warnings_of("short")
-    assert "10 optimizer steps are few: use recipes/small_folder.yaml" in said
-    assert "12 validation images are few" in said and "--kfold 5" in said
+    steps, images = warnings_of("short")
+    assert "10 optimizer steps are few: use recipes/small_folder.yaml" in steps
+    assert "12 validation images are few" in images and "--kfold 5" in images
     (said,) = warnings_of("probe", linear_probe_only="true")
     assert "optimizer steps" not in said and "12 validation images are few" in said
 

@@ -351,8 +351,10 @@ def test_a_run_that_is_told_to_end_writes_a_checkpoint_and_resumes_to_the_same_w
     monkeypatch.undo()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert stop.value.code == 128 + number and signal.getsignal(number) == signal.SIG_DFL
-    said = f"error: stopped by {number.name} in epoch {saved / 5:.2f}; resume with --resume_from_checkpoint true, from"
-    assert capsys.readouterr().err.strip().splitlines()[-1] == f"{said} checkpoint-{saved}"
+    done = f"stopped by {number.name} after {saved / 5:.2f} epochs"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == (
+        f"error: {done}; resume with --resume_from_checkpoint true, from checkpoint-{saved}"
+    )
     assert not (tmp_path / "out" / files.LOCK).exists()
     out = finetune(pristine_data, checkpoints("convnext"), resume_from_checkpoint="true", **recipe)
     assert {name: (out / name).read_bytes() for name in undisturbed} == undisturbed

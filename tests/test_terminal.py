@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, WNIDS
+from PIL import Image
 from transformers import TrainerControl, TrainerState
 
 import data_loading
 from transfer import runtime, terminal
 from transfer.config import FinetuningArguments
+from transfer.data.images import ImageReader, MixedSizes, read_all
 from transfer.errors import UserError, exits_cleanly
 from transfer.runs.single import shorten_ignored
 
@@ -153,7 +155,7 @@ def test_the_expected_time_counts_evaluations_and_the_prediction(capsys, args, m
     train(args, progress=progress)
     said = capsys.readouterr().out
     assert said.count("time   ") == 1
-    assert "time        about 2 min 5 s, of which 1 min 5 s to evaluate and predict in the end\n" in said
+    assert "time        about 2 min 5 s, including 1 min 5 s to evaluate and predict at the end\n" in said
 
 
 def test_a_named_bar_shows_its_speed_and_leaves_its_time_in_run_log(on_screen, tmp_path):
@@ -175,6 +177,23 @@ def test_a_long_message_is_wrapped_beside_its_label_and_a_short_one_stays(on_scr
     lines = without_codes(screen.getvalue()).splitlines()
     assert len(lines) == 4 and max(map(len, lines)) <= 80
     assert all(line.startswith(" " * 12 + "t") for line in lines[1:3]) and lines[3] == "no label in this line"
+
+
+def test_a_number_stays_on_the_line_of_its_unit(on_screen):
+    screen = on_screen()
+    start = "epoch 1/2   validation accuracy 0.1000, of averaged weights 0.2000 (best)"
+    terminal.show(f"{start}  loss 4.736  22 images/s  1 min 5 s")
+    assert without_codes(screen.getvalue()) == f"{start}\n{' ' * 12}loss 4.736  22 images/s  1 min 5 s\n"
+
+
+def test_a_bar_of_decoding_that_begins_again_does_not_stay(on_screen, tmp_path):
+    for side in (8, 9):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
+    screen = on_screen()
+    with pytest.raises(MixedSizes):
+        reader = ImageReader(tmp_path, keeps="same", size=(8, 8), mixed=tmp_path / "mixed")
+        read_all(["8.png", "9.png"], reader, "decoding")
+    assert "decoding:   0%" in screen.getvalue() and screen.getvalue().endswith("\n\x1b[A\x1b[2K")
 
 
 def test_an_error_comes_below_a_bar_that_it_ends(on_screen):
@@ -287,11 +306,11 @@ def test_an_accuracy_that_differs_from_the_epochs_is_explained(tmp_path):
     metrics = RunMetrics(ClassificationMetrics(0.81, [0.7, 0.9], 1.0, 0.8, 0.5, 400))
     said = explain_difference(context, metrics, state)
     assert said == [
-        "            epoch 2 showed 0.8150 in bf16; here in fp32, as in a pipeline",
+        "            measured in fp32; epoch 2 showed 0.8150 in bf16",
         "best epoch  2 of 3",
     ]
     metrics = RunMetrics(metrics.validation, tta=TtaMetrics(["plain", "flip"], {}))
-    assert "here with test-time augmentation" in explain_difference(context, metrics, state)[0]
+    assert "measured with test-time augmentation" in explain_difference(context, metrics, state)[0]
     state["log_history"][1]["eval_accuracy"] = 0.81
     assert explain_difference(context, metrics, state) == ["best epoch  2 of 3"]
 

@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import re
+import shutil
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,8 +42,9 @@ USAGE = "accelerate launch --quiet --config_file accelerate_config.yaml finetune
 HELP = """usage: {usage}
 
 Fine-tunes a pretrained image classifier and writes a Kaggle submission.
-A recipe is a YAML file of the arguments below; flags override it. Defaults are in brackets.
-To empty a list, give its flag without a value, such as `--tta`, or set it to [] in the recipe.
+A recipe is a YAML file of the arguments below; flags override it. Defaults are
+in brackets. To empty a list, give its flag without a value, such as `--tta`, or
+set it to [] in the recipe.
 
 {arguments}
 
@@ -106,10 +108,12 @@ class RecipeParser(HfArgumentParser):
         raise UserError(f"{message}; --help lists the arguments")
 
     def format_help(self):
+        width = min(100, max(72, shutil.get_terminal_size().columns - 1))
         fields = listed_fields()
         groups = [(topic, [f for f in fields if option_of(f).topic == topic]) for topic in TOPICS]
-        arguments = "\n\n".join("\n".join([f"{topic}:", *map(_help_line, group)]) for topic, group in groups)
-        return HELP.format(usage=USAGE, arguments=arguments, refused=textwrap.fill(", ".join(REFUSED), 100))
+        listed = [(topic, [_help_line(field, width) for field in group]) for topic, group in groups]
+        arguments = "\n\n".join("\n".join([f"{topic}:", *lines]) for topic, lines in listed)
+        return HELP.format(usage=USAGE, arguments=arguments, refused=textwrap.fill(", ".join(REFUSED), width))
 
     def set_recipe(self, settings: Mapping, source: str) -> None:
         """Make a recipe's values the defaults, of the types that flags have; null leaves a default as it is."""
@@ -143,12 +147,12 @@ def _read_word(action: argparse.Action, value, source: str):
     return result
 
 
-def _help_line(field: dataclasses.Field) -> str:
+def _help_line(field: dataclasses.Field, width: int) -> str:
     text, default = field.metadata["help"], field.default
     if default is not None and default is not dataclasses.MISSING:
         text += f" [{str(default).lower() if isinstance(default, bool) else default}]"
     return textwrap.fill(
-        text, 100, initial_indent=f"  --{field.name:<30} ", subsequent_indent=" " * 35, break_on_hyphens=False
+        text, width, initial_indent=f"  --{field.name:<30} ", subsequent_indent=" " * 35, break_on_hyphens=False
     )
 
 
@@ -176,7 +180,8 @@ def read_recipe(path: Path, trains: bool = True) -> dict:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as fault:
         known = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
-        hint = f"; choose from {', '.join(known)}" if known else ""
+        near = difflib.get_close_matches(str(path), known, n=1, cutoff=0.8)
+        hint = f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(known)}" if known else ""
         raise UserError(f"{path}: cannot read this recipe ({fault.strerror}){hint}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as fault:
         raise UserError(f"{path}: not valid yaml: {' '.join(str(fault).split())}") from None

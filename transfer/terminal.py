@@ -108,7 +108,11 @@ def _wrap(line: str) -> Text:
     if not text or not label.endswith(" ") or "\n" in line:
         return Text(line)
     width = max(40, _console().width - LABEL_WIDTH)
+    cells = text.split("  ")  # of an epoch's line: "loss 1.234" stays in one piece
+    if len(cells) > 1 and max(map(len, cells)) <= width:
+        text = "  ".join(cell.replace(" ", "\N{NO-BREAK SPACE}") for cell in cells)
     parts = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
+    parts = [part.replace("\N{NO-BREAK SPACE}", " ") for part in parts]
     style = STYLES.get(label.strip(), "green" if "(best" in text else "")
     return Text.assemble((label, STYLES.get(label.strip(), "cyan")), (f"\n{' ' * LABEL_WIDTH}".join(parts), style))
 
@@ -336,7 +340,7 @@ class TrainingProgress(TrainerCallback):
         self.foreseen = True
         if state.is_world_process_zero and self.ends_by is None and left > 1:
             total = now - self.start + left + self.seconds_afterwards
-            after = f", of which {format_duration(self.seconds_afterwards)} to evaluate and predict in the end"
+            after = f", including {format_duration(self.seconds_afterwards)} to evaluate and predict at the end"
             show(f"time        about {format_duration(total)}{after if self.seconds_afterwards >= 1 else ''}")
 
     def on_log(self, args, state, control, logs=None, **kwargs):

@@ -71,7 +71,7 @@ class RunContext:
         return replace(self, dataset=dataset)
 
     def describe_shortage(self, args: FinetuningArguments) -> list[str]:
-        """A warning if there are few optimizer steps or validation images, with remedies; nothing if there are not."""
+        """Warnings about few optimizer steps and few validation images, with remedies; none if there are enough."""
         train, held_out = len(self.dataset["train"]), len(self.dataset["validation"])
         steps, parts = count_steps(args, train), []
         is_trial = self.run.max_train_samples is not None
@@ -85,7 +85,7 @@ class RunContext:
             can_fold = not self.data.validation_files and smallest >= FOLDS
             remedy = f"--kfold {FOLDS} validates on every image" if can_fold else "add images"
             parts.append(f"{held_out} validation images are few: their accuracy is a rough estimate; {remedy}")
-        return [f"warning     {'; '.join(parts)}"] if parts else []
+        return [f"warning     {part}" for part in parts]
 
     @property
     def views(self) -> int:

@@ -441,11 +441,12 @@ def explain_difference(context: RunContext, metrics: RunMetrics, state: dict) ->
     lines = [f"best epoch  {epoch} of {state.get('num_train_epochs', epoch)}"]
     shown = {measured["eval_accuracy"], measured.get("eval_ema_accuracy", measured["eval_accuracy"])}
     if metrics.validation.accuracy not in shown:
-        why = "here in fp32, as in a pipeline" if "fp32" not in context.precision else "measured again here"
+        how = "in fp32" if "fp32" not in context.precision else "again"
         if metrics.tta and metrics.tta.kept != ["plain"]:
-            why = "here with test-time augmentation"
+            how = "with test-time augmentation"
         precision = context.precision.removeprefix("precision: ").partition(" ")[0].rstrip(",")
-        lines.insert(0, f"            epoch {epoch} showed {measured['eval_accuracy']:.4f} in {precision}; {why}")
+        shown_then = f"epoch {epoch} showed {measured['eval_accuracy']:.4f} in {precision}"
+        lines.insert(0, f"            measured {how}; {shown_then}")
     return lines
 
 
@@ -457,7 +458,7 @@ def describe_results(context: RunContext, args: FinetuningArguments, metrics: Ru
     lines = ["", *describe_metrics(metrics)]
     if args.do_train and (out / "trainer_state.json").is_file():
         lines += explain_difference(context, metrics, read_json(out / "trainer_state.json"))
-    training = f", {format_duration(metrics.train.seconds)} of it training" if metrics.train else ""
+    training = f", including {format_duration(metrics.train.seconds)} of training" if metrics.train else ""
     lines.append(f"time        {format_duration(time.time() - started)}{training}")
     csv = out / "submission.csv"
     if csv.is_file():

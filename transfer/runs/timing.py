@@ -369,8 +369,8 @@ def limit_validation(context: RunContext, trainer: FinetuningTrainer) -> RunCont
     count = run.max_eval_samples or max(len(context.data.class_ids), FEW_VALIDATION_IMAGES, share)
     if count >= held_out or not (run.max_eval_samples or run.max_train_samples):
         return context
-    why = "--max_eval_samples" if run.max_eval_samples else "the same fraction as of the training images"
-    say(f"validation  on {count:,} of {held_out:,} images: {why}")
+    why = "--max_eval_samples" if run.max_eval_samples else "--max_train_samples"
+    say(f"validation  on {count:,} of {held_out:,} images, because of {why}")
     if not run.max_eval_samples:
         say(f"            --max_eval_samples changes this; all {context.test_images:,} test images are predicted")
     return context.validate_on(trainer, count)

@@ -416,7 +416,7 @@ class SaveBeforeEnd(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if self.number is not None:
-            raise Terminated(self.number, f"in epoch {state.epoch:.2f}", describe_resume(Path(args.output_dir)))
+            raise Terminated(self.number, f"after {state.epoch:.2f} epochs", describe_resume(Path(args.output_dir)))
 
     def _save(self, args, state, control) -> None:
         if args.save_strategy == "no":

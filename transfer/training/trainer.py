@@ -219,8 +219,8 @@ class FinetuningTrainer(Trainer):
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except (OSError, RuntimeError, SafetensorError) as fault:
             if end_signals.received and "DataLoader worker" in str(fault):  # the signal got through to one of them
-                where, advice = f"in epoch {self.state.epoch or 0:.2f}", describe_resume(Path(self.args.output_dir))
-                raise Terminated(end_signals.received, where, advice) from None
+                where = f"after {self.state.epoch or 0:.2f} epochs"
+                raise Terminated(end_signals.received, where, describe_resume(Path(self.args.output_dir))) from None
             self._explain_failed_checkpoint(fault)
             raise
 
@@ -397,7 +397,7 @@ def run_training(trainer: FinetuningTrainer, checkpoint: str | None) -> dict[str
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         advice = describe_resume(Path(trainer.args.output_dir))
-        raise UserError(f"interrupted in epoch {trainer.state.epoch or 0:.2f}; {advice}") from None
+        raise UserError(f"interrupted after {trainer.state.epoch or 0:.2f} epochs; {advice}") from None
     trainer.save_state()
     trainer.merge_lora()
     return {

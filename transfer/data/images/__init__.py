@@ -10,6 +10,7 @@ import io
 import os
 import secrets
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -266,6 +267,10 @@ def _progress(what: str, images: int, hidden: bool) -> Iterator[None]:
     start = time.perf_counter()
     try:
         yield
+    except MixedSizes:
+        if not datasets.are_progress_bars_disabled() and sys.stderr.isatty():
+            sys.stderr.write("\x1b[A\x1b[2K")  # erase the bar that stays, as another one follows
+        raise
     finally:
         (datasets.disable_progress_bars if were_disabled else datasets.enable_progress_bars)()
     if not hidden:
@@ -302,6 +307,7 @@ def read_all(
 
     Without a place, they are temporary.
     """
+    workers = count_cores() if count_cores() > 1 and len(files) > WORKERS_FROM else None
     at_once = PHOTOS_PER_TASK if reader.keeps == "mixed" else IMAGES_PER_TASK
     with (
         _progress(what, len(files), hidden),
@@ -315,11 +321,11 @@ def read_all(
             batch_size=at_once,
             writer_batch_size=at_once,
             features=datasets.Features(reader.features),
-            num_proc=count_cores() if count_cores() > 1 and len(files) > WORKERS_FROM else None,
+            num_proc=workers,
             cache_file_name=str(place) if place else None,
             # By default, it would be a hash of everything that the reader holds.
             new_fingerprint=secrets.token_hex(8),
-            desc=what,
+            desc=f"{what:<11}" if workers else what,  # "decoding    (num_proc=2)", as other bars begin
         )
 
 
