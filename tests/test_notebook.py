@@ -60,6 +60,7 @@ def test_every_cell_shows_what_it_promises(executed):
     [settings, _, check, estimate, training, report, predictions, submission, push], folder = executed
     assert settings == "" and "this dataset can be used" in check
     assert "per epoch" in estimate and "validation accuracy" in training
+    assert training.count("<table") == 1, "the Trainer's own table is shown, too"
     assert "&lt;!doctype html&gt;" in report and "data:image" in report
     assert "12 pictures in" in predictions and "12 predictions" in predictions
     assert "submission.csv" in submission and "label" in submission and "not shared" in push

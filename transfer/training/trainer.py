@@ -24,10 +24,10 @@ from transformers import (
     BaseImageProcessor,
     PreTrainedModel,
     PrinterCallback,
-    ProgressCallback,
     Trainer,
     TrainerCallback,
 )
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from transfer.config import FinetuningArguments
@@ -160,8 +160,8 @@ class FinetuningTrainer(Trainer):
             compute_loss_func=self.classification_loss,
             callbacks=[StopAtNonFiniteLoss(), StampSeconds(), KeepBestEpoch(self), SaveBeforeEnd()],
         )
-        for unnamed in (PrinterCallback, ProgressCallback):
-            self.remove_callback(unnamed)
+        for theirs in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):  # in a notebook, the latter is another table
+            self.remove_callback(theirs)
         self.shown = TrainingProgress()
         self.add_callback(self.shown)
         self.eval_transform, self.train_transform = eval_transform.to(args.device), train_transform.to(args.device)
