@@ -3,8 +3,8 @@
     python benchmarks/versions.py               # both, in virtual environments that are removed afterwards
     python benchmarks/versions.py --only lowest --tests tests/test_run.py
 
-torch stays at the version of constraints.txt. This needs the network, but no GPU. The exit code is 1 if an installation
-or a test fails. If the lowest versions fail, raise the lower bounds in requirements.txt.
+torch stays at the version of constraints.txt. This needs the network, but no GPU. The exit code is 1 if an
+installation or a test fails. If the lowest versions fail, raise the lower bounds in requirements.txt.
 """
 
 import argparse
