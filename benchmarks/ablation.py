@@ -1,6 +1,6 @@
 """How much each option of a recipe contributes: one is changed at a time, over several seeds.
 
-    accelerate launch --config_file accelerate_config.yaml benchmarks/ablation.py recipes/offline_fast.yaml \\
+    accelerate launch --config_file accelerate_config.yaml benchmarks/ablation.py recipes/offline_lite0.yaml \\
         --data_dir DATA.zip --max_train_samples 10000 --num_train_epochs 1 [--json PATH]
 
 Prints a table of validation accuracy: mean and standard deviation over the seeds, and the difference from the

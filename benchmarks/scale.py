@@ -221,7 +221,9 @@ def draw_plot(rows: list[dict], path: Path) -> None:
             values = [row["contenders"][name][quantity] / unit for row in rows]
             axis.plot(counts, values, style, label=name, alpha=0.8)
         axis.margins(0.08)
-        axis.set(title=title, xlabel="photographs", xlim=(0, None), ylim=(0, None))  # straight: grows in proportion
+        axis.set(
+            title=title, xlabel="photographs", xlim=(0, None), ylim=(0, None)
+        )  # a proportional cost is a straight line
         axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
         axis.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
         axis.grid(alpha=0.3)

@@ -49,7 +49,7 @@ from transfer.config import FinetuningArguments
 from transfer.data.images import ImageGeometry
 from transfer.data.images.store import PixelDataset, PixelStore, open_pixel_store
 from transfer.models.build import Classifier
-from transfer.models.cpu_kernels import apply_cpu_speedups
+from transfer.models.cpu_kernels import apply_cpu_speedups, use_plain_attention
 from transfer.models.load import read_geometry
 from transfer.models.offline import offline_backbone
 from transfer.runs.record import describe_device, describe_versions
@@ -243,6 +243,7 @@ def measure_case(name: str, repeats: int, dataset, folder, data_dir: str) -> dic
     apply_cpu_speedups(model)
     geometry = read_geometry(processor)
     size = geometry.crop[0]
+    use_plain_attention(model, (batch, size), (batch, size))
     store = open_store(folder, geometry)
     rounds = []
     with tempfile.TemporaryDirectory() as scratch:

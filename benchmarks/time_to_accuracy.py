@@ -1,6 +1,6 @@
 """Validation accuracy over training time: the standard recipe at its best learning rate, and a recipe of this project.
 
-    accelerate launch --config_file accelerate_config.yaml benchmarks/time_to_accuracy.py recipes/offline_fast.yaml \\
+    accelerate launch --config_file accelerate_config.yaml benchmarks/time_to_accuracy.py recipes/offline_lite0.yaml \\
         --data_dir DATA.zip [--minutes 10 30] [--json PATH] [--plot PATH]
 
 Both use the same checkpoint, machine, split and precision. For every budget, the learning-rate schedule ends with the

@@ -194,8 +194,9 @@ def test_short_sequences_train_without_the_slow_attention_kernel_and_long_ones_w
         model = SiglipForImageClassification(SiglipConfig(vision_config={**SMALL, "vision_use_head": False}))
     images = torch.randn(3, 3, 32, 32)
     before = model(pixel_values=images).logits
-    assert not use_plain_attention(model, images=10_000_000, image_size=32)
-    assert use_plain_attention(model, images=3, image_size=32)
+    assert not use_plain_attention(model, train_batch=(10_000_000, 32), eval_batch=(3, 32))
+    assert not use_plain_attention(model, train_batch=(3, 32), eval_batch=(3, 8_000))
+    assert use_plain_attention(model, train_batch=(3, 32), eval_batch=(3, 32))
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         after = model(pixel_values=images).logits
     assert not any("scaled_dot_product" in event.key for event in profiled.key_averages())
@@ -203,4 +204,4 @@ def test_short_sequences_train_without_the_slow_attention_kernel_and_long_ones_w
 
 
 def test_models_without_global_attention_are_left_as_they_are(checkpoints):
-    assert not use_plain_attention(build(checkpoints("convnext")).model, images=1, image_size=32)
+    assert not use_plain_attention(build(checkpoints("convnext")).model, train_batch=(1, 32), eval_batch=(1, 32))

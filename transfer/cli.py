@@ -180,7 +180,8 @@ def read_recipe(path: Path, trains: bool = True) -> dict:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as fault:
         known = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
-        near = difflib.get_close_matches(str(path), known, n=1, cutoff=0.8)
+        written = str(path if path.parent.name else Path("recipes") / path)
+        near = difflib.get_close_matches(written, known, n=1, cutoff=0.8)
         hint = f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(known)}" if known else ""
         raise UserError(f"{path}: cannot read this recipe ({fault.strerror}){hint}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as fault:

@@ -134,9 +134,9 @@ def build_folder_once(
 ) -> Path:
     """Return `folder`; if it is missing or not valid, let `build` fill an empty folder and move that there atomically.
 
-    Processes that ask at the same time wait for the one that builds. A folder that is already there is returned
-    without the lock, so the cache may be read-only. If `build` raises, nothing is left: an `OSError` becomes a
-    `UserError` that names the environment variable that chooses another place, every other exception passes.
+    Processes that ask at the same time wait for the one that builds. A valid folder is returned without the
+    lock, so the cache may be read-only. If `build` raises, nothing is left: an `OSError` becomes a `UserError` that
+    names the environment variable that chooses another place, every other exception passes.
     """
     if folder.is_dir() and is_valid():
         return folder

@@ -229,7 +229,6 @@ def shield_worker(pid: int) -> None:
     if not hasattr(signal, "sigwaitinfo"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
     parent = multiprocessing.parent_process()
     run = parent.pid if parent else os.getppid()  # under forkserver, the system's parent is the server
 

@@ -290,13 +290,14 @@ def prepare_model(run: RunArguments, args: FinetuningArguments, data: DatasetFil
         run.trust_remote_code,
         run.drop_path_rate,
     )
-    image_size = max(run.train_image_size or [classifier.geometry.crop[0]])
-    use_plain_attention(classifier.model, args.per_device_train_batch_size, image_size)
+    side = classifier.geometry.crop[0]
+    train_batch = args.per_device_train_batch_size, max(run.train_image_size or [side])
+    if use_plain_attention(classifier.model, train_batch, (args.per_device_eval_batch_size, side)):
+        note("attention   by matrix products: short sequences train faster so on a CPU")
     kind, parameters = type(classifier.model).__name__, sum(p.numel() for p in classifier.model.parameters())
     model = _choose_trained_weights(classifier.model, run)
     share = trainable_fraction(model)
     trained = f", {share:.2%} trainable" if share < 1 else ""
-    side = read_geometry(classifier.processor).crop[0]
     short = kind.removesuffix("ForImageClassification")  # fits 80 columns
     say(f"model       {short}, {parameters / 1e6:.1f} M parameters{trained}, {side} px")
     note(f"head        copied from the checkpoint for {classifier.copied_head_rows} of {len(data.class_ids)} classes")

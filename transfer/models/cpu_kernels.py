@@ -1,4 +1,4 @@
-"""Faster training on a CPU with unchanged parameters and results, and faster inference.
+"""Faster training on a CPU with the same parameters and, up to rounding, the same results; and faster inference.
 
 Depthwise convolutions: oneDNN has fast kernels for the weight gradient of kernels up to three columns wide, of any
 height, and for the input gradient, except that of strided convolutions in bf16. Elsewhere it falls back to reference
@@ -176,15 +176,15 @@ def apply_cpu_speedups(model: nn.Module) -> None:
 
 
 ATTENTION_BYTES = 8  # of one attention weight while training: scores, fp32 softmax and its bf16 copy
-ATTENTION_LIMIT = 2**30  # bytes that the attention weights of one batch may take
+ATTENTION_LIMIT = 2**30  # bytes that the attention weights of one training or evaluation batch may take
 
 
-def use_plain_attention(model: PreTrainedModel, images: int, image_size: int) -> bool:
+def use_plain_attention(model: PreTrainedModel, train_batch: tuple[int, int], eval_batch: tuple[int, int]) -> bool:
     """Let a transformer compute attention by matrix products instead of the fused kernel; returns whether it does.
 
-    A training step of a ViT-S with 65 tokens takes 0.77 of its time on a CPU. The attention weights of all layers are
-    then kept for the backward pass: if those of `images` images of `image_size` pixels would not fit into
-    `ATTENTION_LIMIT`, or if a GPU is there, the model stays as it is.
+    On a CPU, a training step of a ViT-S with 65 tokens then takes 0.77 times as long, but keeps the attention weights
+    of all layers for the backward pass; evaluation keeps those of one layer. The model stays as it is if they would
+    take more than `ATTENTION_LIMIT` for one of the batches, each (images, image size), or if there is a GPU.
     """
     part = "vision_config" if hasattr(model.config, "vision_config") else ""
     config = getattr(model.config, part) if part else model.config
@@ -193,12 +193,14 @@ def use_plain_attention(model: PreTrainedModel, images: int, image_size: int) ->
     )
     if not (isinstance(patch_size, int) and isinstance(heads, int) and isinstance(layers, int)):
         return False
-    tokens = (image_size // patch_size) ** 2 + 1
-    fits = ATTENTION_BYTES * images * heads * layers * tokens**2 <= ATTENTION_LIMIT
-    if torch.accelerator.is_available() or not fits:
+    weights = [
+        kept * images * heads * ((side // patch_size) ** 2 + 1) ** 2
+        for kept, (images, side) in ((layers, train_batch), (1, eval_batch))
+    ]
+    if torch.accelerator.is_available() or ATTENTION_BYTES * max(weights) > ATTENTION_LIMIT:
         return False
     model.set_attn_implementation({part: "eager"})
-    return True
+    return config._attn_implementation == "eager"
 
 
 INFERENCE_TOLERANCE = 1e-3  # of the largest logit; rounding alone changes it by about 1e-6
@@ -243,7 +245,8 @@ def prepare_for_inference(model: PreTrainedModel, size: tuple[int, int]) -> Exit
     Batch norms are folded into the convolutions before them, and activations overwrite their input: each saves a pass
     over memory. Modules that follow each other in a list need not be connected, and others may read what is
     overwritten, so all is undone at once if the logits of random images of this (height, width) change by more than
-    rounding. On other devices and in autocast, which round more coarsely, nothing is changed.
+    rounding. A model on another device, or in autocast,
+    which round more coarsely, stays as it is.
     """
     model.eval()
     folds, activations = _find_folds(model), _find_activations(model)

@@ -173,6 +173,7 @@ def decode_images(context: RunContext, args: FinetuningArguments, classifier: Cl
     given = {"train_image_size": run.train_image_size, "min_crop_scale": run.min_crop_scale} | context.arguments
     side = run.decoded_side or enough_pixels(given["train_image_size"] or [geometry.crop[0]], given["min_crop_scale"])
     why_uncached = None if run.cache_images else "--cache_images false"
+    # --estimate trains a few steps.
     crops = run.estimate or (args.do_train and not run.linear_probe_only)
     with args.main_process_first(local=True, desc="decoding images"):
         store = open_pixel_store(

@@ -97,7 +97,9 @@ class ImageRecord:
     size: tuple[int, int] = (0, 0)  # (width, height)
     digest: str = ""  # of the file's bytes
     fault: str | None = None  # why the file cannot be used
-    may_pass: bool = False  # the fault is not the content's, but for example the network's: another try may succeed
+    is_transient: bool = (
+        False  # the fault is not the content's but, for example, the network's: it may pass
+    )
 
 
 def reduced_size(size: tuple[int, int], side: int) -> tuple[int, int]:
@@ -160,8 +162,8 @@ def read_image(
     except Exception as fault:  # damaged bytes make decoders raise anything: struct.error, IndexError, MemoryError
         unknown = isinstance(fault, UnidentifiedImageError)  # its text would only name an address in memory
         reason = "unknown format" if unknown else " ".join(str(fault).split()) or type(fault).__name__
-        may_pass = content is None or isinstance(fault, MemoryError)
-        return ImageRecord(file, fault=f"cannot be read as an image ({reason})", may_pass=may_pass), None
+        is_transient = content is None or isinstance(fault, MemoryError)
+        return ImageRecord(file, fault=f"cannot be read as an image ({reason})", is_transient=is_transient), None
     # With 128 bits, equal digests mean equal bytes.
     digest = hashlib.blake2b(content, digest_size=16).hexdigest() if with_digest and not side else ""
     return ImageRecord(file, image.mode, image.size, digest), image
@@ -220,7 +222,7 @@ class ImageReader:
         self.run = os.getpid()
         text, number, pixels = (datasets.Value(kind) for kind in ("string", "int32", "large_binary"))
         self.features = {"file": text, "mode": text, "width": number, "height": number, "digest": text, "fault": text}
-        self.features |= {"may_pass": datasets.Value("bool")}
+        self.features |= {"is_transient": datasets.Value("bool")}
         if self.keeps:
             self.features |= {"pixels": pixels, "pixels_height": number, "pixels_width": number}
         if self.keeps == "mixed":
@@ -235,7 +237,7 @@ class ImageReader:
     def _read(self, file: str) -> dict:
         record, image = read_image(self.root, file)
         row = {"file": file, "mode": record.mode, "width": record.size[0], "height": record.size[1]}
-        row |= {"digest": record.digest, "fault": record.fault or "", "may_pass": record.may_pass, "view": b""}
+        row |= {"digest": record.digest, "fault": record.fault or "", "is_transient": record.is_transient, "view": b""}
         values = np.zeros((*self.size, 3), np.uint8)  # black, if the file cannot be read
         if self.keeps == "same" and image is not None:
             self._check_size(image)

@@ -174,7 +174,7 @@ def _fill(folder: Path, root: Path, files: Sequence[str], reader: ImageReader, m
     """
     reader.mixed = folder / "mixed"
     rows = read_all(files, reader, "decoding" if reader.keeps else "checking", folder / "images.arrow")
-    names = ["file", "digest", "fault", "may_pass", "height", "width"]
+    names = ["file", "digest", "fault", "is_transient", "height", "width"]
     columns = rows.select_columns(names).with_format("arrow")[:].to_pydict()
     named = list(zip(columns["file"], columns["digest"], columns["fault"], strict=True))
     _refuse_faults(root, [ImageRecord(f, fault=fault or None) for f, _, fault in named if f not in may_fail])
@@ -186,14 +186,18 @@ def _fill(folder: Path, root: Path, files: Sequence[str], reader: ImageReader, m
         "images": len(files),
         "size": next(iter(sizes)) if len(sizes) == 1 else None,
         "unreadable": {f: fault for f, _, fault in named if fault},
-        "may_pass": list(itertools.compress(columns["file"], columns["may_pass"])),
+        "transient": list(itertools.compress(columns["file"], columns["is_transient"])),
     }
     (folder / "store.json").write_text(json.dumps(description))
 
 
 def _is_valid(folder: Path, root: Path) -> bool:
-    """Whether a filled folder is up to date: the files that could not be read then still cannot be read."""
-    return all(read_image(root, file)[0].may_pass for file in read_json(folder / "store.json")["may_pass"])
+    """Whether a store is there and up to date: the files with a transient fault still cannot be read."""
+    try:
+        description = read_json(folder / "store.json")
+    except UserError:  # another process is replacing it
+        return False
+    return all(read_image(root, file)[0].is_transient for file in description["transient"])
 
 
 def _name_of(reader: ImageReader) -> str:
