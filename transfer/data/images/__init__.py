@@ -97,9 +97,7 @@ class ImageRecord:
     size: tuple[int, int] = (0, 0)  # (width, height)
     digest: str = ""  # of the file's bytes
     fault: str | None = None  # why the file cannot be used
-    is_transient: bool = (
-        False  # the fault is not the content's but, for example, the network's: it may pass
-    )
+    is_transient: bool = False  # the fault is not the content's but, for example, the network's: it may pass
 
 
 def reduced_size(size: tuple[int, int], side: int) -> tuple[int, int]:
