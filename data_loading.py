@@ -17,6 +17,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 from accelerate import PartialState
 from transformers.hf_argparser import string_to_bool
 
@@ -214,15 +215,20 @@ def load_dataset(
     labeled = datasets.Features(image=image, label=datasets.ClassLabel(names=data.class_ids), file=text)
     unlabeled = datasets.Features(image=image, image_id=text, file=text)
 
-    def paths(files: Sequence[str]) -> list[str]:
-        return [f"{data.root}/{file}" for file in files]
+    # Arrow arrays, because lists of 50,000 rows would be encoded one by one.
+    def strings(values: Sequence[str]) -> pa.Array:
+        return pa.array(values, pa.string())
+
+    def paths(files: Sequence[str]) -> pa.Array:
+        return strings([f"{data.root}/{file}" for file in files])
 
     splits = datasets.DatasetDict()
     for name, (files, labels) in draw_splits(data, validation_fraction, split_seed, max_train_samples, fold).items():
-        rows = {"image": paths(files), "label": labels, "file": files}
+        rows = {"image": paths(files), "label": pa.array(labels, pa.int64()), "file": strings(files)}
         splits[name] = datasets.Dataset.from_dict(rows, labeled)
     if data.test_files:
-        rows = {"image": paths(data.test_files), "image_id": data.test_ids, "file": data.test_files}
+        test = data.test_files
+        rows = {"image": paths(test), "image_id": strings(data.test_ids), "file": strings(test)}
         splits["test"] = datasets.Dataset.from_dict(rows, unlabeled)
     return splits
 

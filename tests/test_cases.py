@@ -350,7 +350,7 @@ def test_a_broken_test_image_is_named_and_has_a_row(tmp_path):
     broken = root / "test" / "3.jpg"
     broken.write_bytes(broken.read_bytes()[:300])
     said = "\n".join(describe_images(data))
-    assert "1 test images cannot be read" in said and "test/3.jpg" in said
+    assert "1 test image cannot be read" in said and "test/3.jpg" in said
 
 
 def test_jfif_files_are_read(tmp_path):

@@ -403,7 +403,7 @@ def test_a_list_in_a_recipe_is_emptied_by_its_flag_or_by_an_empty_list(tmp_path,
     assert run.tta == args.report_to == []
     with pytest.raises(SystemExit):
         main(["--help"])
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert "To empty a list, give its flag without a value, such as `--tta`, or set it to [] in the recipe." in printed
 
 
@@ -550,7 +550,7 @@ def test_an_unreadable_test_image_gets_the_most_frequent_class_and_a_warning(dat
         assert labels.pop(ids[4]) == 2 and labels.items() <= others.items() and len(labels) == 9
     data_loading.main([str(data)])
     said = capsys.readouterr().out
-    assert "1 test images cannot be read" in said and str(broken) in said and "ok " in said
+    assert "1 test image cannot be read" in said and str(broken) in said and "ok " in said
 
 
 def test_a_store_built_with_an_unreadable_test_image_does_not_serve_a_run_that_needs_it(data, tmp_path):
