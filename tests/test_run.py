@@ -323,6 +323,7 @@ def test_a_bad_image_stops_the_run_before_training_and_leaves_nothing(data, chec
         ([], "the recipe comes first"),
         (["nothing.yaml"], "nothing.yaml: cannot read this recipe"),
         (["recipes/smaple.yaml"], "did you mean recipes/sample.yaml?"),
+        (["sample.yaml"], "did you mean recipes/sample.yaml?"),
         (["RECIPE", "--lerning_rate", "1"], "unknown argument 'lerning_rate'; did you mean learning_rate"),
         (["RECIPE", "--bf16", "true"], "mixed_precision in accelerate_config.yaml"),
         (["RECIPE", "--seed", "many"], "argument --seed: invalid int value: 'many'"),

@@ -203,7 +203,7 @@ def open_classifier(name: str) -> PictureClassifier:
         raise UserError(str(fault).removeprefix("--model_name_or_path ")) from None
     geometry = read_geometry(processor)
     check_transform(processor, EvaluationTransform(geometry))
-    prepare_for_inference(model, geometry.crop)
+    prepare_for_inference(model, geometry.crop)  # before it moves to a GPU; nothing here needs the original again
     apply_cpu_speedups(model)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model.eval().to(device, memory_format=torch.channels_last)

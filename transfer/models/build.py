@@ -293,7 +293,7 @@ def prepare_model(run: RunArguments, args: FinetuningArguments, data: DatasetFil
     side = classifier.geometry.crop[0]
     train_batch = args.per_device_train_batch_size, max(run.train_image_size or [side])
     if use_plain_attention(classifier.model, train_batch, (args.per_device_eval_batch_size, side)):
-        note("attention   by matrix products: short sequences train faster so on a CPU")
+        note("attention   by matrix products, which train short sequences faster on a CPU")
     kind, parameters = type(classifier.model).__name__, sum(p.numel() for p in classifier.model.parameters())
     model = _choose_trained_weights(classifier.model, run)
     share = trainable_fraction(model)
