@@ -113,10 +113,13 @@ def test_a_model_that_was_sharded_for_training_is_the_one_that_was_not(tmp_path,
     recipe = {"learning_rate": "3e-3", "save_total_limit": 3}
     code, said = launch(pristine_data, checkpoints("vit"), "whole", **recipe)
     assert code == 0, said
-    code, said = launch(pristine_data, checkpoints("vit"), "sharded", several.shard_on_cpus, config="fsdp", **recipe)
+    for name in ("sharded", "sharded-again"):
+        code, said = launch(pristine_data, checkpoints("vit"), name, several.shard_on_cpus, config="fsdp", **recipe)
+        if code >= 0:  # Less than once in 100 runs, a signal ends torch's FSDP over gloo, which users cannot start.
+            break
     assert code == 0, said
-    assert (tmp_path / "sharded" / "checkpoint-5" / "pytorch_model_fsdp.bin").is_file()  # FSDP's own
-    whole, sharded = (tmp_path / name for name in ("whole", "sharded"))
+    whole, sharded = (tmp_path / name for name in ("whole", name))
+    assert (sharded / "checkpoint-5" / "pytorch_model_fsdp.bin").is_file()  # FSDP's own
     for name in ("loss", "eval_loss"):
         assert logged(sharded, name) == pytest.approx(logged(whole, name), rel=1e-4)
     assert (
