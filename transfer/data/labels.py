@@ -302,6 +302,8 @@ def match_ids(files: Sequence[str], ids: Set[str]) -> dict[str, str]:
     matched: set[str] = set()
     ways: list[Callable[[str], str]] = [file_name, image_id_of, _below, _stem_below, str, _in_lower_case, plain_id]
     for key_of_file in ways:
+        if len(matched) in (len(ids), len(files)):
+            break
         key_of_id = key_of_file if key_of_file in (_in_lower_case, plain_id) else str
         file_counts, id_counts = Counter(map(key_of_file, files)), Counter(map(key_of_id, ids))
         file_of = {key_of_file(file): file for file in files if file_counts[key_of_file(file)] == 1}

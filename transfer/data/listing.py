@@ -77,7 +77,7 @@ def is_image(name: str) -> bool:
 
 def image_id_of(file: str) -> str:
     """The id of a test image in a template: its file name without the extension."""
-    return Path(file).stem
+    return posixpath.splitext(file_name(file))[0]
 
 
 # Folders

@@ -3,8 +3,10 @@
 Both folders lie in the datasets cache, which HF_DATASETS_CACHE moves. They are built once per content, atomically.
 """
 
+import contextlib
 import hashlib
 import io
+import json
 import lzma
 import os
 import stat
@@ -17,11 +19,12 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
+from transfer.data.images.store import listing_key
 from transfer.data.labels import order_labels
 from transfer.data.layouts import DatasetFiles
 from transfer.data.listing import NATURALLY, image_id_of, list_images, name_junk, natural_key, normal_name
 from transfer.errors import UserError
-from transfer.files import build_folder_once, check_free_space, datasets_cache
+from transfer.files import build_folder_once, check_free_space, datasets_cache, write_atomically
 from transfer.terminal import track
 
 # A zip
@@ -154,13 +157,24 @@ def extract_zip(zip_path: Path, cache_dir: Path | None = None, ignored: Counter[
     """Extract a zip into the datasets cache, once per content, and return the folder; `ignored` counts what is not.
 
     The folder's name holds a hash of the content: a copy of the zip finds it, a changed zip gets another folder. Zips
-    in the zip are unpacked too.
+    in the zip are unpacked too. The cache remembers the folder of each zip by the zip's name, size and time of change,
+    because reading the list of a large zip's members takes a while.
+
     Raises `UserError`, with nothing written, for a zip that is damaged, encrypted or too large, and for members
     outside the folder, symbolic links and duplicate names.
     """
-    members = _list_members(zip_path, ignored)
-    _check_members(zip_path, members)
     cache_dir = cache_dir or datasets_cache("unpacked")
+    ignored = Counter() if ignored is None else ignored
+    memory = cache_dir / f".{listing_key(zip_path.parent, [zip_path.name])}.json"
+    with contextlib.suppress(OSError, ValueError):  # it is not there, or another process is writing it
+        remembered = json.loads(memory.read_bytes())
+        if (folder := cache_dir / remembered["folder"]).is_dir():
+            ignored.update(remembered["ignored"])
+            return folder
+    left_out: Counter[str] = Counter()
+    members = _list_members(zip_path, left_out)
+    _check_members(zip_path, members)
+    ignored.update(left_out)
 
     def build(folder: Path) -> None:
         needed = sum(-(-m.file_size // DISK_BLOCK) * DISK_BLOCK for m in members)
@@ -168,7 +182,10 @@ def extract_zip(zip_path: Path, cache_dir: Path | None = None, ignored: Counter[
         _extract(zip_path, members, folder)
         _extract_nested(folder)
 
-    return build_folder_once(cache_dir / f"{zip_path.stem}-{_content_key(members)}", build, "HF_DATASETS_CACHE")
+    folder = build_folder_once(cache_dir / f"{zip_path.stem}-{_content_key(members)}", build, "HF_DATASETS_CACHE")
+    with contextlib.suppress(OSError):  # the cache may be read-only
+        write_atomically(memory, json.dumps({"folder": folder.name, "ignored": left_out}))
+    return folder
 
 
 # A Hub dataset

@@ -3,8 +3,10 @@
 Every split depends on file names, their bytes, labels and a seed alone, so that it is the same on every machine.
 """
 
+import contextlib
 import functools
 import hashlib
+import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence, Set
@@ -20,6 +22,7 @@ from transfer.config import RunArguments
 from transfer.data.images.store import listing_key
 from transfer.data.layouts import DatasetFiles
 from transfer.errors import UserError
+from transfer.files import datasets_cache, write_atomically
 
 
 def draw_order(files: Sequence[str], seed: int) -> list[int]:
@@ -42,20 +45,27 @@ def positions_by_class(labels: Sequence[int]) -> list[list[int]]:
 def find_contents(root: Path, files: Sequence[str]) -> list[str]:
     """A key of each file's bytes: two files have the same key only if they are byte-identical copies.
 
-    Only files of equal size are read. The files are hashed once per process unless they change.
+    Only files of equal size are read. The keys are kept in the datasets cache until the files change.
     """
     return list(_find_contents(root, tuple(files), listing_key(root, files)))
 
 
 @functools.lru_cache(maxsize=2)
 def _find_contents(root: Path, files: tuple[str, ...], key: str) -> list[str]:
-    del key  # of the cache: it changes with the sizes and times of the files
+    kept = datasets_cache("contents") / f"{key}.json"
+    with contextlib.suppress(OSError, ValueError):  # it is not there, or another process is writing it
+        return json.loads(kept.read_bytes())
     sizes = [_size_of(f"{root}/{file}") for file in files]
     shared = {size for size, count in Counter(sizes).items() if count > 1}
-    return [
-        _digest_of(f"{root}/{file}") or file if size in shared else file
-        for file, size in zip(files, sizes, strict=True)
+    digests = [
+        _digest_of(f"{root}/{file}") if size in shared else file for file, size in zip(files, sizes, strict=True)
     ]
+    contents = [digest or file for digest, file in zip(digests, files, strict=True)]
+    if None not in digests:  # a file that cannot be read now may be readable next time
+        with contextlib.suppress(OSError):  # the cache may be full or read-only
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(kept, json.dumps(contents))
+    return contents
 
 
 def _size_of(path: str) -> int:
