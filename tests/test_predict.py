@@ -249,11 +249,13 @@ class ReadTwice(torch.nn.Module):
         return SimpleNamespace(logits=(self.activation(images) + images).mean((2, 3)))
 
 
-def describe(model) -> tuple[int, int]:
-    """Numbers of batch norms and of activations that overwrite their input."""
+def describe(model) -> tuple[int, int, int]:
+    """Numbers of batch norms, of activations that overwrite their input, and of modules that pad images."""
     modules = list(model.modules())
-    norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in modules)
-    return norms, sum(getattr(module, "inplace", False) for module in modules)
+    norms, pads = (
+        sum(isinstance(module, kind) for module in modules) for kind in (torch.nn.BatchNorm2d, torch.nn.ZeroPad2d)
+    )
+    return norms, sum(getattr(module, "inplace", False) for module in modules), pads
 
 
 @torch.no_grad()
@@ -270,11 +272,32 @@ def test_a_model_is_changed_for_inference_unless_that_changes_the_logits(checkpo
     logits = model.eval()(pixel_values=images).logits
     with prepare_for_inference(model, (32, 32)):
         torch.testing.assert_close(model(pixel_values=images).logits, logits)
-        norms, in_place = describe(model)
-        assert norms == 0 and in_place > 0 if known else (norms, in_place) == plain
+        norms, in_place, pads = describe(model)
+        assert norms == 0 and in_place > 0 and pads < plain[2] if known else (norms, in_place, pads) == plain
     assert describe(model) == plain and list(model.state_dict()) == list(state)
     assert all(torch.equal(values, state[name]) for name, values in model.state_dict().items())
     assert torch.equal(model(pixel_values=images).logits, logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sides", [(0, 1, 0, 1), (2, 0, 1, 3), (1, 1, 2, 2)])
+def test_a_convolution_pads_unevenly_as_the_module_before_it_did(sides):
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.ZeroPad2d(sides), torch.nn.Conv2d(3, 3, 3, stride=2, groups=3))
+
+    class Padded(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, pixel_values):
+            return SimpleNamespace(logits=self.layers(pixel_values).flatten(1))
+
+    model, images = Padded(), torch.randn(2, 3, 20, 13)
+    logits = model(pixel_values=images).logits
+    with prepare_for_inference(model, (20, 13)):
+        assert describe(model)[2] == 0
+        torch.testing.assert_close(model(pixel_values=images).logits, logits)
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ Squeeze-and-excite gates: saturated ones, which multiply by exactly one, are ski
 
 Attention: PyTorch's fused attention trains slowly on a CPU, so short sequences use plain matrix products.
 
-Batch norms and activations: for inference alone, `prepare_for_inference` folds the norms into the convolutions before
-them and lets activations overwrite their input.
+Batch norms, activations and padding: for inference alone, `prepare_for_inference` folds the norms into the
+convolutions before them, lets activations overwrite their input and lets depthwise convolutions pad it.
 """
 
 from collections.abc import Callable
@@ -207,17 +207,16 @@ INFERENCE_TOLERANCE = 1e-3  # of the largest logit; rounding alone changes it by
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish)  # those that can overwrite their input
 
 
-def _neighbors(model: nn.Module) -> list[tuple[nn.Module, nn.Module, str, nn.Module]]:
-    """Modules that a module lists one after the other: (parent, first, name of the second, second)."""
-    pairs = [(parent, *pair) for parent in model.modules() for pair in pairwise(parent.named_children())]
-    return [(parent, first, name, second) for parent, (_, first), (name, second) in pairs]
+def _neighbors(model: nn.Module) -> list[tuple[nn.Module, tuple[str, nn.Module], tuple[str, nn.Module]]]:
+    """Modules that a module lists one after the other: (parent, (name, first), (name, second))."""
+    return [(parent, *pair) for parent in model.modules() for pair in pairwise(parent.named_children())]
 
 
 def _find_folds(model: nn.Module) -> list[tuple[nn.Module, nn.Conv2d, str, nn.BatchNorm2d]]:
     """Batch norms right after a convolution of as many channels: (parent, convolution, name, batch norm)."""
     return [
         (parent, convolution, name, norm)
-        for parent, convolution, name, norm in _neighbors(model)
+        for parent, (_, convolution), (name, norm) in _neighbors(model)
         if isinstance(convolution, nn.Conv2d) and type(norm) is nn.BatchNorm2d  # a subclass may do more
         if convolution.out_channels == norm.num_features
     ]
@@ -227,9 +226,31 @@ def _find_activations(model: nn.Module) -> list[nn.Module]:
     """Activations right after a convolution or a batch norm."""
     return [
         activation
-        for _, before, _, activation in _neighbors(model)
+        for _, (_, before), (_, activation) in _neighbors(model)
         if isinstance(before, nn.Conv2d | nn.BatchNorm2d) and isinstance(activation, ACTIVATIONS)
     ]
+
+
+def _find_pads(model: nn.Module) -> list[tuple[nn.Module, str, nn.ZeroPad2d, nn.Conv2d]]:
+    """Padding right before a depthwise convolution that does not pad: (parent, name, padding, convolution)."""
+    return [
+        (parent, name, pad, convolution)
+        for parent, (name, pad), (_, convolution) in _neighbors(model)
+        if isinstance(pad, nn.ZeroPad2d) and isinstance(convolution, nn.Conv2d)
+        if convolution.padding in ("valid", (0, 0)) and convolution.dilation == (1, 1)
+        if convolution.groups == convolution.in_channels > 1  # the kernel of the stem would be slower
+    ]
+
+
+def _fold_pad(pad: nn.ZeroPad2d, convolution: nn.Conv2d) -> tuple[nn.Parameter, tuple[int, int]]:
+    """The (weight, padding) with which a convolution pads its input itself.
+
+    Its padding is the same on both sides, so zeros extend the kernel on the side that has less.
+    """
+    left, right, top, bottom = pad.padding
+    missing = [max(right - left, 0), max(left - right, 0), max(bottom - top, 0), max(top - bottom, 0)]
+    weight = nn.Parameter(F.pad(convolution.weight, missing), requires_grad=False)
+    return weight, (max(top, bottom), max(left, right))
 
 
 def _replace(changes: ExitStack, owner: nn.Module, name: str, value: object) -> None:
@@ -242,22 +263,27 @@ def _replace(changes: ExitStack, owner: nn.Module, name: str, value: object) -> 
 def prepare_for_inference(model: PreTrainedModel, size: tuple[int, int]) -> ExitStack:
     """Make the forward pass of a model on a CPU faster, for inference only; closing what it returns undoes that.
 
-    Batch norms are folded into the convolutions before them, and activations overwrite their input: each saves a pass
-    over memory. Modules that follow each other in a list need not be connected, and others may read what is
-    overwritten, so all is undone at once if the logits of random images of this (height, width) change by more than
-    rounding. A model on another device, or in autocast,
-    which round more coarsely, stays as it is.
+    Batch norms are folded into the convolutions before them, activations overwrite their input, and depthwise
+    convolutions pad it: each saves a pass over memory. Modules that follow each other in a list need not be connected,
+    and others may read what is overwritten, so all is undone at once if the logits of random images of this
+    (height, width) change by more than rounding. A model on another device, or in autocast, which round more coarsely,
+    stays as it is.
     """
     model.eval()
-    folds, activations = _find_folds(model), _find_activations(model)
+    folds, activations, pads = _find_folds(model), _find_activations(model), _find_pads(model)
     on_cpu = next(model.parameters()).device.type == "cpu"
-    if not (folds or activations) or not on_cpu or torch.is_autocast_enabled("cpu"):
+    if not (folds or activations or pads) or not on_cpu or torch.is_autocast_enabled("cpu"):
         return ExitStack()
     images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     before = type(model).forward(model, pixel_values=images).logits
     with ExitStack() as changes:
         for activation in activations:
             _replace(changes, activation, "inplace", True)
+        for parent, name, pad, convolution in pads:
+            weight, padding = _fold_pad(pad, convolution)
+            _replace(changes, convolution, "weight", weight)
+            _replace(changes, convolution, "padding", padding)
+            _replace(changes, parent, name, nn.Identity())
         for parent, convolution, name, norm in folds:
             folded = fuse_conv_bn_eval(convolution, norm)
             _replace(changes, convolution, "weight", folded.weight)
