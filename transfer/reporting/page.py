@@ -118,9 +118,9 @@ def list_costs(run: RunResults) -> list[tuple[str, str]]:
         tiles.append(("total time", format_seconds(record["seconds"])))
     if metrics.train:
         tiles.append(("training time", format_seconds(metrics.train.seconds)))
-        tiles.append(("training speed", f"{metrics.train.samples_per_second:,.0f} images/s"))
+        tiles.append(("training images/s", f"{metrics.train.samples_per_second:,.0f}"))
     if metrics.prediction:
-        tiles.append(("test prediction", f"{metrics.prediction.samples_per_second:,.0f} images/s"))
+        tiles.append(("predicted images/s", f"{metrics.prediction.samples_per_second:,.0f}"))
     if parameters := record.get("parameters"):
         tiles.append(("parameters", f"{parameters / 1e6:,.1f} million" if parameters >= 1e6 else f"{parameters:,}"))
     if weights := sum(path.stat().st_size for path in (run.folder / "model").glob("*.safetensors")):
