@@ -97,10 +97,12 @@ def test_the_default_place_is_the_datasets_cache(tmp_path):
 
 
 def test_what_a_mac_adds_is_left_out(tmp_path, cache):
-    ignored = Counter()
-    folder = extract_zip(write_zip(tmp_path / "a.zip", FILES | {"__MACOSX/set/._a.JPEG": b"x"}), cache, ignored)
-    assert ignored == {"__MACOSX/* (hidden or left by a system)": 1}
-    assert contents(folder) == FILES
+    packed = write_zip(tmp_path / "a.zip", FILES | {"__MACOSX/set/._a.JPEG": b"x"})
+    for _ in range(2):  # the second time, the zip is known
+        ignored = Counter()
+        folder = extract_zip(packed, cache, ignored)
+        assert ignored == {"__MACOSX/* (hidden or left by a system)": 1}
+        assert contents(folder) == FILES
 
 
 def test_a_second_call_returns_the_folder_without_unpacking(tmp_path, cache, monkeypatch):
@@ -108,6 +110,15 @@ def test_a_second_call_returns_the_folder_without_unpacking(tmp_path, cache, mon
     folder = extract_zip(packed, cache)
     monkeypatch.setattr(sources, "_extract", lambda *_: pytest.fail("it was unpacked again"))
     assert extract_zip(packed, cache) == folder
+
+
+def test_a_zip_is_unpacked_again_where_the_cache_lost_its_folder_or_what_it_remembers(tmp_path, cache):
+    packed = write_zip(tmp_path / "a.zip")
+    shutil.rmtree(extract_zip(packed, cache))
+    assert contents(extract_zip(packed, cache)) == FILES
+    [memory] = cache.glob(".*.json")
+    memory.write_text('{"folder": ')
+    assert contents(extract_zip(packed, cache)) == FILES
 
 
 def test_an_unpacked_zip_is_found_without_the_lock(tmp_path, cache, monkeypatch):

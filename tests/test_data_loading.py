@@ -1,5 +1,6 @@
 """Layouts, labels, splits and refusals of data_loading.py."""
 
+import os
 import runpy
 import shutil
 import sys
@@ -248,6 +249,18 @@ def test_a_copy_under_another_label_moves_alone_and_all_else_stays_where_it_was(
     assert moved in ({held_out}, {trained})
     copies = count_copies(open_data(str(data)), 0.25, 0)
     assert copies == CopyCounts(pictures=1, images=2, with_several_labels=1, moved=1, published=0)
+
+
+def test_a_file_that_becomes_a_copy_at_the_same_size_and_time_is_noticed(data):
+    one, other = (data / "train" / WNIDS[0] / "images" / f"{WNIDS[0]}_{number}.JPEG" for number in (1, 2))
+    size = max(one.stat().st_size, other.stat().st_size)
+    for file in (one, other):
+        file.write_bytes(file.read_bytes().ljust(size, b"\0"))
+    times = other.stat().st_atime_ns, other.stat().st_mtime_ns
+    assert count_copies(open_data(str(data)), 0.25, 0) is None
+    other.write_bytes(one.read_bytes())
+    os.utime(other, ns=times)
+    assert count_copies(open_data(str(data)), 0.25, 0).pictures == 1
 
 
 def test_a_split_without_straddling_copies_is_that_of_the_names_alone():
