@@ -1,6 +1,7 @@
 """Several processes train and predict what one does."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -197,6 +198,32 @@ def test_accelerate_reads_every_config(path):
     config = load_config_from_file(str(path))
     assert config.num_processes > 0
     assert path.read_text().startswith(f"# accelerate launch --config_file recipes/accelerate/{path.name}")
+
+
+@pytest.mark.parametrize(
+    ("words", "part", "resumes"),
+    [
+        (["--output_dir", "out"], "checkpoint-5", True),
+        (["--kfold", "5", "--output_dir=out"], "fold-1", True),
+        (["--output_dir", "out"], "model", False),
+    ],
+)
+def test_a_requeued_slurm_job_resumes_what_it_has_begun(words, part, resumes, tmp_path):
+    (tmp_path / "out" / part).mkdir(parents=True)
+    for name, text in {"nvidia-smi": "echo GPU 0", "scontrol": "echo node1", "srun": 'echo "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"SLURM_JOB_NODELIST": "node1", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_RESTART_COUNT": "1"}
+
+    def submit(*words):
+        command = ["bash", ROOT / "recipes" / "accelerate" / "slurm.sh", "recipes/sample.yaml", *words]
+        environment = os.environ | variables | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    started = submit(*words).stdout.rstrip()
+    assert started.endswith(" ".join([*words, "--resume_from_checkpoint true"] if resumes else words)), started
+    refused = submit()
+    assert refused.returncode == 2 and refused.stderr.startswith("error: add --output_dir DIR")
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 #!/bin/bash
-# sbatch recipes/accelerate/slurm.sh RECIPE.yaml [--key value ...]
+# sbatch recipes/accelerate/slurm.sh RECIPE.yaml --output_dir DIR [--key value ...]
 # One launcher per node, which starts one process per GPU. A preempted job is requeued and resumes from its checkpoint.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -13,12 +13,19 @@ gpus_per_node=$(nvidia-smi --list-gpus | wc -l)
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000)) # two jobs may share a node
 
-out=outputs/$(basename "$1" .yaml)
-for ((i = 2; i < $#; i++)); do
-    if [ "${!i}" = --output_dir ]; then next=$((i + 1)) && out=${!next}; fi
+out=
+for ((i = 2; i <= $#; i++)); do
+    case ${!i} in
+        --output_dir) next=$((i + 1)) && out=${!next:-} ;;
+        --output_dir=*) out=${!i#*=} ;;
+    esac
 done
+if [ -z "$out" ]; then
+    echo "error: add --output_dir DIR, where a requeued job finds its checkpoints" >&2
+    exit 2
+fi
 resume=()
-begun=$(compgen -G "$out/checkpoint-*" || compgen -G "$out/seed-*" || true)
+begun=$(compgen -G "$out/checkpoint-*" || compgen -G "$out/seed-*" || compgen -G "$out/fold-*" || true)
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -n "$begun" ]; then # without a checkpoint there is nothing to resume
     resume=(--resume_from_checkpoint true)
 fi
