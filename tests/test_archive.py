@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import stat
+import sys
 import tarfile
 import warnings
 import zipfile
@@ -117,7 +118,14 @@ def test_a_zip_is_unpacked_again_where_the_cache_lost_its_folder_or_what_it_reme
     shutil.rmtree(extract_zip(packed, cache))
     assert contents(extract_zip(packed, cache)) == FILES
     [memory] = cache.glob(".*.json")
-    memory.write_text('{"folder": ')
+    for damaged in ('{"folder": ', "{}", "[]", "null"):
+        memory.write_text(damaged)
+        assert contents(extract_zip(packed, cache)) == FILES
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has file names that are not Unicode")
+def test_the_name_of_a_zip_may_be_any_bytes(tmp_path, cache):
+    packed = write_zip(tmp_path / os.fsdecode(b"caf\xe9.zip"))
     assert contents(extract_zip(packed, cache)) == FILES
 
 

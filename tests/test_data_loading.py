@@ -56,8 +56,9 @@ def test_folder_parent_and_zip_give_the_same_data_set(pristine_data, tmp_path):
 
 def test_boxes_and_other_files_are_ignored_and_counted(data):
     (data / "train" / WNIDS[0] / "images" / "Thumbs.db").write_bytes(b"x")
+    (data / "train" / WNIDS[0] / "images" / "png").write_bytes(b"x")
     folder = open_data(str(data))
-    assert folder.ignored == {"*_boxes.txt": 4, ".DS_Store": 1, "Thumbs.db": 1}
+    assert folder.ignored == {"*_boxes.txt": 4, ".DS_Store": 1, "Thumbs.db": 1, "png": 1}
     assert len(folder.train_files) == 48
 
 

@@ -221,6 +221,14 @@ def test_a_folder_that_is_not_a_run_is_refused(make, refuse, tmp_path, pristine_
     assert f"{b}: does not exist; the run was not finished" in refuse(a, b.parent)
 
 
+def test_a_run_whose_predictions_are_not_numbers_is_refused(make, refuse):
+    a, b = make("a", range(4)), make("b", range(4, 12))
+    predictions = Predictions.load(b)
+    predictions.test_logits[0] = np.nan
+    predictions.save(b)
+    assert f"{b}: its predictions are not finite numbers; leave it out" in refuse(a, b)
+
+
 def test_a_csv_that_is_not_from_the_predictions_is_refused(make, refuse):
     a, b = make("a", range(4)), make("b", range(4, 12))
     csv = a / "submission.csv"

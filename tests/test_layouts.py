@@ -1,6 +1,7 @@
 """Other layouts than the competition's: recognized, labeled correctly, or refused with the reason."""
 
 import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -483,7 +484,7 @@ def test_a_row_that_is_not_an_image_is_named_and_nothing_is_kept(tmp_path, monke
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=["a", "b"]))
     good = {
-        "bytes": (lambda b: (paint(1, 0).save(b, "PNG"), b.getvalue())[1])(__import__("io").BytesIO()),
+        "bytes": (lambda b: (paint(1, 0).save(b, "PNG"), b.getvalue())[1])(io.BytesIO()),
         "path": None,
     }
     rows = {"image": [good, {"bytes": b"no picture", "path": None}], "label": [0, 1]}
@@ -491,6 +492,28 @@ def test_a_row_that_is_not_an_image_is_named_and_nothing_is_kept(tmp_path, monke
     with pytest.raises(UserError, match="split train: row 1 cannot be read as an image"):
         open_hub_data(str(tmp_path / "bad"))
     assert not [path for path in (tmp_path / "cache" / "finetune-vit" / "hub").iterdir() if path.is_dir()]
+
+
+def test_images_of_a_hub_data_set_keep_their_labels_in_every_format(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=["a", "b"]))
+
+    def pack(*formats):
+        rows: dict = {"image": [], "label": [number % 2 for number in range(len(formats))]}
+        for number, kind in enumerate(formats):
+            file = io.BytesIO()
+            paint(1, number).save(file, kind, **({"save_all": True} if kind == "MPO" else {}))
+            rows["image"].append({"bytes": file.getvalue(), "path": None})
+        place = tmp_path / "-".join(formats)
+        datasets.Dataset.from_dict(rows, features).to_parquet(place / "train.parquet")
+        return str(place)
+
+    formats = ("PNG", "MPO", "JPEG2000", "WEBP", "BMP")
+    folder = open_hub_data(pack(*formats))
+    assert [file.rpartition("/")[2].partition(".")[0] for file in folder.train_files] == list("01234")
+    assert folder.train_labels == [0, 1, 0, 1, 0]
+    with pytest.raises(UserError, match="split train: row 1 is a file of the format ICO; convert it to JPEG or PNG"):
+        open_hub_data(pack("PNG", "ICO"))
 
 
 def test_a_missing_hub_data_set_is_one_line(monkeypatch):

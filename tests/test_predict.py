@@ -154,6 +154,56 @@ def test_a_glob_and_a_file_name_with_brackets_are_understood(run, pictures):
     assert [row["file"] for row in read_rows()] == ["a9.bmp", "a10.bmp", "[x].bmp"]
 
 
+def test_what_a_folder_and_odd_paths_hold_is_predicted_once(run, pictures, capsys):
+    source = next((pictures / "part 2").glob("*.bmp"))
+    for name in ("photos/a.bmp", "photos/@eaDir/a.bmp/thumb.bmp", "elsewhere/b.bmp", "~tmp.bmp"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, name)
+    Path("photos/link").symlink_to("../elsewhere")
+    Path("photos/loop").symlink_to("..")
+    predict.main([str(run), "photos", str(Path("photos/a.bmp").absolute()), "~tmp.bmp", "x" * 300])
+    assert [row["file"] for row in read_rows()] == ["photos/a.bmp", "photos/link/b.bmp", "~tmp.bmp"]
+    assert capsys.readouterr().err.splitlines() == [f"unreadable: {'x' * 300}: no such file or folder"]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"num_channels": 1}, "takes images of 1 channels; use a checkpoint for RGB"),
+        ("config.json", {"num_channels": "3"}, "cannot be loaded: "),
+        ("config.json", {"hidden_sizes": "none"}, "cannot be loaded: "),
+        ("preprocessor_config.json", {"image_mean": None}, "image_mean is not set"),
+        ("preprocessor_config.json", {"resample": None}, "resample is not set"),
+    ],
+)
+def test_a_model_that_cannot_be_used_is_one_error_line(file, change, message, run, pictures, capsys, tmp_path):
+    model = shutil.copytree(run / "model", tmp_path / "changed")
+    (model / file).write_text(json.dumps(read_json(model / file) | change))
+    with pytest.raises(SystemExit):
+        predict.main([str(model), str(next((pictures / "part 2").glob("*.bmp")))])
+    [last] = capsys.readouterr().err.splitlines()[-1:]
+    assert last.startswith("error: ") and message in last
+
+
+def test_a_model_of_damaged_weights_is_refused_and_class_names_may_be_numbers(run, pictures, capsys, tmp_path):
+    picture = str(next((pictures / "part 2").glob("*.bmp")))
+    model = AutoModelForImageClassification.from_pretrained(run / "model")
+    torch.nn.init.constant_(model.classifier.bias, float("nan"))
+    damaged = shutil.copytree(run / "model", tmp_path / "damaged")
+    model.save_pretrained(damaged)
+    with pytest.raises(SystemExit):
+        predict.main([str(damaged), picture])
+    assert "error: the model gives numbers that are not finite" in capsys.readouterr().err
+    assert not Path("predictions.csv").exists()
+    numbered = shutil.copytree(run / "model", tmp_path / "numbered")
+    config = read_json(numbered / "config.json")
+    changed = config | {"id2label": {number: int(number) + 1 for number in config["id2label"]}}
+    (numbered / "config.json").write_text(json.dumps(changed))
+    predict.main([str(numbered), picture])
+    [row] = read_rows()
+    assert row["name"] == str(int(row["label"]) + 1)
+
+
 def test_a_few_pictures_make_an_aligned_table_that_fits_the_terminal(run, pictures, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     predict.main([str(run), str(pictures)])
@@ -172,7 +222,11 @@ def test_a_few_pictures_make_an_aligned_table_that_fits_the_terminal(run, pictur
         (["{run}", "gone.jpg"], "there are no pictures to predict"),
         (["{run}", "fake.png"], "none of the pictures can be read"),
         (["{run}", "fake.png", "--output", "fake.png"], "fake.png: is one of the pictures"),
+        (["{run}", "fake.png", "--output", "outputs/../fake.png"], "fake.png: is one of the pictures"),
         (["{run}", "fake.png", "--output", "new/x.csv"], "new/x.csv: there is no folder new"),
+        (["{run}", "fake.png", "--output", "/dev/null"], "/dev/null: is not a regular file"),
+        (["{run}", "fake.png", "--html", "predictions.csv"], "--html predictions.csv: is the --output, too"),
+        (["{run}", "fake.png", ""], "one of the paths is empty"),
         (["{run}", "fake.png", "--top_k", "0"], "--top_k 0: must be at least 1"),
         (["{run}/backbone", "fake.png"], "has no trained classification head"),
     ],
@@ -249,6 +303,32 @@ class ReadTwice(torch.nn.Module):
         return SimpleNamespace(logits=(self.activation(images) + images).mean((2, 3)))
 
 
+class PadsLess(torch.nn.Module):
+    """Lists padding before a convolution that does without."""
+
+    def __init__(self):
+        super().__init__()
+        self.pad, self.convolution = torch.nn.ZeroPad2d(1), torch.nn.Conv2d(3, 3, 3, groups=3)
+
+    def forward(self, pixel_values):
+        return SimpleNamespace(logits=(self.convolution(pixel_values) + pixel_values[..., 1:-1, 1:-1]).mean((2, 3)))
+
+
+class Parametrized(torch.nn.Module):
+    """Computes the weight of its convolution from others, and its norm has no statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.pad, convolution = torch.nn.ZeroPad2d(1), torch.nn.Conv2d(3, 3, 3, groups=3)
+        self.convolution = torch.nn.utils.parametrizations.weight_norm(convolution)
+        self.norm = torch.nn.BatchNorm2d(3)
+        self.convolution_2, self.norm_2 = torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3, track_running_stats=False)
+
+    def forward(self, pixel_values):
+        images = self.norm(self.convolution(self.pad(pixel_values)))
+        return SimpleNamespace(logits=self.norm_2(self.convolution_2(images)).square().mean((2, 3)))
+
+
 def describe(model) -> tuple[int, int, int]:
     """Numbers of batch norms, of activations that overwrite their input, and of modules that pad images."""
     modules = list(model.modules())
@@ -259,13 +339,13 @@ def describe(model) -> tuple[int, int, int]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["efficientnet", NormFirst, ReadTwice])
+@pytest.mark.parametrize("kind", ["efficientnet", NormFirst, ReadTwice, PadsLess, Parametrized])
 def test_a_model_is_changed_for_inference_unless_that_changes_the_logits(checkpoints, kind):
     torch.manual_seed(0)
     known = isinstance(kind, str)
     model = AutoModelForImageClassification.from_pretrained(checkpoints(kind)) if known else kind()
     for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
+        if isinstance(module, torch.nn.BatchNorm2d) and module.track_running_stats:
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     images, plain, state = torch.randn(2, 3, 32, 32), describe(model), copy.deepcopy(model.state_dict())

@@ -58,6 +58,9 @@ class Member:
         results = RunResults.read(folder, read_record(folder / "run.json"))
         if not results.class_ids:
             raise UserError(f"{folder}: its model does not name its classes, so it is not a run of this project")
+        logits = results.predictions.validation_logits, results.predictions.test_logits
+        if not all(np.isfinite(values).all() for values in logits):
+            raise UserError(f"{folder}: its predictions are not finite numbers; leave it out")
         return cls(name, results, digest_of((folder / FILE_NAME).read_bytes()))
 
     @property

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from transfer.data.images import ImageGeometry, read_image, to_rgb
-from transfer.data.listing import is_image, natural_key
+from transfer.data.listing import JUNK_FOLDERS, is_image, is_link_above, natural_key
 from transfer.errors import UserError, exits_cleanly
 from transfer.files import read_json, write_atomically
 from transfer.models.cpu_kernels import apply_cpu_speedups, prepare_for_inference
@@ -49,14 +49,20 @@ NARROWEST, WIDEST = 40, 120  # columns of the table
 # The files
 
 
-def _list_folder(folder: Path) -> list[Path]:
-    """The pictures in a folder and below it, in natural order; hidden files and folders are left out."""
-    found = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+def _list_folder(folder: Path) -> tuple[list[Path], list[str]]:
+    """The pictures in a folder and below it, in natural order, and a line for each folder that cannot be listed.
+
+    Hidden files and folders are left out, and folders that systems and programs leave.
+    """
+    found: list[Path] = []
+    faults: list[OSError] = []
+    for place, folders, names in os.walk(folder, onerror=faults.append, followlinks=True):
+        visible = [name for name in folders if not name.startswith(".") and name not in JUNK_FOLDERS]
+        folders[:] = [name for name in visible if not is_link_above(Path(place, name))]
         wanted = [name for name in names if is_image(name) or name.lower().endswith(HEIC_SUFFIXES)]
         found += [Path(place, name) for name in wanted if not name.startswith(".")]
-    return sorted(found, key=lambda path: natural_key(path.as_posix()))
+    lines = [f"{fault.filename}: cannot be listed ({fault.strerror})" for fault in faults]
+    return sorted(found, key=lambda path: natural_key(path.as_posix())), lines
 
 
 def show_path(path: Path) -> str:
@@ -66,22 +72,24 @@ def show_path(path: Path) -> str:
 
 def list_pictures(places: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Return the files that paths, folders and globs name, each once, and a line for each place without any."""
-    found: dict[Path, None] = {}
-    faults = []
+    found: dict[str, Path] = {}  # by absolute path
+    faults: list[str] = []
     for place in places:
-        path = Path(place).expanduser()
-        if path.is_dir():
-            files, fault = _list_folder(path), "holds no pictures"
-        elif path.exists() or not glob.has_magic(place):
-            files, fault = [path] if path.exists() else [], "no such file or folder"
+        # The methods of Path raise for a user that does not exist, for names that are too long, and so on.
+        path = os.path.expanduser(place)  # noqa: PTH111
+        unlisted: list[str] = []
+        if os.path.isdir(path):  # noqa: PTH112
+            (files, unlisted), fault = _list_folder(Path(path)), "holds no pictures"
+        elif os.path.exists(path) or not glob.has_magic(place):  # noqa: PTH110
+            files, fault = [Path(path)] if os.path.exists(path) else [], "no such file or folder"  # noqa: PTH110
         else:
             # Not Path.glob, which wants a root.
-            matches = sorted(glob.glob(str(path), recursive=True), key=natural_key)  # noqa: PTH207
+            matches = sorted(glob.glob(path, recursive=True), key=natural_key)  # noqa: PTH207
             files, fault = [Path(match) for match in matches if not Path(match).is_dir()], "matches no file"
-        found |= dict.fromkeys(files)
-        if not files:
-            faults.append(f"{place}: {fault}")
-    return list(found), faults
+        for file in files:
+            found.setdefault(os.path.abspath(file), file)  # noqa: PTH100
+        faults += unlisted or ([] if files else [f"{place}: {fault}"])
+    return list(found.values()), faults
 
 
 # Decoding
@@ -157,6 +165,8 @@ class PictureClassifier:
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.model.device)
         transform = EvaluationTransform(self.geometry, cropped=True).to(self.model.device)
         logits = self.model(pixel_values=transform(images)).logits.double()
+        if not logits.isfinite().all():
+            raise UserError("the model gives numbers that are not finite (NaN or infinity): its weights are damaged")
         return (logits / (self.temperature or 1.0)).softmax(-1).cpu()
 
     def predict(self, pictures: Sequence[Decoded], top_k: int) -> list[Prediction]:
@@ -207,7 +217,7 @@ def open_classifier(name: str) -> PictureClassifier:
     apply_cpu_speedups(model)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model.eval().to(device, memory_format=torch.channels_last)
-    names = [name for _, name in sorted((model.config.id2label or {}).items())]
+    names = [str(name) for _, name in sorted((model.config.id2label or {}).items())]
     return PictureClassifier(model, geometry, names, read_temperature(run) if run else None)
 
 
@@ -321,10 +331,14 @@ def describe_results(
 
 def _check_output(path: Path, files: Sequence[Path]) -> None:
     """Check before the work that a result can be written, and that it replaces no picture. Raises `UserError`."""
-    if path.is_dir() or path in files:
-        raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'one of the pictures'}; name another file")
+    is_picture = path.resolve() in {file.resolve() for file in files}
+    if is_picture or (path.exists() and not path.is_file()):
+        kind = "one of the pictures" if is_picture else "a folder" if path.is_dir() else "not a regular file"
+        raise UserError(f"{path}: is {kind}; name another file")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: the folder {path.parent} is not writable; name a file elsewhere")
 
 
 def _list_faults(lines: Sequence[str]) -> None:
@@ -350,6 +364,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for flag in ("top_k", "batch_size"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    if args.html and args.html.resolve() == args.output.resolve():
+        raise UserError(f"--html {args.html}: is the --output, too; name another file")
+    if "" in args.places:
+        raise UserError("one of the paths is empty; name a picture, a folder or a glob")
     files, faults = list_pictures(args.places)
     for path in filter(None, (args.output, args.html)):
         _check_output(path, files)

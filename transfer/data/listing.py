@@ -72,7 +72,7 @@ def normal_name(name: str) -> str:
 
 def is_image(name: str) -> bool:
     """Whether a file has the extension of an image and is not hidden."""
-    return "." + name.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+    return posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
 def image_id_of(file: str) -> str:
@@ -178,7 +178,7 @@ def list_images(root: Path, folder: str) -> list[str]:
     return [posixpath.join(folder, name) for name in images]
 
 
-def _is_link_above(folder: Path) -> bool:
+def is_link_above(folder: Path) -> bool:
     """Whether a folder is a link to one that holds it: it would be walked without end."""
     return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
@@ -188,7 +188,7 @@ def list_images_below(root: Path, folder: str = "", without: str | None = None) 
 
     Those in folder/images/ are first, then those directly in the folder.
     """
-    visible = [name for name in list_visible_folders(root / folder) if not _is_link_above(root / folder / name)]
+    visible = [name for name in list_visible_folders(root / folder) if not is_link_above(root / folder / name)]
     below = [posixpath.join(folder, name) for name in visible]
     below = sorted((name for name in below if name != without), key=lambda name: file_name(name).lower() != "images")
     found = [list_images_below(root, name, without) for name in below]
@@ -207,7 +207,7 @@ def list_unused(root: Path, used: Set[str]) -> tuple[Counter[str], Counter[str]]
     images: Counter[str] = Counter()
     by_ending: dict[str, Counter[str]] = {}
     for place, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not _is_link_above(Path(place) / name)]
+        folders[:] = [name for name in folders if not is_link_above(Path(place) / name)]
         parts = Path(place).relative_to(root).parts
         above = "".join(f"{part}/" for part in parts)
         junk = next((part for part in parts if part in JUNK_FOLDERS or part.startswith(".")), None)

@@ -22,7 +22,7 @@ from PIL import Image
 from transfer.data.images.store import listing_key
 from transfer.data.labels import order_labels
 from transfer.data.layouts import DatasetFiles
-from transfer.data.listing import NATURALLY, image_id_of, list_images, name_junk, natural_key, normal_name
+from transfer.data.listing import NATURALLY, image_id_of, is_image, list_images, name_junk, natural_key, normal_name
 from transfer.errors import UserError
 from transfer.files import build_folder_once, check_free_space, datasets_cache, write_atomically
 from transfer.terminal import track
@@ -166,7 +166,8 @@ def extract_zip(zip_path: Path, cache_dir: Path | None = None, ignored: Counter[
     cache_dir = cache_dir or datasets_cache("unpacked")
     ignored = Counter() if ignored is None else ignored
     memory = cache_dir / f".{listing_key(zip_path.parent, [zip_path.name])}.json"
-    with contextlib.suppress(OSError, ValueError):  # it is not there, or another process is writing it
+    # It may not be there, or another process may be writing it.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         remembered = json.loads(memory.read_bytes())
         if (folder := cache_dir / remembered["folder"]).is_dir():
             ignored.update(remembered["ignored"])
@@ -192,6 +193,9 @@ def extract_zip(zip_path: Path, cache_dir: Path | None = None, ignored: Counter[
 
 # The names that Hub datasets give to their splits, the usual one first.
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+
+HUB_FORMAT = 2  # of the copied images; increase it when their names change
+ENDINGS = {"MPO": "jpeg", "JPEG2000": "jp2"}  # of formats whose own name is not the ending of an image
 
 LOADING_FAULTS = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
 
@@ -324,7 +328,10 @@ def _write_image(folder: Path, row: int, content: dict | None, where: str) -> No
     except (OSError, ValueError, Image.DecompressionBombError) as fault:
         raise UserError(f"{where}: row {row} cannot be read as an image ({fault})") from None
     assert image_format is not None  # only an image that was not opened from a file has none
-    (folder / f"{row}.{image_format.lower()}").write_bytes(data)
+    name = f"{row}.{ENDINGS.get(image_format, image_format.lower())}"
+    if not is_image(name):
+        raise UserError(f"{where}: row {row} is a file of the format {image_format}; convert it to JPEG or PNG")
+    (folder / name).write_bytes(data)
 
 
 def _write_splits(folder: Path, name: str, splits: dict[str, datasets.Dataset], column: str) -> None:
@@ -340,7 +347,7 @@ def _splits_key(splits: dict[str, datasets.Dataset], column: str) -> str:
 
     `datasets` names the files of a changed dataset differently, and `save_to_disk` writes its files anew.
     """
-    lines = [column]
+    lines = [f"{HUB_FORMAT} {column}"]
     for split, rows in splits.items():
         assert rows.cache_files or not len(rows)  # else two datasets could share a key: see load_splits
         lines.append(f"{split} {len(rows)}")

@@ -54,7 +54,9 @@ def find_contents(root: Path, files: Sequence[str]) -> list[str]:
 def _find_contents(root: Path, files: tuple[str, ...], key: str) -> list[str]:
     kept = datasets_cache("contents") / f"{key}.json"
     with contextlib.suppress(OSError, ValueError):  # it is not there, or another process is writing it
-        return json.loads(kept.read_bytes())
+        contents = json.loads(kept.read_bytes())
+        if isinstance(contents, list) and len(contents) == len(files):
+            return contents
     sizes = [_size_of(f"{root}/{file}") for file in files]
     shared = {size for size, count in Counter(sizes).items() if count > 1}
     digests = [

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -93,6 +94,10 @@ def read_geometry(processor: ImageProcessor) -> ImageGeometry:
     """
     if hasattr(processor, "data_config"):  # timm's
         return _read_timm(processor.data_config)
+    needed = ["resample", "image_mean", "image_std"] if processor.do_normalize else ["resample"]
+    absent = [name for name in needed if getattr(processor, name, 0) is None]
+    if absent:
+        raise UserError(f"{type(processor).__name__}: {absent[0]} is not set; set it in preprocessor_config.json")
     resize, crop = _read_resize(processor)
     interpolation = INTERPOLATIONS.get(int(processor.resample))
     if interpolation is None:
@@ -178,6 +183,18 @@ def dinov3_to_convnext(encoder: PreTrainedModel) -> PreTrainedModel:
     return _load_backbone(model, {_name_in_convnext(name): values for name, values in encoder.state_dict().items()})
 
 
+# A damaged config.json can raise any of these.
+LOADING_FAULTS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
+
 # model_type -> the class that loads it, and its conversion
 CONVERSIONS: dict[str, tuple[type, Callable[[PreTrainedModel], PreTrainedModel]]] = {
     "vit_mae": (AutoModel, mae_to_vit),
@@ -204,7 +221,7 @@ def _from_pretrained(loader: Any, source: str, **options) -> Any:
     """`loader.from_pretrained`, whose failures become a `UserError` of one line."""
     try:
         return loader.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as fault:
+    except LOADING_FAULTS as fault:
         reason = " ".join(str(fault).split())
         if "trust_remote_code" in reason:
             reason = "it has custom code, which is not run by default; read it, then set --trust_remote_code true"
@@ -269,6 +286,8 @@ def load_checkpoint(
     config = _from_pretrained(AutoConfig, source, **options)
     if drop_path_rate is not None:
         set_drop_path(config, drop_path_rate)
+    if (channels := getattr(config, "num_channels", 3)) != 3:
+        raise UserError(f"--model_name_or_path {name}: takes images of {channels} channels; use a checkpoint for RGB")
     if config.num_labels == 0:
         config.num_labels = 2  # any number will do: the head is replaced
     if config.model_type == "timm_wrapper" and config.model_args:

@@ -125,7 +125,7 @@ def _stamp(path: str) -> str:
 def listing_key(root: Path, files: Sequence[str]) -> str:
     """Hash of the files' names, sizes and times of change, which tells changed data without reading them."""
     stamps = "".join(f"{file} {_stamp(f'{root}/{file}')}\n" for file in files)
-    return hashlib.blake2b(f"{STORE_FORMAT}\n{stamps}".encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(os.fsencode(f"{STORE_FORMAT}\n{stamps}"), digest_size=16).hexdigest()
 
 
 def _refuse_faults(root: Path, records: Sequence[ImageRecord]) -> None:
