@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from transfer.evaluation.metrics import Calibration, RunMetrics, Scores, SplitScores, TtaMetrics
 from transfer.evaluation.predictions import Predictions
 from transfer.reporting import card
-from transfer.reporting.card import write_card
+from transfer.reporting.card import keep_card, write_card
 
 NAMES = ["red thing", "green | thing", "<blue> [thing]", "grey_thing"]
 LABELS = np.arange(40) % 4
@@ -186,6 +186,16 @@ def card_of(folder: Path, **arguments) -> tuple[dict, str]:
     record = {"local_model": True, "arguments": {"data_dir": "flowers"} | arguments}
     path, *_ = make_card(folder, record=record, class_ids=["rose", "tulip", "lily", "daisy"])
     return metadata_load(path), path.read_text()
+
+
+def test_a_model_that_is_pushed_under_another_name_gets_a_card_with_that_name(tmp_path):
+    path, *_ = make_card(tmp_path, record={"arguments": {"hub_model_id": "me/taken", "data_dir": "."}})
+    (tmp_path / "again").mkdir()
+    keep_card(tmp_path / "model", tmp_path / "again", "me/new")
+    card, again = (folder.read_text() for folder in (path, tmp_path / "again" / "README.md"))
+    assert "taken" in card and "taken" not in again and again.count("me/new") == card.count("me/taken")
+    loaded = ModelCard(again)
+    assert loaded.data.model_name == "new" and loaded.data.eval_results[0].dataset_name == Path.cwd().name
 
 
 def test_the_license_is_that_of_the_base_models_card_and_is_left_out_where_there_is_none(tmp_path):

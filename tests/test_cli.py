@@ -360,6 +360,29 @@ def test_a_borrowed_argument_that_cannot_work_is_refused_before_data_is_read(fla
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--lora_r 8 --linear_probe true", "--linear_probe fits the head alone, and --lora_r adapts the backbone"),
+        ("--lora_r 8 --linear_probe_only true", "--linear_probe_only fits the head alone"),
+        ("--linear_probe_only true --do_train false", "--linear_probe_only trains a head"),
+        ("--ema_decay 0.9 --load_best_model_at_end false", "needs --load_best_model_at_end true"),
+        ("--estimate true --do_train false", "--estimate measures fine-tuning"),
+        ("--search 3 --export onnx", "--export is for the results of one run"),
+        ("--search 3 --metric_for_best_model macro_f1", "--search compares accuracy"),
+        ("--push_to_hub true --hub_space_id me/x --trust_remote_code true", "does not run a model's own code"),
+    ],
+)
+def test_flags_that_would_be_ignored_together_are_refused(flags, message, parse):
+    with pytest.raises(UserError, match=message):
+        parse("data_dir: missing\n", *flags.split())
+
+
+def test_a_slash_at_the_end_of_the_output_folder_changes_nothing(parse):
+    _, args = parse("data_dir: sample\n", "--output_dir", "outputs/x/")[:2]
+    assert args.output_dir == "outputs/x"
+
+
 def test_a_field_that_a_later_version_adds_is_refused_until_somebody_has_tried_it(parse, monkeypatch):
     import transfer.config
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -23,7 +24,8 @@ from transfer import hub
 from transfer.bundle import pack
 from transfer.cli import parse_command_line
 from transfer.errors import UserError
-from transfer.hub import check_push, push_model, push_space
+from transfer.hub import check_push, make_space, push_model, push_space
+from transfer.runs import single
 from transfer.runs.single import command_to_push
 
 
@@ -194,6 +196,8 @@ def test_a_space_shows_the_pushed_commit_with_the_demo_as_its_app(hub, model):
     assert space.private and len(space.commits) == 2 and "needs a secret HF_TOKEN" in said[0]
     assert files["app.py"] == (ROOT / "transfer" / "demo.py").read_bytes()
     assert json.loads(files["demo.json"]) == {"model": "me/tiny", "revision": link.commit}
+    assert files["requirements.txt"].split() == [b"torch", b"transformers>=5.20", b"pillow"]
+    assert b"\ntimm\n" in make_space(link, ["timm"])["requirements.txt"]
     card = SpaceCard(files["README.md"].decode())
     assert (card.data.sdk, card.data.app_file, card.data.models) == ("gradio", "app.py", ["me/tiny"])
 
@@ -249,6 +253,17 @@ def test_a_run_whose_push_fails_is_whole_and_its_advice_pushes_it_later(
         packed = {name: archive.read(name) for name in own}
     assert b"/me/tiny/tree/" in packed["mine/README.md"]  # though it was pushed later
     assert not any(user.encode() in data or TOKEN.encode() in data for data in packed.values())
+
+
+def test_ctrl_c_while_pushing_says_that_the_run_is_complete(monkeypatch, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(single, "push_model", interrupt)
+    context = SimpleNamespace(run=SimpleNamespace(hub_space_id=None), words=["recipes/sample.yaml"])
+    args = dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_revision"))
+    with pytest.raises(UserError, match="interrupted; the run is finished and complete, push it again with: "):
+        single.push_results(context, SimpleNamespace(output_dir=str(tmp_path), **args), [])
 
 
 def test_several_seeds_are_pushed_as_one_model_whose_card_tells_their_spread(

@@ -491,6 +491,15 @@ def test_an_estimate_says_time_and_memory_and_leaves_nothing(pristine_data, chec
     assert not out.exists()
 
 
+def test_an_estimate_counts_steps_and_repeated_trainings(pristine_data, checkpoints, finetune, monkeypatch):
+    found = []
+    monkeypatch.setattr(timing, "describe_estimate", lambda estimate, *_: [str(found.append(estimate))])
+    for words in ({}, {"kfold": 4}, {"max_steps": 50}):
+        finetune(pristine_data, checkpoints("convnext"), estimate="true", num_train_epochs=100, **words)
+    one, folds, steps = (estimate.run / estimate.epoch for estimate in found)  # 5 steps an epoch
+    assert folds > 2 * one and steps < one / 2
+
+
 def test_an_estimate_of_a_batch_that_does_not_fit_says_what_to_do(
     pristine_data, checkpoints, finetune, monkeypatch, capsys
 ):

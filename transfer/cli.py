@@ -35,6 +35,7 @@ from transfer.config import (
     training_only_names,
 )
 from transfer.errors import UserError
+from transfer.files import name_of
 from transfer.runs.record import read_record  # it knows what makes a json file the record of a run
 
 USAGE = "accelerate launch --quiet --config_file accelerate_config.yaml finetune_vit.py RECIPE.yaml [--key value ...]"
@@ -201,7 +202,7 @@ def read_run(path: Path) -> dict:
     if "members" in record:
         raise UserError(f"{path}: is the record of an ensemble; its own command makes it again: {record['command']}")
     recorded = record["arguments"]
-    return chosen_arguments(recorded) | {"output_dir": f"{recorded['output_dir']}-reproduced"}
+    return chosen_arguments(recorded) | {"output_dir": f"{Path(recorded['output_dir'])}-reproduced"}
 
 
 def split_command_line(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -224,7 +225,7 @@ def name_run(source: Path, settings: Mapping, flagged: argparse.Namespace) -> st
     if dataset is None or dataset in (settings.get("dataset_name"), settings.get("data_dir")):
         return source.stem
     place = Path(dataset)
-    name = place.stem if place.suffix == ".zip" else place.name or place.resolve().name
+    name = place.stem if place.suffix == ".zip" else name_of(dataset)
     return f"{source.stem}-" + re.sub(r"[^\w.-]+", "_", name)
 
 
@@ -265,6 +266,7 @@ def expand_paths(run: RunArguments, args: FinetuningArguments) -> None:
         for name in names:
             if value := getattr(group, name):
                 setattr(group, name, str(Path(value).expanduser()) if value.startswith("~") else value)
+    args.output_dir = str(Path(args.output_dir))  # without a slash at the end
     if (args.resume_from_checkpoint or "").lower() == "false":
         args.resume_from_checkpoint = None
 
@@ -294,6 +296,15 @@ def check_training(run: RunArguments, args: FinetuningArguments) -> None:
         )
     if run.lora_r and run.freeze_layers:
         raise UserError("--freeze_layers cannot be combined with --lora_r, which freezes the whole backbone")
+    for name in ("linear_probe", "linear_probe_only"):
+        if run.lora_r and getattr(run, name):
+            raise UserError(f"--{name} fits the head alone, and --lora_r adapts the backbone; leave one of them out")
+        if getattr(run, name) and not args.do_train:
+            raise UserError(f"--{name} trains a head; it cannot be combined with --do_train false")
+    if args.do_train and run.ema_decay and not args.load_best_model_at_end:
+        raise UserError("--ema_decay keeps the better weights at the end; it needs --load_best_model_at_end true")
+    if run.estimate and (run.linear_probe_only or not args.do_train):
+        raise UserError("--estimate measures fine-tuning; leave out --linear_probe_only and --do_train false")
     if args.do_train and args.num_train_epochs <= 0 and args.max_steps <= 0:
         raise UserError("--num_train_epochs: must be above 0; --do_train false skips training")
     if not args.do_train and args.resume_from_checkpoint:
@@ -322,6 +333,11 @@ def check_search(run: RunArguments, args: FinetuningArguments) -> None:
     for name in ("seeds", "kfold", "linear_probe_only", "estimate", "max_minutes", "reproduce"):
         if getattr(run, name):
             raise UserError(f"--search and --{name} cannot be combined; search first, then run best.yaml")
+    for name, value in {"hand_in": run.hand_in, "export": run.export, "push_to_hub": args.push_to_hub}.items():
+        if value:
+            raise UserError(f"--{name} is for the results of one run; search first, then run best.yaml")
+    if args.metric_for_best_model not in (None, "accuracy", "eval_accuracy"):
+        raise UserError("--search compares accuracy; set --metric_for_best_model when you run best.yaml")
     if not args.do_train or args.world_size > 1:
         raise UserError("--search trains in one process: leave out --do_train false, and launch one process")
 
@@ -360,6 +376,8 @@ def check_sharing(run: RunArguments, args: FinetuningArguments) -> None:
     check_trackers(args.report_to)
     if run.hub_space_id and not args.push_to_hub:
         raise UserError("--hub_space_id shows a pushed model; it needs --push_to_hub true")
+    if run.hub_space_id and run.trust_remote_code:
+        raise UserError("--hub_space_id: a Space does not run a model's own code; leave out --trust_remote_code true")
     if args.push_to_hub and not args.hub_model_id:
         raise UserError("--push_to_hub needs --hub_model_id, for example me/tiny-imagenet-100")
 

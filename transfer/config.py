@@ -227,10 +227,10 @@ class RunArguments:
         0, "Rank of LoRA adapters, trained together with the head and merged when saved; 0 trains all weights.",
         ADAPTERS, at_least=0, on_card="ingredient")
     linear_probe: bool = option(False, "Fit a linear head on frozen features first, then fine-tune from it.",
-        ADAPTERS, on_card="ingredient")
+        ADAPTERS, training_only=True, on_card="ingredient")
     linear_probe_only: bool = option(
         False, "Stop after the linear probe: a baseline with a csv, without training the backbone.",
-        ADAPTERS, on_card="ingredient")
+        ADAPTERS, training_only=True, on_card="ingredient")
 
     max_train_samples: int | None = option(
         None, "Train on at most this many images, evenly over the classes, e.g. to try a recipe.",
@@ -302,9 +302,11 @@ class RunArguments:
         None, "`onnx` also writes model.onnx and checks it against the model (needs requirements-extras.txt).",
         OUTPUT, choices=("onnx",))
     hub_space_id: str | None = option(
-        None, "With push_to_hub, also create this Space on the Hub, with a demo of the model.", OUTPUT)
+        None, "With push_to_hub, also create this Space on the Hub, with a demo of the model.", OUTPUT,
+        one_run=True)
     hand_in: str | None = option(
-        None, "Zip to write, with code, csv, metrics and model link, without data or weights.", OUTPUT)
+        None, "Zip to write, with code, csv, metrics and model link, without data or weights.", OUTPUT,
+        one_run=True)
 
 
 @dataclass

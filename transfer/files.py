@@ -46,6 +46,11 @@ def cache_folder() -> Path:
     return Path(constants.HF_HOME) / "finetune-vit"
 
 
+def name_of(place: str) -> str:
+    """The last part of a path, also of `.`."""
+    return Path(place).name or Path(place).resolve().name
+
+
 def datasets_cache(name: str) -> Path:
     """This project's folder of that name in the datasets cache, which HF_DATASETS_CACHE moves."""
     return Path(datasets.config.HF_DATASETS_CACHE) / "finetune-vit" / name

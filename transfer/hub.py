@@ -265,7 +265,7 @@ def push_model(
     return ModelLink(repo_id, oid, f"{api.endpoint}/{repo_id}/tree/{oid}", bool(info.private))
 
 
-def make_space(link: ModelLink) -> dict[str, bytes]:
+def make_space(link: ModelLink, packages: Sequence[str] = ()) -> dict[str, bytes]:
     """The files of a Space: the demo as its app, and demo.json with the model and its commit."""
     card = {"title": link.repo_id.split("/")[1], "sdk": "gradio", "app_file": "app.py", "models": [link.repo_id]}
     model = {"model": link.repo_id, "revision": link.commit}
@@ -273,13 +273,18 @@ def make_space(link: ModelLink) -> dict[str, bytes]:
         "README.md": f"---\n{yaml.safe_dump(card, sort_keys=False)}---\n\nA demo of {link.url}\n".encode(),
         "app.py": Path(__file__).with_name("demo.py").read_bytes(),
         "demo.json": (json.dumps(model, indent=2) + "\n").encode(),
-        "requirements.txt": b"torch\ntransformers>=5.20\npillow\n",
+        "requirements.txt": "\n".join(["torch", "transformers>=5.20", "pillow", *packages, ""]).encode(),
     }
 
 
-def push_space(space_id: str, link: ModelLink, say: Callable[[str], None] = print) -> str:
-    """Create or update the Space with a demo of a pushed model; returns its address. Raises `UserError`."""
-    api, files = HfApi(), make_space(link)
+def push_space(
+    space_id: str, link: ModelLink, say: Callable[[str], None] = print, packages: Sequence[str] = ()
+) -> str:
+    """Create or update the Space with a demo of a pushed model, which may need more packages; returns its address.
+
+    Raises `UserError`.
+    """
+    api, files = HfApi(), make_space(link, packages)
 
     def push() -> None:
         api.create_repo(space_id, repo_type="space", space_sdk="gradio", private=link.private, exist_ok=True)

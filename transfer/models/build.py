@@ -277,7 +277,10 @@ def _choose_trained_weights(model: PreTrainedModel, run: RunArguments) -> PreTra
 def prepare_model(run: RunArguments, args: FinetuningArguments, data: DatasetFiles) -> Classifier:
     """Return a classifier ready for training; with `--do_train false`, a fine-tuned one ready for prediction."""
     if not args.do_train:
-        return load_trained(run.model_name_or_path, data.class_ids, run.model_revision, run.trust_remote_code)
+        finished = load_trained(run.model_name_or_path, data.class_ids, run.model_revision, run.trust_remote_code)
+        if run.image_size and run.image_size != (side := finished.geometry.crop[0]):
+            say(f"warning     --image_size {run.image_size} is ignored: a trained model keeps its {side} px")
+        return finished
     set_seed(args.seed)  # before the head is initialized: the Trainer would seed too late
     classifier = build_classifier(
         run.model_name_or_path,

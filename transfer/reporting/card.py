@@ -14,7 +14,7 @@ from transfer.config import card_names
 from transfer.errors import UserError
 from transfer.evaluation.metrics import Calibration, ClassificationMetrics, RunMetrics
 from transfer.evaluation.predictions import CALIBRATION_BINS, Predictions, find_confused_pairs, score_classes
-from transfer.files import leave_out_places, read_json
+from transfer.files import leave_out_places, name_of, read_json
 from transfer.models.offline import is_offline
 from transfer.reporting import TOP5_FROM, base_model_name, find_cached_id
 from transfer.reporting.charts import list_stages
@@ -305,8 +305,8 @@ def write_card(
 ) -> None:
     """Write README.md into the folder of a trained model; it holds no path of this machine."""
     arguments = record["arguments"]
-    data = arguments.get("dataset_name") or Path(arguments["data_dir"]).stem
-    title = Path(arguments["hub_model_id"] or arguments["output_dir"]).name
+    data = arguments.get("dataset_name") or name_of(arguments["data_dir"]).removesuffix(".zip")
+    title = name_of(arguments["hub_model_id"] or arguments["output_dir"])
     base, (repo_id, license_fields) = base_model_name(record), find_base(record)
     measured = {"validation": metrics.validation}
     if metrics.test:
@@ -335,5 +335,9 @@ def keep_card(source: Path, folder: Path, repo_id: str | None) -> None:
     """Copy the card of a model that was trained earlier, with the repository that it is pushed to now."""
     if (source / "README.md").is_file():
         text = (source / "README.md").read_text(encoding="utf-8")
-        text = text.replace(f'model="{UNPUSHED}"', f'model="{repo_id or UNPUSHED}"')
+        if repo_id and (known := re.search(r'model="([^"]+)"', text)):
+            text = text.replace(known[0], f'model="{repo_id}"')
+            old, new = Path(known[1]).name, Path(repo_id).name
+            for start in ("# ", "- name: "):  # the title, and the name in the metadata
+                text = text.replace(f"\n{start}{old}\n", f"\n{start}{new}\n", 1)
         (folder / "README.md").write_text(text, encoding="utf-8")

@@ -81,16 +81,21 @@ def find_test_files(root: Path, ids: Iterable[str], labeled_files: Iterable[str]
     """Files of test images by id: the file name with or without its suffix. An id without a file is left out."""
     wanted = set(ids)
     found: dict[str, str] = {}
-    # A labeled image may have the same name as a test image, so the folders of labeled images are skipped.
+    # A labeled image may have the same name as a test image, so the folders of labeled images are searched only for
+    # what is nowhere else.
     labeled = {PurePosixPath(file).parts[0] for file in labeled_files}
-    for folder, folders, files in os.walk(root):
-        if Path(folder) == root:
-            folders[:] = [name for name in folders if name not in labeled]
-        for name in files:
-            stem, suffix = os.path.splitext(name)  # noqa: PTH122 - much faster than Path
-            if suffix.lower() in IMAGE_SUFFIXES:
-                place = (Path(folder) / name).relative_to(root).as_posix() if {stem, name} & wanted else ""
-                found |= {image_id: place for image_id in (stem, name) if image_id in wanted}
+    for skipped in (labeled, set()):
+        for folder, folders, files in os.walk(root):
+            if Path(folder) == root:
+                folders[:] = [name for name in folders if name not in skipped]
+            for name in files:
+                stem, suffix = os.path.splitext(name)  # noqa: PTH122 - much faster than Path
+                if suffix.lower() in IMAGE_SUFFIXES and {stem, name} & wanted:
+                    place = (Path(folder) / name).relative_to(root).as_posix()
+                    found |= {image_id: place for image_id in (stem, name) if image_id in wanted}
+        wanted -= found.keys()
+        if not wanted:
+            break
     return found
 
 

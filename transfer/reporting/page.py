@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transfer.errors import UserError
 from transfer.evaluation.metrics import RunMetrics, score_interval
 from transfer.evaluation.predictions import CALIBRATION_BINS, Reliability, measure_reliability, order_classes
-from transfer.files import anonymize, leave_out_places, write_atomically
+from transfer.files import anonymize, leave_out_places, name_of, write_atomically
 from transfer.reporting import TOP5_FROM, RunResults, align_runs, base_model_name, compare_runs, describe_comparison
 from transfer.reporting.charts import (
     NUMBERED_CLASSES,
@@ -199,7 +199,7 @@ def render(template: str, **values) -> str:
 
 
 def _data_name(arguments: Mapping) -> str:
-    return arguments.get("dataset_name") or Path(str(arguments.get("data_dir"))).name.removesuffix(".zip")
+    return arguments.get("dataset_name") or name_of(str(arguments.get("data_dir"))).removesuffix(".zip")
 
 
 def _stand_in(place: str, name: str) -> str:

@@ -493,10 +493,14 @@ def push_results(context: RunContext, args: FinetuningArguments, images: Sequenc
             extend_record(folder, model_link=dataclasses.asdict(link))
         print(f"model link  {link.url}", flush=True)
         if run.hub_space_id:
-            print(f"demo        {push_space(run.hub_space_id, link)}", flush=True)
-    except UserError as fault:
+            is_timm = read_json(out / "model" / "config.json").get("model_type") == "timm_wrapper"
+            packages = ("timm", "torchvision") if is_timm else ()
+            print(f"demo        {push_space(run.hub_space_id, link, packages=packages)}", flush=True)
+    except (UserError, KeyboardInterrupt) as fault:
         advice = command_to_push(describe_command(context.words), out)
-        raise UserError(f"{fault}; the run is finished and complete, push it again with: {advice}") from None
+        raise UserError(
+            f"{str(fault) or 'interrupted'}; the run is finished and complete, push it again with: {advice}"
+        ) from None
 
 
 def readable_images(data: DatasetFiles) -> list[Path]:

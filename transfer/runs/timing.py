@@ -26,7 +26,7 @@ from transfer.data.images.store import PixelDataset
 from transfer.errors import UserError
 from transfer.models.build import prepare_model
 from transfer.reporting.page import format_seconds
-from transfer.runs import FEW_VALIDATION_IMAGES, MEASURED_IMAGES, RunContext
+from transfer.runs import FEW_VALIDATION_IMAGES, MEASURED_IMAGES, RunContext, list_parts
 from transfer.runtime import say
 from transfer.training.trainer import FinetuningTrainer
 
@@ -108,7 +108,7 @@ class Estimate:
     images_per_second: float  # in training
     evaluation_images_per_second: float
     epoch: float  # training alone
-    run: float  # everything after the images are decoded
+    run: float  # everything after the images are decoded, in all trainings of a repeated run
     prediction: float
     peak_memory: int
     memory: int
@@ -154,6 +154,7 @@ def estimate(context: RunContext, trainer: FinetuningTrainer) -> Estimate:
     """
     args, device = trainer.args, trainer.args.device
     trainer.adapts_to_memory = False
+    most_steps = args.max_steps  # timing sets its own
     trainer.remove_callback(trainer.shown)  # of steps that train nothing
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     try:
@@ -171,19 +172,25 @@ def estimate(context: RunContext, trainer: FinetuningTrainer) -> Estimate:
             "which keeps the optimizer step as it is, or a smaller --train_image_size"
         ) from None
     peak = _peak_memory(device)
+    trainer.adapts_to_memory = True  # as a run does, which halves an evaluation batch that does not fit
     per_image = time_evaluation(trainer, trainer.eval_dataset, ESTIMATE_BATCHES * args.eval_batch_size)
     growth = (peak - half) / max(1, batch - batch // 2)  # bytes per image
     room = 0.9 * _memory(device) - peak  # a tenth is left for fragmentation and for what else the machine does
     images, validated, tested = len(trainer.train_dataset), len(trainer.eval_dataset), context.test_images
-    epochs = args.num_train_epochs
-    epoch = math.ceil(images / (batch * accumulation * args.world_size)) * step
+    if context.run.kfold and not context.run.fold:  # the split is not that of a fold
+        images, validated = (
+            round((images + validated) * share / context.run.kfold) for share in (context.run.kfold - 1, 1)
+        )
+    steps = math.ceil(images / (batch * accumulation * args.world_size))
+    epoch, epochs = steps * step, most_steps / steps if most_steps > 0 else args.num_train_epochs
     each_epoch = 2 if context.run.ema_decay else 1
     evaluated = validated * (each_epoch * math.ceil(epochs) + evaluation_passes(context)) + count_sampled(context)
+    one = epochs * epoch + (evaluated + context.views * tested) * per_image
     return Estimate(
         images_per_second=batch * accumulation * args.world_size / step,
         evaluation_images_per_second=1 / per_image,
         epoch=epoch,
-        run=epochs * epoch + (evaluated + context.views * tested) * per_image,
+        run=(len(list_parts(context.run)) or 1) * one,
         prediction=context.views * tested * per_image,
         peak_memory=peak,
         memory=_memory(device),
