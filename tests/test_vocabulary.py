@@ -126,6 +126,9 @@ UNDECIDED = [
     (["cat", "dog"], rows("0.5"), None, "does not say of which ('cat', 'dog')"),
     (ANIMALS, rows("0.3,0.3,0.4", "id,bee,lion,tiger"), None, "are not the 3 classes ('bee', 'lion', 'wolf')"),
     (ANIMALS, rows("0.5,0.5", "id,bee,lion"), None, "are not the 3 classes"),
+    (["cat", "dog"], rows("0.5", "id,cat_or_dog"), "classes.txt", "does not say of which"),
+    (["dog", "hot_dog"], rows("0.5", "id,dog_hot_dog"), None, "does not say of which"),
+    (["tumor", "normal"], rows("0.5", "id,no_tumor"), None, "does not say of which"),
     (["cat", "cats"], rows("0,1", "id,dog,dogs"), None, "are not the 2 classes"),
     (ANIMALS, rows("0,0,1", "id,0,1,2"), None, "are not the 3 classes"),
 ]
@@ -164,6 +167,13 @@ COLUMNS = [  # folders, header, cells, label of each column
     (["1", "2", "10"], "id,1,2,10", "0,0,1", (0, 1, 2)),
     (["cat", "dog"], "id,dog", "0.5", (1,)),
     (["cat", "dog"], "id,is_cat", "0.5", (0,)),
+    (["tumor", "no_tumor"], "id,no_tumor", "0.5", (1,)),
+    (["tumor", "no_tumor"], "id,p_no_tumor", "0.5", (1,)),
+    (["tumor", "no_tumor"], "id,Tumor", "0.5", (0,)),
+    (["dog", "hot_dog"], "id,Hot Dog", "0.5", (1,)),
+    (["dog", "hotdog"], "id,hot_dog", "0.5", (1,)),
+    (["hot_dog", "not_hot_dog"], "id,hot_dog", "0.5", (0,)),
+    (["hot_dog", "not_hot_dog"], "id,is_not_hot_dog", "0.5", (1,)),
     (["0", "1"], "id,label", "0.5", (1,)),
 ]
 

@@ -388,11 +388,26 @@ def match_columns(columns: Sequence[str], classes: Classes) -> tuple[int, ...] |
     return None
 
 
+def _join_words(text: str) -> str:
+    """The words of a text as `_is_tumor_`, in lower case: a run of them is a part of it."""
+    return "_" + "_".join(re.findall(r"[^\W_]+", UNICODE_FORMS[0](text).casefold())) + "_"
+
+
 def positive_class(column: str, classes: Classes) -> int | None:
     """The label of the class whose probability a lone column holds; None where it would be a guess."""
-    tokens = set(re.split(r"[\W_]+", column.casefold()))
-    named = [label for label, name in enumerate(classes.names) if name.casefold() in tokens]
-    if len(named) == 1:
+    for change in (str, plain_word):
+        named = [label for label, name in enumerate(classes.names) if change(name) == change(column)]
+        if len(named) == 1:
+            return named[0]
+    rest, named, words = _join_words(column), [], list(map(_join_words, classes.names))
+    for label in sorted(range(len(words)), key=lambda label: -len(words[label])):  # hot_dog before dog
+        if words[label] in rest:
+            named.append(label)
+            rest = rest.replace(words[label], "_/_")
+    is_opposite = bool({"no", "non", "not", "without"} & set(rest.split("_")))  # such as no_tumor of tumor and normal
+    if len(named) > 1 or (named and is_opposite):
+        return None
+    if named:
         return named[0]
     return 1 if classes.numbers == ("0", "1") or (classes.is_ordered and not classes.numbers) else None
 
