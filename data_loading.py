@@ -23,18 +23,21 @@ from transformers.hf_argparser import string_to_bool
 
 from transfer.config import SUBMISSION_LABELS, RunArguments
 from transfer.data.images import scan_images
-from transfer.data.label_tables import DataOptions
+from transfer.data.label_tables import DataOptions, list_tables
 from transfer.data.labels import check_template, find_template_above, name_test_images, read_template
-from transfer.data.layouts import DatasetFiles, find_layout
+from transfer.data.layouts import DatasetFiles, Layout, find_layout
 from transfer.data.listing import (
     TEMPLATE_NAME,
     WNIDS_NAME,
     choose_templates,
     file_name,
     find_template,
-    list_files_above,
+    list_csv_files,
+    list_files,
+    list_unread,
     list_unused,
     normal_name,
+    show_names,
 )
 from transfer.data.sources import extract_zip, open_hub_data
 from transfer.data.splits import (
@@ -58,15 +61,16 @@ CONFLICTS_SHOWN = 10  # pictures with several labels that are named
 # From a path to the files of a dataset
 
 
-def join_template(data: DatasetFiles, template_path: Path | None) -> DatasetFiles:
-    """The dataset with the ids and the template of its submission; without a path, the template is looked for.
+def join_template(data: DatasetFiles, template_path: Path | None, above: Sequence[Path] = ()) -> DatasetFiles:
+    """The dataset with the ids and the template of its submission.
 
+    Without a path, the template is looked for in the root, then in the folders `above`.
     Raises `UserError` where the template and the test images do not match, or do not tell how labels are written.
     """
     files = data.test_files
-    path = template_path or find_template(data.root)
-    if path is None and files:
-        path = find_template_above(data.root, files)
+    path = template_path or find_template(data.root, data.sources)
+    for folder in above if files else ():
+        path = path or find_template_above(folder, files, data.sources)
     if path is None:
         data = replace(data, test_ids=name_test_images(data.root, files))
     else:
@@ -81,8 +85,8 @@ def join_template(data: DatasetFiles, template_path: Path | None) -> DatasetFile
     return data
 
 
-def list_ignored(data: DatasetFiles, path: Path, options: DataOptions) -> DatasetFiles:
-    """The dataset with everything in `path` and in the folder above that it does not use."""
+def list_ignored(data: DatasetFiles, path: Path, options: DataOptions, above: Sequence[Path]) -> DatasetFiles:
+    """The dataset with everything in its root that it does not use, and every csv in the folders `above`."""
     read = [*data.sources, *filter(None, [options.classes_path, data.template_path])]
     # Path.absolute keeps "..", and Path.resolve follows links.
     root = Path(os.path.abspath(data.root))  # noqa: PTH100
@@ -91,28 +95,43 @@ def list_ignored(data: DatasetFiles, path: Path, options: DataOptions) -> Datase
     ignored, images = list_unused(root, used)
     if data.left_out:  # not by mistake
         ignored["images of other classes"], images = images.total(), Counter()
-    above, names = root.parent, list_files_above(root)
-    templates = choose_templates(names)
-    # If --data_dir is the dataset itself, only templates in the folder above count.
-    near = names if above.is_relative_to(path.absolute()) else templates
-    unread = [name for name in near if name.endswith((".csv", ".tsv")) and above / name not in known]
-    ignored.update(f"../{name}" + " (lists other images)" * (name in templates) for name in unread)
+    for folder in above:
+        names = list_files(folder)
+        templates = choose_templates(names)
+        # If --data_dir is the dataset's folder itself, only templates in the folder above count.
+        is_near = folder != root.parent or folder.is_relative_to(path.absolute())
+        unread = list_unread(folder, list_csv_files(names) if is_near else templates, known)
+        ignored.update(f"../{name}" + " (lists other images)" * (name in templates) for name in unread)
     return replace(data, ignored=+ignored, unused_images=images)
 
 
-def open_folder(path: Path, options: DataOptions | None = None) -> DatasetFiles:
+def find_root(path: Path, options: DataOptions, zip_path: Path | None) -> tuple[Path, Layout]:
+    """The dataset's root and layout, as `find_layout` gives them. Raises `UserError`."""
+    try:
+        return find_layout(path, options)
+    except UserError as fault:
+        tables = list_tables(zip_path.parent, list_files(zip_path.parent)) if zip_path else []
+        if options.names_a_table or not tables:
+            raise
+        listed = show_names([table.name for table in tables])
+        raise UserError(f"{fault}; if the labels are in a csv beside the zip ({listed}), add --labels_csv") from None
+
+
+def open_folder(path: Path, options: DataOptions | None = None, zip_path: Path | None = None) -> DatasetFiles:
     """Recognize and check a dataset's folder. Only names are read: images are checked when they are decoded.
 
-    Raises `UserError`.
+    The folder above that of an unpacked zip is the zip's own. Raises `UserError`.
     """
     options = options or DataOptions()
-    root, layout = find_layout(path, options)
+    root, layout = find_root(path, options, zip_path)
+    above = [] if zip_path and root == path else [Path(os.path.abspath(root)).parent]  # noqa: PTH100
+    above += [zip_path.absolute().parent] if zip_path else []
     data = replace(layout.read(root, options), submission_labels=options.submission_labels)
     if data.left_out:  # it is unknown which test images show the classes that are used
         data = replace(data, test_files=[], test_labels=[])
     else:
-        data = join_template(data, options.template_path)
-    return list_ignored(data, path, options)
+        data = join_template(data, options.template_path, above)
+    return list_ignored(data, path, options, above)
 
 
 def open_data(data_dir: str, **options: str | None) -> DatasetFiles:
@@ -122,8 +141,9 @@ def open_data(data_dir: str, **options: str | None) -> DatasetFiles:
     """
     path = sample_data() if data_dir == "sample" else Path(data_dir).expanduser()
     left_out: Counter[str] = Counter()
-    folder = extract_zip(path, ignored=left_out) if path.is_file() else path
-    data = open_folder(folder, DataOptions(**options))
+    is_zip = path.is_file()
+    folder = extract_zip(path, ignored=left_out) if is_zip else path
+    data = open_folder(folder, DataOptions(**options), path if is_zip else None)
     return replace(data, ignored=data.ignored + left_out)
 
 
@@ -289,7 +309,8 @@ def _describe_template(data: DatasetFiles) -> str:
     named = len(read_template(data.template_path))
     name, root = data.template_path.name, data.root.resolve()
     if data.template_path.resolve().parent != root:
-        name += " in the folder above" if data.template_path.resolve().parent == root.parent else " as given"
+        place = data.template_path.resolve().parent
+        name += " in the folder above" if place == root.parent else f" in {place}"
     if named < tested:
         return f"{name} lists {named} of the {tested} test images; the submission will list all"
     return f"{name} lists exactly the {tested} test images"

@@ -389,6 +389,19 @@ def test_zips_in_a_zip_are_unpacked(tmp_path, cache):
     }
 
 
+def test_a_lone_csv_in_a_zip_in_a_zip_gets_no_folder(tmp_path, cache):
+    csv = write_zip(tmp_path / "a.zip", {"submission.csv": b"id\n", "__MACOSX/._submission.csv": b"1"}).read_bytes()
+    several = write_zip(tmp_path / "b.zip", {"a.csv": b"1", "b.csv": b"2"}).read_bytes()
+    members = {"set/sample_submission.csv.zip": csv, "set/train.CSV.ZIP": csv, "more.csv.zip": several, "a.zip": csv}
+    assert contents(extract_zip(write_zip(tmp_path / "download.zip", members), cache)) == {
+        "set/sample_submission.csv": b"id\n",
+        "set/train.CSV": b"id\n",
+        "more.csv/a.csv": b"1",
+        "more.csv/b.csv": b"2",
+        "a/submission.csv": b"id\n",
+    }
+
+
 def test_an_unsafe_zip_in_a_zip_is_refused(tmp_path, cache):
     inner = write_zip(tmp_path / "train.zip", {"../bee.jpg": b"1"}).read_bytes()
     with pytest.raises(UserError, match=r"train\.zip: member '\.\./bee\.jpg' would be written outside the folder"):

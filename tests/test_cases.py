@@ -1,9 +1,11 @@
 """Datasets as people bring them, from the folder to the rows of the csv: the color of each image tells its class."""
 
 import csv
+import gzip
 import io
 import shutil
 import unicodedata
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,6 +184,87 @@ def test_a_template_beside_the_dataset_is_found(tmp_path):
         data = open_right(place, names)
         assert words_of(data, names) == expect(names) and data.template_path.parent.samefile(root.parent)
         assert "in the folder above" in "\n".join(describe_layout(data))
+
+
+def zip_of(folder: Path, path: Path) -> Path:
+    """A zip of a folder's content, as it is downloaded."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, file.relative_to(folder))
+    return path
+
+
+def pack(path: Path, kind: str) -> None:
+    """Replace a csv by a zip or gz that holds it."""
+    packed = path.with_name(f"{path.name}.{kind}")
+    if kind == "gz":
+        packed.write_bytes(gzip.compress(path.read_bytes()))
+    else:
+        with zipfile.ZipFile(packed, "w") as archive:
+            archive.write(path, path.name)
+    path.unlink()
+
+
+@pytest.mark.parametrize("wrapped", ["", "animals"])
+def test_what_lies_beside_a_zip_is_found_or_named(wrapped, tmp_path):
+    root = write(tmp_path / "unpacked" / wrapped)
+    path = zip_of(tmp_path / "unpacked", tmp_path / "downloads" / "data.zip")
+    template(path.parent, "id,species", "bee")
+    template(path.parent, "id,species", "bee", "x{}", file="other_sample.csv")
+    (path.parent / "train.csv.gz").write_bytes(b"")
+    data = open_right(path, ANIMALS)
+    assert words_of(data, ANIMALS) == expect(ANIMALS)
+    said = "\n".join(describe_layout(data))
+    assert f"sample_submission.csv in {path.parent.resolve()} lists exactly the 6 test images" in said
+    assert "ignored     1 ../other_sample.csv (lists other images), 1 ../train.csv.gz" in said
+    template(root, "id,species", "lion")
+    inside = open_right(zip_of(tmp_path / "unpacked", path), ANIMALS)
+    assert inside.template_path.parent == inside.root
+
+
+def test_labels_beside_a_zip_are_read_with_labels_csv(tmp_path):
+    root = write_table(tmp_path / "unpacked")
+    labels = (root / "train.csv").rename(tmp_path / "train.csv")
+    path = zip_of(root, tmp_path / "data.zip")
+    with pytest.raises(UserError, match=r"csv beside the zip \(train\.csv\), add --labels_csv"):
+        find_data(RunArguments(data_dir=str(path)))
+    data = open_right(path, ANIMALS, labels_csv=str(labels))
+    assert data.sources == [labels] and not data.ignored
+
+
+@pytest.mark.parametrize("is_zip", [False, True])
+@pytest.mark.parametrize("kind", ["zip", "gz"])
+def test_a_packed_template_and_packed_labels_are_read(kind, is_zip, tmp_path):
+    root = template(write_table(tmp_path / "data"), "image_id,label", "bee", "10{}.jpg", 3)
+    for name in ("sample_submission.csv", "train.csv"):
+        pack(root / name, kind)
+    data = open_right(zip_of(root, tmp_path / "data.zip") if is_zip else root, ANIMALS)
+    assert words_of(data, ANIMALS) == {f"10{i}.jpg": name for i, name in enumerate(ANIMALS)} and not data.ignored
+
+
+def test_a_packed_csv_beside_the_csv_itself_is_not_a_second_one(tmp_path):
+    root = template(write_table(tmp_path / "data"), "image_id,label", "bee", "10{}.jpg", 3)
+    for name in ("sample_submission.csv", "train.csv"):
+        content = (root / name).read_text()
+        pack(root / name, "zip")
+        (root / name).write_text(content)
+    data = open_right(root, ANIMALS)
+    assert data.template_path.name == "sample_submission.csv" and data.ignored == {"*.zip": 2}
+
+
+@pytest.mark.parametrize("place", ["data", "."])
+def test_a_csv_that_gives_the_labels_is_not_the_template(place, tmp_path):
+    root = write_table(tmp_path / "data", file="sample_labels.csv")
+    shutil.rmtree(root / "test_images")
+    labels = (root / "sample_labels.csv").rename(tmp_path / place / "sample_labels.csv")
+    data = open_right(root, ANIMALS, labels_csv=str(labels))
+    assert data.template_path is None and data.test_files == []
+
+
+def test_resampled_labels_are_labels(tmp_path):
+    data = open_right(write_table(tmp_path / "data", file="train_resampled.csv"), ANIMALS)
+    assert data.template_path is None and [path.name for path in data.sources] == ["train_resampled.csv"]
 
 
 @pytest.mark.parametrize("test", ["test/unknown/{}.jpg", "Test/{}.jpg", "test/images/{}.jpg", "test_images/a/{}.jpg"])

@@ -12,7 +12,7 @@ from data_loading import describe_layout, main, open_data
 from transfer import submission
 from transfer.config import SUBMISSION_LABELS
 from transfer.data.labels import match_ids, name_test_images
-from transfer.data.listing import NATURAL_ORDER
+from transfer.data.listing import NATURAL_ORDER, choose_templates
 from transfer.errors import UserError
 from transfer.evaluation.predictions import Predictions, average_probabilities, fit_temperature
 from transfer.submission import Classes, decide_form, form_of
@@ -265,6 +265,19 @@ def test_the_template_is_found_above_the_root_if_it_lists_the_test_images(tmp_pa
     assert open_data(str(root)).template_path == root / "sample_submission.csv"
 
 
+@pytest.mark.parametrize(
+    ("name", "is_template"),
+    [
+        *((name, True) for name in ("sample_submission.csv", "SampleSubmission.csv", "submissionSample.csv")),
+        *((name, True) for name in ("samplesubmission.csv.zip", "samples.tsv", "My Template.csv.gz")),
+        *((name, False) for name in ("train_upsampled.csv", "train_resampled.csv", "subsample.csv")),
+        *((name, False) for name in ("sampled.csv", "DownSampler.csv", "sample_submission.txt", "sample.zip")),
+    ],
+)
+def test_a_template_has_the_word_sample_in_its_name(name, is_template):
+    assert choose_templates([name]) == [name] * is_template
+
+
 def test_two_templates_above_that_both_fit_are_refused(tmp_path):
     root = write_data(tmp_path / "up" / "d", ANIMALS)
     for name in ("template.csv", "sample.csv"):
@@ -279,7 +292,7 @@ def test_the_template_can_be_given(tmp_path, capsys):
     (tmp_path / "far" / "mine.tsv").write_text(rows("wolf").replace(",", "\t"))
     main([str(root), "--template", str(tmp_path / "far" / "mine.tsv")])
     out = capsys.readouterr().out
-    assert "mine.tsv as given lists exactly" in out
+    assert f"mine.tsv in {(tmp_path / 'far').resolve()} lists exactly" in out
     assert "labels      written as class names, as in mine.tsv" in out
 
 

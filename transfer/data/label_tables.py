@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transfer.data.labels import SEPARATORS, read_csv_text, split_rows
-from transfer.data.listing import file_name, find_split_folder, list_files_above, list_folder, normal_name
+from transfer.data.listing import (
+    file_name,
+    find_split_folder,
+    is_template_name,
+    list_csv_files,
+    list_files_above,
+    list_folder,
+    normal_name,
+)
 from transfer.errors import UserError
 
 MOST_TABLE_BYTES = 64 * 2**20  # a larger file is read only if --labels_csv names it
@@ -127,8 +135,8 @@ def read_label_table(path: Path, names: ImageNames, base: str = "") -> LabelTabl
 
 def list_tables(folder: Path, names: Sequence[str]) -> list[Path]:
     """The files in a folder, of these names, that may hold labels; templates and lists of test images are left out."""
-    not_labels = re.compile(r"(?i)sample|template|submission|^test")
-    named = [name for name in names if re.search(r"(?i)\.(csv|tsv|txt)$", name) and not not_labels.search(name)]
+    found = list_csv_files(names, "csv|tsv|txt")
+    named = [name for name in found if not (is_template_name(name) or re.search(r"(?i)submission|^test", name))]
     paths = [folder / name for name in named if (folder / name).is_file()]  # not a link to nothing
     return [path for path in paths if path.stat().st_size <= MOST_TABLE_BYTES]
 

@@ -11,7 +11,7 @@ import re
 import unicodedata
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +24,8 @@ from transfer.data.listing import (
     file_name,
     image_id_of,
     list_class_folders,
-    list_files_above,
+    list_files,
+    list_unread,
     natural_key,
     normal_name,
     read_lines,
@@ -352,10 +353,12 @@ def render_submission(template: pd.DataFrame, label_of_id: Mapping[str, int]) ->
     return render_rows(template, {i: [str(operator.index(label))] for i, label in label_of_id.items()})
 
 
-def find_template_above(root: Path, files: Sequence[str]) -> Path | None:
-    """The only template in the folder above the root that lists test images of `files`. Raises `UserError`."""
-    folder = root.absolute().parent
-    found = [folder / name for name in choose_templates(list_files_above(root))]
+def find_template_above(folder: Path, files: Sequence[str], read: Collection[Path] = ()) -> Path | None:
+    """The only template in a folder above that lists test images of `files`; none of those `read` for something else.
+
+    Raises `UserError`.
+    """
+    found = [folder / name for name in list_unread(folder, choose_templates(list_files(folder)), read)]
     fitting = [path for path in found if match_ids(files, _ids_of(path))]
     if len(fitting) > 1:
         raise UserError(

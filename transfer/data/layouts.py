@@ -362,8 +362,9 @@ class LabelTables:
         return class_ids, class_ids, f"{labels.source} {NATURALLY}"
 
     def read(self, root: Path, options: DataOptions) -> DatasetFiles:
-        files, template = list_labeled(root, options), options.template_path or find_template(root)
+        files = list_labeled(root, options)
         labels = label_images(root, files, options)
+        template = options.template_path or find_template(root, labels.tables)
         label_of, classes_file = labels.label_of, options.classes_path
         class_ids = order_used_labels(root, set(label_of.values()), classes_file, labels.source)
         number = {class_id: label for label, class_id in enumerate(class_ids)}

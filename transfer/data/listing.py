@@ -8,7 +8,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from pathlib import Path
 
 from PIL import Image
@@ -93,12 +93,17 @@ def list_folder(folder: Path) -> tuple[list[str], list[str]]:
     return sorted(n for n, is_dir in kinds if not is_dir), sorted(n for n, is_dir in kinds if is_dir)
 
 
-def list_files_above(root: Path) -> list[str]:
-    """Sorted names of the files in the folder above; empty if it may not be listed, as on some clusters."""
+def list_files(folder: Path) -> list[str]:
+    """Sorted names of the files in a folder; empty if it may not be listed, as on some clusters."""
     try:
-        return list_folder(root.absolute().parent)[0]
+        return list_folder(folder)[0]
     except UserError:
         return []
+
+
+def list_files_above(root: Path) -> list[str]:
+    """Sorted names of the files in the folder above; empty if it may not be listed."""
+    return list_files(root.absolute().parent)
 
 
 def list_visible_folders(folder: Path) -> list[str]:
@@ -227,16 +232,37 @@ def list_unused(root: Path, used: Set[str]) -> tuple[Counter[str], Counter[str]]
 # Templates and archives
 
 
+def list_csv_files(names: Sequence[str], endings: str = "csv|tsv") -> list[str]:
+    """The names with these endings, also as .csv.zip or .csv.gz, unless the csv itself is among the names."""
+    found = [name for name in names if re.search(rf"(?i)\.({endings})(\.(zip|gz))?$", name)]
+    return [name for name in found if (plain := re.sub(r"(?i)\.(zip|gz)$", "", name)) == name or plain not in names]
+
+
+def is_template_name(name: str) -> bool:
+    """Whether a file name has "template" or the word "sample" in it: train_resampled.csv is not a template."""
+    start = r"(?i:(?<![^\W\d_])|(?<=submission))(?i:sample)|(?<=[a-z])Sample"
+    return bool(re.search(rf"(?i:template)|({start})(?i:(?![dr]))", name))
+
+
 def choose_templates(names: Sequence[str]) -> list[str]:
-    """submission_sample.csv if it is among the names, else every csv with "sample" or "template" in its name."""
+    """submission_sample.csv if it is among the names, else every csv that is called as templates are."""
     if TEMPLATE_NAME in names:
         return [TEMPLATE_NAME]
-    return [name for name in names if re.search(r"(?i)(sample|template).*\.[ct]sv$", name)]
+    return list(filter(is_template_name, list_csv_files(names)))
 
 
-def find_template(root: Path) -> Path | None:
-    """The submission template in a dataset's root. Raises `UserError` if several files could be it."""
-    found = choose_templates(list_folder(root)[0])
+def list_unread(folder: Path, names: Sequence[str], read: Collection[Path]) -> list[str]:
+    """The names in a folder that are not those of files that were read, such as a csv of labels."""
+    known = {path.resolve() for path in read}
+    return [name for name in names if (folder / name).resolve() not in known]
+
+
+def find_template(root: Path, read: Collection[Path] = ()) -> Path | None:
+    """The submission template in a dataset's root, none of the files that were `read` for something else.
+
+    Raises `UserError` if several files could be it.
+    """
+    found = list_unread(root, choose_templates(list_folder(root)[0]), read)
     if len(found) > 1:
         raise UserError(
             f"{root}: {' and '.join(found)} could each be the template; "

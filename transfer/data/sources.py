@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import os
+import shutil
 import stat
 import zipfile
 import zlib
@@ -33,6 +34,8 @@ MAX_TOTAL_BYTES = 20 * 2**30  # the competition's zip unpacks to 0.1 GB; this is
 MAX_RATIO = 200  # photographs hardly shrink, and deflate cannot shrink anything more than 1032-fold
 RATIO_CHECKED_FROM = 10 * 2**20  # bytes; a smaller member may be a table of zeros
 DISK_BLOCK = 4096  # bytes; a file takes whole blocks
+CSV_SUFFIXES = (".csv", ".tsv")
+ZIP_FORMAT = 2  # of zips that hold a packed csv; increase it when they are unpacked in another way
 
 # What zipfile raises for damaged bytes, besides OSError. A damaged version number reads as an unknown format.
 DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, UnicodeDecodeError)
@@ -109,6 +112,8 @@ def _check_members(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
 def _content_key(members: Sequence[zipfile.ZipInfo]) -> str:
     """Hash of the names, sizes and checksums in the zip's directory; a copy of the zip has the same one."""
     digest = hashlib.blake2b(digest_size=8)
+    if any(m.filename.lower().endswith(tuple(f"{suffix}.zip" for suffix in CSV_SUFFIXES)) for m in members):
+        digest.update(f"{ZIP_FORMAT}\n".encode())
     for m in members:
         digest.update(f"{m.filename}\0{m.file_size}\0{m.CRC}\n".encode())
     return digest.hexdigest()
@@ -138,7 +143,8 @@ def _extract(path: Path, members: Sequence[zipfile.ZipInfo], folder: Path) -> No
 def _extract_nested(folder: Path) -> None:
     """Unpack the zips that lie in an unpacked zip, each into a folder of its name; they are removed.
 
-    Competitions often hand out one zip that holds train.zip and test.zip. Raises `UserError`.
+    Competitions often hand out one zip that holds train.zip and test.zip. A lone csv, as in sample_submission.csv.zip,
+    gets no folder. Raises `UserError`.
     """
     found = [p for p in folder.rglob("*") if p.suffix.lower() == ".zip" and p.is_file() and not p.name.startswith(".")]
     for path in sorted(found):
@@ -150,7 +156,12 @@ def _extract_nested(folder: Path) -> None:
         inside.mkdir()
         check_free_space(folder.parent, sum(m.file_size for m in members), f"{path}: unpacking it")
         _extract(path, members, inside)
-        path.unlink()
+        if len(members) == 1 and all(n.lower().endswith(CSV_SUFFIXES) for n in (inside.name, members[0].filename)):
+            (inside / members[0].filename).replace(path)
+            shutil.rmtree(inside)
+            path.rename(inside)
+        else:
+            path.unlink()
 
 
 def extract_zip(zip_path: Path, cache_dir: Path | None = None, ignored: Counter[str] | None = None) -> Path:
@@ -165,7 +176,7 @@ def extract_zip(zip_path: Path, cache_dir: Path | None = None, ignored: Counter[
     """
     cache_dir = cache_dir or datasets_cache("unpacked")
     ignored = Counter() if ignored is None else ignored
-    memory = cache_dir / f".{listing_key(zip_path.parent, [zip_path.name])}.json"
+    memory = cache_dir / f".{ZIP_FORMAT}-{listing_key(zip_path.parent, [zip_path.name])}.json"
     # It may not be there, or another process may be writing it.
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         remembered = json.loads(memory.read_bytes())
