@@ -53,6 +53,7 @@ def decide(tmp_path, folders, text, order=NATURAL_ORDER, names=None, asked=None)
 
 NUMBERED = ["1", "2", "3"]
 WNIDS = ["n03", "n01", "n02"]
+PADDED = "column label of train.csv in natural order"
 DECIDED = [  # folders, template rows, what gave the order, words
     (ANIMALS, rows("bee"), None, ANIMALS),
     (ANIMALS, "id,label\n0,bee\n1,wolf\n", None, ANIMALS),
@@ -65,6 +66,9 @@ DECIDED = [  # folders, template rows, what gave the order, words
     (["2", "5", "11"], rows("11"), None, ["2", "5", "11"]),
     (["001", "002", "003"], rows("0"), None, ["1", "2", "3"]),
     (["001", "002", "003"], rows("001"), None, ["001", "002", "003"]),
+    (["007", "012"], rows("007"), PADDED, ["007", "012"]),
+    (["007", "012"], rows("12"), PADDED, ["7", "12"]),
+    (["7", "12"], rows("0"), PADDED, ["7", "12"]),
     (["caf\u00e9", "bar"], rows("cafe\u0301"), None, ["cafe\u0301", "bar"]),
     (["cafe\u0301", "bar"], rows("caf\u00e9"), None, ["caf\u00e9", "bar"]),
     (["0.5", "1.0"], rows("0.5"), None, ["0.5", "1.0"]),
@@ -123,6 +127,14 @@ UNDECIDED = [
     (["1", "2", "3"], "id,label\n0,0\n1,1\n2,2\n3,4\n", None, "do not show"),
     (["3", "1", "2"], rows("1"), "classes.txt", "do not show"),
     (["01", "02", "10"], rows("10"), None, "do not show"),
+    (
+        ["007", "012"],
+        rows("0"),
+        PADDED,
+        "whether labels are written as the text '007' or as the number 7",
+    ),
+    (["007", "012"], rows(""), PADDED, "--submission_labels wnid (the text) or folder (the number)"),
+    (["00", "01"], rows("0"), PADDED, "as the text '00' or as the number 0"),
     (["cat", "dog"], rows("0.5"), None, "does not say of which ('cat', 'dog')"),
     (ANIMALS, rows("0.3,0.3,0.4", "id,bee,lion,tiger"), None, "are not the 3 classes ('bee', 'lion', 'wolf')"),
     (ANIMALS, rows("0.5,0.5", "id,bee,lion"), None, "are not the 3 classes"),
@@ -181,6 +193,21 @@ COLUMNS = [  # folders, header, cells, label of each column
 @pytest.mark.parametrize(("folders", "header", "cells", "labels"), COLUMNS)
 def test_probabilities_are_joined_to_the_header_by_name(tmp_path, folders, header, cells, labels):
     assert decide(tmp_path, folders, rows(cells, header)).labels == labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "asked", "words"),
+    [
+        (["007", "012"], None, ["007", "012"]),
+        (["7", "12"], None, ["7", "12"]),
+        (["007", "012"], "folder", ["7", "12"]),
+        (["007", "012"], "wnid", ["007", "012"]),
+        (["cat", "dog"], None, ["0", "1"]),
+    ],
+)
+def test_labels_of_a_csv_keep_their_zeros_without_a_template(labels, asked, words):
+    form = decide_form(None, Classes(tuple(labels), tuple(labels), PADDED), asked)
+    assert list(form.words) == words and "folder" not in form.what
 
 
 def test_probabilities_can_be_asked_for(tmp_path):

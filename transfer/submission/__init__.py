@@ -28,7 +28,7 @@ from transfer.data.labels import (
     to_number,
 )
 from transfer.data.layouts import DatasetFiles
-from transfer.data.listing import NATURALLY, WNIDS_NAME
+from transfer.data.listing import NATURAL_ORDER, NATURALLY, WNIDS_NAME
 from transfer.errors import UserError
 
 WAY_OUT = "say how labels are written with --submission_labels index, folder, name, wnid or probability"
@@ -58,9 +58,14 @@ class Classes:
         return not self.order.endswith(NATURALLY)
 
     @property
+    def are_folders(self) -> bool:
+        """Whether the ids are the names of folders; otherwise they are labels in a csv or in file names."""
+        return self.is_ordered or self.order == NATURAL_ORDER
+
+    @property
     def id_word(self) -> str:
         """What the ids are, for messages."""
-        return "wnids" if self.order == WNIDS_NAME else "folder names"
+        return "wnids" if self.order == WNIDS_NAME else "folder names" if self.are_folders else "training labels"
 
     @cached_property
     def numbers(self) -> tuple[str, ...]:
@@ -68,6 +73,11 @@ class Classes:
         is_number = all(re.fullmatch("[0-9]{1,18}", class_id) for class_id in self.ids)
         numbers = tuple(str(int(class_id)) for class_id in self.ids) if is_number else ()
         return numbers if len(set(numbers)) == len(numbers) else ()
+
+    @property
+    def has_padded_labels(self) -> bool:
+        """Whether the ids are labels such as 007, whose text may matter; the names of folders are only numbers."""
+        return bool(self.numbers) and self.numbers != self.ids and not self.are_folders
 
     def change(self, change: Callable[[str], str]) -> "Classes":
         """The same classes, with a function applied to all names."""
@@ -244,9 +254,12 @@ class FolderForm(WordForm):
 
     @classmethod
     def make(cls, classes: Classes) -> WordForm:
-        return cls(classes, "folder numbers" if classes.numbers else classes.id_word, classes.numbers or classes.ids)
+        what = "folder numbers" if classes.are_folders else "numbers of the training labels"
+        return cls(classes, what if classes.numbers else classes.id_word, classes.numbers or classes.ids)
 
     def fits(self, values: Set[str]) -> bool:
+        if self.classes.has_padded_labels and values <= UNDECIDED:
+            return False
         return bool(self.classes.numbers) and values <= {*self.words, *UNDECIDED}
 
 
@@ -416,7 +429,7 @@ def decide_form(path: Path | None, classes: Classes, asked: str | None = None) -
     """How a submission writes labels: as `asked`, or as the template's label columns show it. Raises `UserError`."""
     shown = look_at(path)
     if path is None and asked is None:
-        asked = "folder" if classes.numbers and not classes.is_ordered else "index"
+        asked = "index" if classes.is_ordered or not classes.numbers else "folder" if classes.are_folders else "wnid"
     if asked:
         form = next((form for kind in FORMS if kind.flag == asked and (form := kind.fill(shown, classes))), None)
         if form is None:
@@ -427,6 +440,11 @@ def decide_form(path: Path | None, classes: Classes, asked: str | None = None) -
         found = [form for kind in FORMS if (form := kind.recognize(shown, spelled))]
         if len({form.words for form in found}) == 1:
             return found[0]
+    if classes.has_padded_labels and shown.values <= UNDECIDED:
+        raise UserError(
+            f"{path}: does not show whether labels are written as the text {classes.ids[0]!r} or as the number "
+            f"{classes.numbers[0]}; say so with --submission_labels wnid (the text) or folder (the number)"
+        )
     order = "" if classes.is_ordered else "; there is no wnids.txt, which gives every class its label"
     raise UserError(
         f"{path}: the labels {show_first(sorted(shown.values))} do not show how the classes "
