@@ -17,6 +17,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import pyarrow as pa
 from accelerate import PartialState
 from transformers.hf_argparser import string_to_bool
@@ -24,18 +25,28 @@ from transformers.hf_argparser import string_to_bool
 from transfer.config import SUBMISSION_LABELS, RunArguments
 from transfer.data.images import scan_images
 from transfer.data.label_tables import DataOptions, list_tables
-from transfer.data.labels import check_template, find_template_above, name_test_images, read_template
-from transfer.data.layouts import DatasetFiles, Layout, find_layout
+from transfer.data.labels import (
+    check_template,
+    find_doubtful_value,
+    find_template_above,
+    match_ids,
+    name_test_images,
+    read_template,
+)
+from transfer.data.layouts import DatasetFiles, LabelTables, Layout, find_layout
 from transfer.data.listing import (
     TEMPLATE_NAME,
     WNIDS_NAME,
     choose_templates,
     file_name,
+    find_split_folder,
     find_template,
     list_csv_files,
     list_files,
+    list_images_below,
     list_unread,
     list_unused,
+    list_visible_folders,
     normal_name,
     show_names,
 )
@@ -61,6 +72,18 @@ CONFLICTS_SHOWN = 10  # pictures with several labels that are named
 # From a path to the files of a dataset
 
 
+def _explain_no_test(data: DatasetFiles, template: pd.DataFrame) -> str:
+    """Why there are no test images, and which folder may hold those that a template lists."""
+    if folder := find_split_folder(data.root, "test"):
+        return f"{folder}/ has no images; add them, or move the template out of the dataset"
+    ids, used = set(template.iloc[:, 0]), set(data.files)
+    for name in list_visible_folders(data.root):
+        files = [file for file in list_images_below(data.root, name) if file not in used]
+        if files and len(match_ids(files, ids)) == min(len(files), len(ids)):
+            return f"there is no test folder; rename {name}/ to test/"
+    return "there is no test folder; add the images as test/, or move the template out of the dataset"
+
+
 def join_template(data: DatasetFiles, template_path: Path | None, above: Sequence[Path] = ()) -> DatasetFiles:
     """The dataset with the ids and the template of its submission.
 
@@ -75,6 +98,8 @@ def join_template(data: DatasetFiles, template_path: Path | None, above: Sequenc
         data = replace(data, test_ids=name_test_images(data.root, files))
     else:
         template = read_template(path)
+        if not files and not data.kind.startswith("Hub dataset"):
+            raise UserError(f"{path}: lists {len(template)} test images, but {_explain_no_test(data, template)}")
         ids = name_test_images(data.root, files, set(template.iloc[:, 0]))
         # Some templates omit test images that the grader expects; the competition's own template is complete.
         may_be_short = not (data.root / WNIDS_NAME).is_file()
@@ -345,6 +370,17 @@ def _describe_unreadable(data: DatasetFiles) -> list[str]:
     return [f"warning     {len(data.unreadable)} images cannot be read and are left out: {', '.join(data.unreadable)}"]
 
 
+def _describe_encodings(data: DatasetFiles) -> list[str]:
+    """Warnings about csv files whose text may be wrong, since nothing says in which encoding they are."""
+    tables = data.sources if data.kind == LabelTables.kind else []
+    values = {path.name: find_doubtful_value(path) for path in [*tables, *filter(None, [data.template_path])]}
+    return [
+        f"warning     {name} was read as Windows-1252: {value}; if that looks wrong, save the file as UTF-8"
+        for name, value in values.items()
+        if value
+    ]
+
+
 def describe_layout(data: DatasetFiles) -> list[str]:
     """What the file names show about a dataset, as lines to print."""
     kind = f"{data.kind}: " if data.kind else ""
@@ -362,6 +398,7 @@ def describe_layout(data: DatasetFiles) -> list[str]:
         f"ignored     {ignored}",
         *_describe_unused(data.unused_images),
         *_describe_unreadable(data),
+        *_describe_encodings(data),
         f"template    {_describe_template(data)}",
         f"labels      {_describe_labels(data)}",
     ]

@@ -262,6 +262,38 @@ def test_a_csv_that_gives_the_labels_is_not_the_template(place, tmp_path):
     assert data.template_path is None and data.test_files == []
 
 
+@pytest.mark.parametrize(("encoding", "shown"), [("cp1251", "'ï÷åëà'"), ("cp1252", "'bï'"), ("utf-8", None)])
+def test_text_without_a_known_encoding_is_shown(encoding, shown, tmp_path):
+    bee = "bï" if encoding == "cp1252" else "пчела"
+    names = [bee, *ANIMALS[1:]]
+    root = template(write_table(tmp_path / "data", names), "image_id,label", bee, "10{}.jpg", 3)
+    for name in ("train.csv", "sample_submission.csv"):
+        (root / name).write_bytes((root / name).read_text(encoding="utf-8").encode(encoding))
+    lines = describe_layout(find_data(RunArguments(data_dir=str(root))))
+    ending = f"was read as Windows-1252: {shown}; if that looks wrong, save the file as UTF-8"
+    wanted = [f"warning     {name} {ending}" for name in ("train.csv", "sample_submission.csv") if shown]
+    assert [line for line in lines if line.startswith("warning")] == wanted
+
+
+@pytest.mark.parametrize(
+    ("test", "told"),
+    [
+        ("test_stg1/{}.jpg", "there is no test folder; rename test_stg1/ to test/"),
+        ("to_predict/a/{}.jpg", "there is no test folder; rename to_predict/ to test/"),
+        ("extra/x{}.jpg", "there is no test folder; add the images as test/"),
+        ("test/{}.heic.txt", "test/ has no images; add them"),
+    ],
+)
+def test_a_template_without_test_images_says_where_they_may_be(test, told, tmp_path):
+    root = template(write(tmp_path / "data", test=None), "id,label", "bee")
+    save(paint(2, 0), root / "notes" / "picture.jpg")
+    for i in range(6):
+        file = root / test.format(i)
+        save(paint(2, i), file) if file.suffix == ".jpg" else (file.parent.mkdir(exist_ok=True), file.touch())
+    with pytest.raises(UserError, match=rf"sample_submission\.csv: lists 6 test images, but {told}"):
+        find_data(RunArguments(data_dir=str(root)))
+
+
 def test_resampled_labels_are_labels(tmp_path):
     data = open_right(write_table(tmp_path / "data", file="train_resampled.csv"), ANIMALS)
     assert data.template_path is None and [path.name for path in data.sources] == ["train_resampled.csv"]

@@ -188,6 +188,13 @@ def read_csv_text(path: Path) -> tuple[str, str]:
     raise UserError(f"{path}: is not a text file")
 
 
+def find_doubtful_value(path: Path) -> str | None:
+    """A value that looks wrong if Windows-1252 is not the encoding of a csv that was read so. Raises `UserError`."""
+    text, encoding = read_csv_text(path)
+    found = re.search(r"[^,;\t\n\"]*[^\0-\x7f][^,;\t\n\"]*", text) if encoding == "cp1252" else None
+    return shorten(found[0].strip()) if found else None
+
+
 def find_separator(text: str) -> str:
     """The separator that splits the first line that is not blank into most cells; a comma if none does."""
     line = next((line for line in text.splitlines() if line.strip()), "")
