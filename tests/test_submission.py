@@ -57,6 +57,7 @@ def test_a_template_is_read_as_text_with_its_own_header(write, header, mark, end
         ("", "is empty"),
         (b"\xff\xfe\0", "is not a text file"),
         (b"\x89PNG\r\n\x1a\n", "is not a text file"),
+        ("image_id,label\na,\u4e02\n".encode("gbk"), "or its encoding is unknown; save it as UTF-8"),
         ("image_id,label\n", "has no rows"),
         ("image_id\na\n", "line 1 has 1 columns"),
         ("image_id,label,usage\na,0,x\n", "line 1 has 3 columns"),

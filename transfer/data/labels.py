@@ -185,7 +185,7 @@ def read_csv_text(path: Path) -> tuple[str, str]:
             text = content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
             if not re.search(r"[\0-\x08\x0e-\x1f]", text):
                 return text, re.sub("-(sig|le|be)", "", encoding)
-    raise UserError(f"{path}: is not a text file")
+    raise UserError(f"{path}: is not a text file, or its encoding is unknown; save it as UTF-8")
 
 
 def find_doubtful_value(path: Path) -> str | None:
