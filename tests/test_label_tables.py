@@ -248,6 +248,53 @@ def test_a_csv_that_contradicts_the_class_folders_is_used_only_if_it_is_named(tm
     assert is_right(open_data(str(root), labels_csv=str(root / "train.csv")))
 
 
+def sort_into(root: Path, folders: str) -> Path:
+    """The images of `write_table`, moved into folders of the training folder, in turn."""
+    for i in range(18):
+        file = root / "train_images" / f"{i:03d}.jpg"
+        (file.parent / folders[i % len(folders)]).mkdir(exist_ok=True)
+        file.rename(file.parent / folders[i % len(folders)] / file.name)
+    return root
+
+
+def write_columns(root: Path, header: str, cells: str, more="") -> None:
+    rows = [cells.format(image=f"{i:03d}.jpg", n=i, two=i % 2, three=i % 3, four=i % 4) for i in range(18)]
+    (root / "train.csv").write_text("\n".join([header, *rows]) + f"\n{more}")
+
+
+@pytest.mark.parametrize(
+    ("header", "cells", "more"),
+    [
+        ("image,beast", "{image},{three}", "ghost.jpg,0\n"),
+        ("image,diagnosis,age", "{image},{three},{four}", ""),
+        ("image,patient,diagnosis", "{image},p{two},{three}", ""),
+        ("image,patient,beast", "{image},p{two},{three}", ""),
+    ],
+)
+def test_folders_of_patients_are_not_the_classes_beside_a_csv_of_several_columns(header, cells, more, tmp_path):
+    root = sort_into(write_table(tmp_path / "animals"), "pq")
+    (root / "sample_submission.csv").write_text("image,beast\n100,0\n101,0\n102,0\n")
+    write_columns(root, header, cells, more)
+    with pytest.raises(UserError, match=r"train.csv: sorts the images into other classes than their folders do"):
+        open_data(str(root))
+
+
+@pytest.mark.parametrize(
+    ("header", "cells"),
+    [
+        ("subject,classname,img", "s{two},c{three},{image}"),
+        ("img,width,height,split", "{image},{two},{four},{two}"),
+        ("img,url", "{image},http://{image}"),
+        ("img,x,y", "{image},{two},{four}"),
+    ],
+)
+def test_a_csv_that_describes_the_images_of_class_folders_leaves_them_alone(header, cells, tmp_path):
+    root = sort_into(write_table(tmp_path / "drivers"), "abc")
+    write_columns(root, header, cells)
+    data = open_data(str(root))
+    assert data.class_ids == ["a", "b", "c"] and data.ignored == {"train.csv": 1}
+
+
 def test_folders_in_the_root_are_parts_of_the_images_where_a_csv_has_the_labels(tmp_path):
     root = write_table(tmp_path / "animals", folder="part1")
     shutil.rmtree(root / "test_images")

@@ -1,12 +1,20 @@
 """Labels that stand in a csv or in file names instead of folder names."""
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transfer.data.labels import SEPARATORS, read_csv_text, split_rows
-from transfer.data.listing import file_name, find_split_folder, list_files_above, list_folder, normal_name
+from transfer.data.listing import (
+    file_name,
+    find_split_folder,
+    find_template,
+    list_files_above,
+    list_folder,
+    normal_name,
+)
 from transfer.errors import UserError
 
 MOST_TABLE_BYTES = 64 * 2**20  # a larger file is read only if --labels_csv names it
@@ -164,10 +172,11 @@ def names_more_than_validation(root: Path, table: LabelTable) -> bool:
     return not table.path.is_relative_to(root / folder) and any(not f.startswith(f"{folder}/") for f in images)
 
 
-def names_labels(table: LabelTable) -> bool:
-    """Whether a table has a column that is called as labels are, or columns without names."""
+def label_names(table: LabelTable) -> list[str]:
+    """The columns that are called as labels are, or that have no name; `y` beside `x` is a coordinate."""
     is_label = re.compile(r"(?i)label|class|categor|target|species|breed|diagnosis|^(dx|y|column \d+)$")
-    return any(is_label.search(column) for column in table.columns)
+    has_x = any(column.lower() == "x" for column in table.columns)
+    return [name for name in table.columns if is_label.search(name) and not (has_x and name.lower() == "y")]
 
 
 def repeats_folders(table: LabelTable, files: Sequence[str]) -> bool:
@@ -294,16 +303,47 @@ def label_images(root: Path, files: Sequence[str], options: DataOptions) -> Foun
     return FoundLabels(label_of, source, [table.path for table in tables], group_of)
 
 
+def _folder_labels(table: LabelTable, class_of: Mapping[str, str], column: str) -> set[tuple[str, str]]:
+    """The pairs (class folder, cell of a column) of the rows that name one image each, without empty cells."""
+    found = next(iter(table.images.values()))
+    cells = zip(found, table.column(column), strict=True)
+    return {(class_of[next(iter(images))], text) for images, text in cells if len(images) == 1 and text}
+
+
+def _columns_of_template(root: Path) -> set[str]:
+    """The columns of the template in a dataset's root; none without a template, or with several."""
+    try:
+        template = find_template(root)
+        return set(_read_rows(template)[0][1]) if template else set()
+    except (UserError, IndexError):  # said when the template is read
+        return set()
+
+
+def _contradicts_folders(root: Path, table: LabelTable, class_of: Mapping[str, str]) -> bool:
+    """Whether a table seems to sort the images into other classes than their folders do.
+
+    Where several columns could be the label, one that is called so, or that the template has too, tells.
+    """
+    columns = [name for name in table.columns if name not in table.images]
+    called = {*label_names(table), *_columns_of_template(root)}
+    with contextlib.suppress(UserError):
+        columns = [choose_columns(table, DataOptions())[1]]
+        called.update(name for name in columns if len(set(table.column(name))) <= len(table.rows) / 2)
+    contradicts, agrees = [], []
+    for name in columns:
+        pairs = _folder_labels(table, class_of, name)
+        folders, labels = ({pair[side] for pair in pairs} for side in (0, 1))
+        if len(pairs) > len(folders):  # a folder has images of several labels
+            contradicts.append(name)
+        elif len(pairs) == len(labels) > 1:
+            agrees.append(name)
+    return any(name in called for name in contradicts) and not any(name in called for name in agrees)
+
+
 def check_folder_labels(root: Path, class_of: Mapping[str, str]) -> None:
     """Refuse class folders beside a csv that sorts the same images into other classes. Raises `UserError`."""
-    names = ImageNames(list(class_of))
     for table in find_label_tables(root, list(class_of)):
-        try:
-            label_of = read_labels(table, DataOptions(), names)
-        except UserError:  # it describes the images, but does not label them
-            continue
-        pairs = {(class_of[file], label) for file, label in label_of.items()}
-        if len(pairs) > len({class_id for class_id, _ in pairs}):  # a folder has images of several labels
+        if _contradicts_folders(root, table, class_of):
             raise UserError(
                 f"{table.path}: sorts the images into other classes than their folders do; use it with --labels_csv, "
                 "or move it out of the dataset"

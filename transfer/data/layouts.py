@@ -16,8 +16,8 @@ from transfer.data.label_tables import (
     check_folder_labels,
     find_label_tables,
     label_images,
+    label_names,
     list_tables,
-    names_labels,
     names_more_than_validation,
     repeats_folders,
 )
@@ -353,7 +353,7 @@ class LabelTables:
         files = list_images_below(root, without=find_split_folder(root, "test"))
         tables = find_label_tables(root, files)
         if len(list_flat_classes(root)) > 1:  # the folders may be the classes, and the table notes on the images
-            tables = [table for table in tables if names_labels(table) and not repeats_folders(table, files)]
+            tables = [table for table in tables if label_names(table) and not repeats_folders(table, files)]
         return any(names_more_than_validation(root, table) for table in tables)
 
     def read_classes(self, root: Path, options: DataOptions) -> tuple[list[str], list[str], str]:
