@@ -12,6 +12,7 @@ from test_layouts import QUICK, id2label, labels_of, paint, save, write_class_fo
 
 from data_loading import describe_layout, draw_splits, load_dataset, main, open_data
 from transfer.data import listing
+from transfer.data.splits import describe_imbalance
 from transfer.errors import UserError
 
 ANIMALS = ["bee", "lion", "wolf"]
@@ -156,6 +157,22 @@ def test_validation_images_take_their_labels_from_the_same_or_their_own_csv(tmp_
     (root / "labels.csv").write_text("path,label\n" + "\n".join(lines) + "\n")
     together = open_data(str(root))
     assert is_right(together) and together.validation_labels == [2, 2, 0]
+
+
+def test_a_class_that_only_validation_images_have_is_refused_or_left_out(tmp_path):
+    root = write_table(tmp_path / "animals", folder="train")
+    for i in range(3):
+        save(paint(2 + i, 40 + i), root / "val" / f"v{i}.jpg")
+    (root / "val.csv").write_text("image_id,label\nv0,bee\nv1,emu\nv2,wolf\n")
+    with pytest.raises(UserError, match=r"class emu has images in val/ alone \(1 such classes in all\); add images"):
+        open_data(str(root))
+    (tmp_path / "three.txt").write_text("\n".join(ANIMALS))
+    data = open_data(str(root), classes_file=str(tmp_path / "three.txt"))
+    assert is_right(data) and data.validation_labels == [0, 2] and data.left_out == 1
+
+
+def test_images_of_one_class_are_not_uneven():
+    assert describe_imbalance(["bee", "wolf"], [0] * 12) == []
 
 
 def test_a_row_never_takes_an_image_of_another_folder(tmp_path):

@@ -371,6 +371,12 @@ class LabelTables:
         used = [file for file in files if label_of.get(file) in number]
         held_out = [file for file in used if validation and file.startswith(f"{validation}/")]
         train = sorted(set(used) - set(held_out))
+        if validation and (untrained := sorted(set(class_ids) - {label_of[file] for file in train}, key=natural_key)):
+            raise UserError(
+                f"{root}: labels from {labels.source}: class {untrained[0]} has images in {validation}/ alone "
+                f"({len(untrained)} such classes in all); add images to train on, or list the other classes with "
+                "--classes_file"
+            )
         return DatasetFiles(
             kind=self.kind,
             root=root,
