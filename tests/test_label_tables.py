@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT
 from test_layouts import QUICK, id2label, labels_of, paint, save, write_class_folders
 
-from data_loading import describe_layout, draw_splits, load_dataset, main, open_data
+from data_loading import describe_layout, describe_warnings, draw_splits, load_dataset, main, open_data
+from transfer.config import RunArguments
 from transfer.data import listing
 from transfer.data.splits import describe_imbalance
 from transfer.errors import UserError
@@ -173,6 +174,42 @@ def test_a_class_that_only_validation_images_have_is_refused_or_left_out(tmp_pat
 
 def test_images_of_one_class_are_not_uneven():
     assert describe_imbalance(["bee", "wolf"], [0] * 12) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "fault"),
+    [
+        (["0", "1", "nan"], "'nan' is a missing value among numbers; give its images a number, or list the right"),
+        (["0", "1", "NULL"], "'NULL' is a missing value among numbers"),
+        (["1", "2", "1.0"], "'1' and '1.0' are the same number; write it in one way"),
+        (["1.50", "2", "1.5"], "are the same number"),
+        (["1", "01", "2"], None),
+        (["1", "nan", "two"], None),
+        (["1.0", "2.0", "2.5"], None),
+    ],
+)
+def test_numeric_labels_that_are_missing_or_written_in_two_ways_are_refused(names, fault, tmp_path):
+    root = write_table(tmp_path / "animals", names=names)
+    if fault is None:
+        assert is_right(open_data(str(root)), names)
+        return
+    with pytest.raises(UserError, match=re.escape(fault)):
+        open_data(str(root))
+    (tmp_path / "two.txt").write_text("\n".join(names[:2]))
+    assert open_data(str(root), classes_file=str(tmp_path / "two.txt")).left_out == 1
+
+
+def test_odd_names_of_classes_are_said(tmp_path):
+    def say(root: Path) -> str:
+        data = open_data(str(root))
+        return "\n".join(describe_warnings(RunArguments(data_dir=str(root)), data, load_dataset(data)))
+
+    said = say(write_table(tmp_path / "table", names=["Dog", "dog", "None"]))
+    assert "classes Dog, dog differ in upper and lower case alone" in said and "class None has the name of a m" in said
+    for k, name in enumerate(["Cat", "cat", "none"] * 3):
+        save(paint(2 + k % 3, k), tmp_path / "folders" / "train" / name / f"{k}.jpg")
+    said = say(tmp_path / "folders")
+    assert "classes Cat, cat differ" in said and "missing value" not in said
 
 
 def test_a_row_never_takes_an_image_of_another_folder(tmp_path):

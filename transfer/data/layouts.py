@@ -22,6 +22,7 @@ from transfer.data.label_tables import (
     repeats_folders,
 )
 from transfer.data.labels import (
+    find_fault_of_labels,
     match_ids,
     name_classes,
     order_labels,
@@ -341,6 +342,8 @@ def order_used_labels(root: Path, labels: Set[str], classes_file: Path | None, s
     if unknown or len(class_ids) < 2:
         what = f"no image has the class {unknown[0]} of the classes file" if unknown else "fewer than two classes"
         raise UserError(f"{root}: labels from {source}: {what}")
+    if fault := find_fault_of_labels(class_ids):
+        raise UserError(f"{root}: labels from {source}: {fault}, or list the right classes with --classes_file")
     return class_ids
 
 
