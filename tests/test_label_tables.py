@@ -160,6 +160,39 @@ def test_validation_images_take_their_labels_from_the_same_or_their_own_csv(tmp_
     assert is_right(together) and together.validation_labels == [2, 2, 0]
 
 
+@pytest.mark.parametrize("ids", ["{:04d}.JPG", "{:03d}.png", "{:d}", "{:.1f}", "Train_Images/{:03d}.Jpg", "{:d}.jpeg"])
+def test_names_are_found_in_another_case_with_another_ending_or_without_zeros(ids, tmp_path):
+    root = write_table(tmp_path / "animals")
+    lines = [f"{ids.format(i)},{ANIMALS[i % 3]}" for i in range(18)]
+    (root / "train.csv").write_text("\n".join(["id,label", *lines]) + "\n")
+    assert is_right(open_data(str(root)))
+
+
+def test_a_name_that_is_alike_never_takes_an_image_that_another_row_names(tmp_path):
+    root = write_table(tmp_path / "animals")
+    rewrite(root, lambda text: text.replace("003.jpg,bee", "003.JPG,bee"))
+    assert is_right(open_data(str(root)))
+    rewrite(root, lambda text: f"{text}0.jpg,bee\n")
+    with pytest.raises(UserError, match=r"1 rows have no image \(line 20, 0.jpg\)"):
+        open_data(str(root))
+
+
+def test_a_column_of_numbers_is_not_taken_for_names_beside_the_one_of_names(tmp_path):
+    root = write_table(tmp_path / "animals")
+    write_columns(root, "row,id,label", "{n},{image},{three}")
+    assert is_right(open_data(str(root)), ["0", "1", "2"])
+
+
+@pytest.mark.parametrize("options", [{}, {"labels_csv": "train.csv"}, {"label_column": "label"}])
+def test_a_csv_that_names_no_image_is_shown_beside_the_first_image(options, tmp_path):
+    root = write_table(tmp_path / "animals", ids="id_{}")
+    with pytest.raises(
+        UserError,
+        match=r"train.csv: no column names the images: the first one has 'id_000', .* is train_images/000.jpg",
+    ):
+        open_data(str(root), **options)
+
+
 def test_a_class_that_only_validation_images_have_is_refused_or_left_out(tmp_path):
     root = write_table(tmp_path / "animals", folder="train")
     for i in range(3):

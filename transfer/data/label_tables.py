@@ -1,18 +1,21 @@
 """Labels that stand in a csv or in file names instead of folder names."""
 
 import contextlib
+import functools
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transfer.data.labels import SEPARATORS, read_csv_text, split_rows
+from transfer.data.labels import SEPARATORS, plain_id, read_csv_text, shorten, split_rows
 from transfer.data.listing import (
     file_name,
     find_split_folder,
     find_template,
     list_files_above,
     list_folder,
+    natural_key,
     normal_name,
 )
 from transfer.errors import UserError
@@ -59,6 +62,12 @@ class FoundLabels:
     group_of: dict[str, str] = field(default_factory=dict)  # of the same images, with --group_column
 
 
+def _plain_path(path: str) -> str:
+    """A path without case, known ending, leading zeros, and the `.0` of an id that a program took for a number."""
+    folder, slash, name = path.rpartition("/")
+    return folder.casefold() + slash + plain_id(re.sub(r"^([0-9]+)\.0+$", r"\1", name))
+
+
 class ImageNames:
     """Which images a name can mean: a path or the last parts of one, with or without the extension."""
 
@@ -74,10 +83,42 @@ class ImageNames:
                 self.stems.setdefault(ending.rpartition(".")[0], set()).update(found)
         self.path_stems = {path.rpartition(".")[0]: self.stems[path.rpartition(".")[0]] for path in self.paths}
 
+    @functools.cached_property
+    def plain(self) -> dict[str, set[str]]:
+        """The images of every path, and of the last parts of one, without what `_plain_path` leaves out."""
+        images: dict[str, set[str]] = {}
+        for path, found in self.paths.items():
+            parts = _plain_path(path).split("/")
+            for i in range(len(parts)):
+                images.setdefault("/".join(parts[i:]), set()).update(found)
+        return images
+
+    @staticmethod
+    def _read(value: str, base: str) -> tuple[str, str]:
+        """(the path in a cell, the same below the folder `base`)."""
+        name = normal_name(value.strip().replace("\\", "/")).removeprefix("./")
+        return name, f"{base}/{name}" if base else name
+
+    def find_all(self, values: Sequence[str], base: str = "") -> list[set[str]]:
+        """The images that each value can mean; one that means none may mean an image that no other value means.
+
+        It then has the image's name in another case, with another ending, or without leading zeros.
+        """
+        found = [self.find(value, base) for value in values]
+        alike: dict[str, set[str]] = {}
+        for value in {value for value, images in zip(values, found, strict=True) if not images}:
+            name, here = (_plain_path(path) for path in self._read(value, base))
+            images = (self.plain.get(here) or self.plain.get(name) or set()) if name else set()
+            alike[value] = images if len(images) == 1 else set()
+        meant = Counter(file for images in [*alike.values(), set().union(*found)] for file in images)
+        return [
+            images or {file for file in alike[value] if meant[file] == 1}
+            for value, images in zip(values, found, strict=True)
+        ]
+
     def find(self, value: str, base: str = "") -> set[str]:
         """The images that `value` can mean, where a path may start in the folder `base` or far above the root."""
-        name = normal_name(value.strip().replace("\\", "/")).removeprefix("./")
-        here = f"{base}/{name}" if base else name
+        name, here = self._read(value, base)
         for table, key in ((self.paths, here), (self.endings, name), (self.path_stems, here), (self.stems, name)):
             if name and key in table:
                 return table[key]
@@ -121,11 +162,17 @@ def read_label_table(path: Path, names: ImageNames, base: str = "") -> LabelTabl
     for line, cells in rows:
         if len(cells) != width:
             raise UserError(f"{path}: line {line} has {len(cells)} columns, but line {rows[0][0]} has {width}")
+    columns_of_cells = [[cells[position] for _, cells in rows] for position in range(width)]
     images = {}
-    for position in range(width):
-        found = [names.find(cells[position], base) for _, cells in rows]
+    for position, values in enumerate(columns_of_cells):
+        found = [names.find(value, base) for value in values]
         if 2 * len(set().union(*found)) >= max(len(rows) - 1, 1) and any(found):
-            images[position] = found
+            images[position] = found if all(found[1:]) else [*found[:1], *names.find_all(values, base)[1:]]
+    if not images:  # names that are written otherwise must be those of more images: numbers may count anything
+        for position, values in enumerate(columns_of_cells):
+            found = names.find_all(values, base)
+            if len(set().union(*found)) >= max((len(rows) - 1) / 2, len(names.paths) / 4, 1):
+                images[position] = found
     has_header = bool(rows) and not any(found[0] for found in images.values())
     columns = [cell.strip() for cell in rows[0][1]] if has_header else [f"column {n + 1}" for n in range(width)]
     if len(set(columns)) < width:
@@ -163,6 +210,23 @@ def find_label_tables(root: Path, files: Sequence[str]) -> list[LabelTable]:
         if tables:
             return tables
     return []
+
+
+def describe_unmatched(root: Path, files: Sequence[str]) -> str:
+    """What to say of the first csv in the root, train/ or val/ whose cells name no image; empty if there is none."""
+    for place in ["", *(folder for split in ("train", "val") if (folder := find_split_folder(root, split)))]:
+        for path in list_tables(root / place, list_folder(root / place)[0]) if files else []:
+            with contextlib.suppress(UserError):
+                table = read_label_table(path, ImageNames(files), place)
+                if len(table.columns) > 1 and not table.images and len(table.rows) > 1:
+                    return _show_unmatched(table, files)
+    return ""
+
+
+def _show_unmatched(table: LabelTable, files: Sequence[str]) -> str:
+    """The first cell of a table that names no image, beside the name of the first image."""
+    cell, file = shorten(table.rows[0][1][0]), min(files, key=natural_key)
+    return f"{table.path}: no column names the images: the first one has {cell}, and the first image is {file}"
 
 
 def names_more_than_validation(root: Path, table: LabelTable) -> bool:
@@ -216,7 +280,7 @@ def read_labels(table: LabelTable, options: DataOptions, names: ImageNames) -> d
     """The label of every image that a table names. Raises `UserError`."""
     image, label = choose_columns(table, options)
     values, labels = table.column(image), table.column(label)
-    found = table.images.get(image) or [names.find(value) for value in values]
+    found = table.images.get(image) or names.find_all(values)
     label_of: dict[str, str] = {}
     faults: dict[str, list[str]] = {}
     for (line, _), value, images, text in zip(table.rows, values, found, labels, strict=True):
@@ -240,7 +304,12 @@ def _choose_tables(root: Path, files: Sequence[str], options: DataOptions, names
         path = Path(options.labels_csv).expanduser()
         path = path if path.is_file() else root / options.labels_csv
         base = path.parent.relative_to(root).as_posix() if path.is_relative_to(root) else ""
-        return [read_label_table(path, names, base.strip("."))]
+        named = read_label_table(path, names, base.strip("."))
+        if not named.images and options.image_column is None and named.rows and files:
+            raise UserError(
+                f"{_show_unmatched(named, files)}; correct the names, or choose the column with --image_column"
+            )
+        return [named]
     template, validation = options.template_path, find_split_folder(root, "val")
     tables = [
         table
@@ -248,7 +317,12 @@ def _choose_tables(root: Path, files: Sequence[str], options: DataOptions, names
         if not (template and template.is_file() and template.samefile(table.path))
     ]
     if not tables:
-        raise UserError(f"{root}: has no csv that names its images; give one with --labels_csv")
+        unmatched = describe_unmatched(root, files)
+        raise UserError(
+            f"{unmatched}; correct the names"
+            if unmatched
+            else f"{root}: has no csv that names its images; give one with --labels_csv"
+        )
     in_val = [
         all(file.startswith(f"{validation}/") for rows in table.images.values() for row in rows for file in row)
         for table in tables
@@ -283,7 +357,7 @@ def _read_groups(table: LabelTable, options: DataOptions, names: ImageNames) -> 
         return {}
     groups = table.column(_choose_column(table, options.group_column, [], "group_column"))
     image, _ = choose_columns(table, options)
-    found = table.images.get(image) or [names.find(value) for value in table.column(image)]
+    found = table.images.get(image) or names.find_all(table.column(image))
     # An image without a group is a group of its own.
     return {file: group or file for files, group in zip(found, groups, strict=True) for file in files}
 

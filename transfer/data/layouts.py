@@ -14,6 +14,7 @@ from typing import Protocol
 from transfer.data.label_tables import (
     DataOptions,
     check_folder_labels,
+    describe_unmatched,
     find_label_tables,
     label_images,
     label_names,
@@ -475,6 +476,8 @@ def find_layout(path: Path, options: DataOptions | None = None, most: float = ma
 
 def _describe_unknown(path: Path, folders: Sequence[Path]) -> str:
     """Why a folder is not a dataset, what was seen in it, and what helps."""
+    unmatched = (describe_unmatched(f, list_images_below(f, without=find_split_folder(f, "test"))) for f in folders)
+    also = next((f"; {text}" for text in unmatched if text), "")
     for folder in folders:
         train = find_split_folder(folder, "train")
         if train is None and (folder / WNIDS_NAME).is_file():
@@ -484,11 +487,12 @@ def _describe_unknown(path: Path, folders: Sequence[Path]) -> str:
             return (
                 f"{folder / train}: found {len(classes)} class folder{'s' * (len(classes) != 1)} "
                 f"({', '.join(classes) or 'none'}); expected at least two, as train/<class>/*, or a csv that names "
-                "the images (--labels_csv), or --label_pattern"
+                f"the images (--labels_csv), or --label_pattern{also}"
             )
     archives = [str(file.relative_to(path)) for folder in folders for file in list_archives(folder)]
     if archives:
         return f"{path}: holds {show_names(archives)}, which must be unpacked first; then give the folder again"
     seen = [folder.name for folder in folders if has_images(folder)]
     found = f"; found {len(seen)} folder{'s' * (len(seen) != 1)} of images ({show_names(seen)}), no train/: {WAYS_OUT}"
-    return f"{path}: is not a dataset of a known layout; expected {EXPECTED}, {ALSO_EXPECTED}{found if seen else ''}"
+    also = f"{found}{also}" if seen else also
+    return f"{path}: is not a dataset of a known layout; expected {EXPECTED}, {ALSO_EXPECTED}{also}"
