@@ -193,6 +193,57 @@ def test_a_csv_that_names_no_image_is_shown_beside_the_first_image(options, tmp_
         open_data(str(root), **options)
 
 
+def one_hot(i: int) -> str:
+    return ",".join("01"[i % 3 == k] for k in range(3))
+
+
+@pytest.mark.parametrize("ending", ["", ".0"])
+def test_one_hot_labels_are_the_names_of_their_columns(ending, tmp_path):
+    root = write_table(tmp_path / "plants")
+    rows = [f"{i:03d},{one_hot(i).replace(',', ending + ',')}{ending}" for i in range(18)]
+    (root / "train.csv").write_text("\n".join(["image_id,wolf,bee,lion", *rows]) + "\n")
+    data = open_data(str(root))
+    assert is_right(data, ["wolf", "bee", "lion"]) and data.class_ids == ANIMALS
+    assert "columns wolf, bee, lion (one for each class) of train.csv" in "\n".join(describe_layout(data))
+    assert open_data(str(root), label_column="bee").class_ids == ["0" + ending, "1" + ending]
+
+
+def test_rows_of_several_classes_are_refused(tmp_path):
+    root = write_table(tmp_path / "plants")
+    rows = [f"{i:03d},{one_hot(i) if i else '1,1,0'}" for i in range(18)]
+    (root / "train.csv").write_text("\n".join(["image_id,wolf,bee,lion", *rows]) + "\n")
+    with pytest.raises(UserError, match=r"train.csv: line 2 has 1 in 2 of the columns wolf, bee, lion, but an image"):
+        open_data(str(root))
+
+
+def test_one_hot_labels_that_contradict_the_class_folders_are_refused(tmp_path):
+    root = sort_into(write_table(tmp_path / "plants"), "pq")
+    rows = [f"{i:03d},{one_hot(i)}" for i in range(18)]
+    (root / "train.csv").write_text("\n".join(["image_id,wolf,bee,lion", *rows]) + "\n")
+    with pytest.raises(UserError, match=r"train.csv: sorts the images into other classes than their folders do"):
+        open_data(str(root))
+
+
+@pytest.mark.parametrize("prefix", ["", "test_images/", "/home/me/animals/test_images/"])
+def test_rows_of_test_images_are_ignored_and_counted(prefix, tmp_path):
+    root = write_table(tmp_path / "animals", header="id,label")
+    rewrite(root, lambda text: text + "".join(f"{prefix}{100 + i}.jpg,emu\n" for i in range(3)))
+    add_column(root, "split", lambda i: "train" if i < 18 else "test")
+    data = open_data(str(root))
+    assert is_right(data) and data.class_ids == ANIMALS and len(data.test_files) == 3
+    assert "column label of train.csv (3 rows of test images ignored)" in "\n".join(describe_layout(data))
+
+
+def test_a_row_without_an_image_is_no_row_of_a_test_image_of_the_same_name(tmp_path):
+    root = write_table(tmp_path / "animals")
+    save(paint(2, 95), root / "test_images" / "003.jpg")
+    rewrite(root, lambda text: f"{text}test_images/003.jpg,emu\n")
+    assert is_right(open_data(str(root)))
+    (root / "train_images" / "004.jpg").rename(root / "test_images" / "004.jpg")
+    with pytest.raises(UserError, match=r"1 rows have no image \(line 6, 004.jpg\)"):
+        open_data(str(root))
+
+
 def test_a_class_that_only_validation_images_have_is_refused_or_left_out(tmp_path):
     root = write_table(tmp_path / "animals", folder="train")
     for i in range(3):
