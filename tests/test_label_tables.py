@@ -193,6 +193,14 @@ def test_a_csv_that_names_no_image_is_shown_beside_the_first_image(options, tmp_
         open_data(str(root), **options)
 
 
+def test_notes_are_not_shown_as_a_csv_that_names_no_image(tmp_path):
+    root = write_table(tmp_path / "animals")
+    (root / "train.csv").rename(root / "README.txt")
+    (root / "README.txt").write_text("These are animals.\nDo not feed them.\nThey may bite.\n")
+    with pytest.raises(UserError, match=r"or --label_pattern$"):
+        open_data(str(root))
+
+
 def one_hot(i: int) -> str:
     return ",".join("01"[i % 3 == k] for k in range(3))
 

@@ -246,14 +246,18 @@ def find_label_tables(root: Path, files: Sequence[str]) -> list[LabelTable]:
     return []
 
 
-def describe_unmatched(root: Path, files: Sequence[str]) -> str:
+def describe_unmatched(root: Path) -> str:
     """What to say of the first csv in the root, train/ or val/ whose cells name no image; empty if there is none."""
-    for place in ["", *(folder for split in ("train", "val") if (folder := find_split_folder(root, split)))]:
-        for path in list_tables(root / place, list_folder(root / place)[0]) if files else []:
-            with contextlib.suppress(UserError):
-                table = read_label_table(path, ImageNames(files), place)
-                if len(table.columns) > 1 and not table.images and len(table.rows) > 1:
-                    return _show_unmatched(table, files)
+    places = ["", *(folder for split in ("train", "val") if (folder := find_split_folder(root, split)))]
+    paths = [(place, path) for place in places for path in list_tables(root / place, list_folder(root / place)[0])]
+    paths = [(place, path) for place, path in paths if path.suffix.lower() != ".txt"]  # which may be notes
+    files = list_images_below(root, without=find_split_folder(root, "test")) if paths else []
+    names = ImageNames(files)
+    for place, path in paths if files else []:
+        with contextlib.suppress(UserError):
+            table = read_label_table(path, names, place)
+            if len(table.columns) > 1 and len(table.rows) > 1 and not table.images:
+                return _show_unmatched(table, files)
     return ""
 
 
@@ -381,7 +385,7 @@ def _choose_tables(root: Path, files: Sequence[str], options: DataOptions, names
         if not (template and template.is_file() and template.samefile(table.path))
     ]
     if not tables:
-        unmatched = describe_unmatched(root, files)
+        unmatched = describe_unmatched(root)
         raise UserError(
             f"{unmatched}; correct the names"
             if unmatched

@@ -476,7 +476,7 @@ def find_layout(path: Path, options: DataOptions | None = None, most: float = ma
 
 def _describe_unknown(path: Path, folders: Sequence[Path]) -> str:
     """Why a folder is not a dataset, what was seen in it, and what helps."""
-    unmatched = (describe_unmatched(f, list_images_below(f, without=find_split_folder(f, "test"))) for f in folders)
+    unmatched = map(describe_unmatched, folders)
     also = next((f"; {text}" for text in unmatched if text), "")
     for folder in folders:
         train = find_split_folder(folder, "train")
