@@ -27,6 +27,7 @@ from transfer.data.images import scan_images
 from transfer.data.label_tables import DataOptions, list_tables
 from transfer.data.labels import (
     check_template,
+    describe_odd_classes,
     find_doubtful_value,
     find_template_above,
     match_ids,
@@ -405,9 +406,10 @@ def describe_layout(data: DatasetFiles) -> list[str]:
 
 
 def describe_warnings(run: RunArguments, data: DatasetFiles, dataset: datasets.DatasetDict) -> list[str]:
-    """Lines about byte-identical copies and about uneven and too small classes; none if there are none."""
+    """Lines about byte-identical copies and about odd, uneven and too small classes; none if there are none."""
     copies = count_copies(data, run.validation_fraction, run.split_seed, is_split=not run.kfold)
     lines = [f"copies      {copies.text}"] if copies else []
+    lines += describe_odd_classes(data.class_ids, are_cells=data.kind == LabelTables.kind)
     lines += describe_imbalance(data.class_ids, dataset["train"]["label"][:])
     return lines + describe_small_classes(data.class_ids, dataset)
 

@@ -10,8 +10,10 @@ import pytest
 from conftest import ROOT
 from test_layouts import QUICK, id2label, labels_of, paint, save, write_class_folders
 
-from data_loading import describe_layout, draw_splits, load_dataset, main, open_data
+from data_loading import describe_layout, describe_warnings, draw_splits, load_dataset, main, open_data
+from transfer.config import RunArguments
 from transfer.data import listing
+from transfer.data.splits import describe_imbalance
 from transfer.errors import UserError
 
 ANIMALS = ["bee", "lion", "wolf"]
@@ -158,6 +160,150 @@ def test_validation_images_take_their_labels_from_the_same_or_their_own_csv(tmp_
     assert is_right(together) and together.validation_labels == [2, 2, 0]
 
 
+@pytest.mark.parametrize("ids", ["{:04d}.JPG", "{:03d}.png", "{:d}", "{:.1f}", "Train_Images/{:03d}.Jpg", "{:d}.jpeg"])
+def test_names_are_found_in_another_case_with_another_ending_or_without_zeros(ids, tmp_path):
+    root = write_table(tmp_path / "animals")
+    lines = [f"{ids.format(i)},{ANIMALS[i % 3]}" for i in range(18)]
+    (root / "train.csv").write_text("\n".join(["id,label", *lines]) + "\n")
+    assert is_right(open_data(str(root)))
+
+
+def test_a_name_that_is_alike_never_takes_an_image_that_another_row_names(tmp_path):
+    root = write_table(tmp_path / "animals")
+    rewrite(root, lambda text: text.replace("003.jpg,bee", "003.JPG,bee"))
+    assert is_right(open_data(str(root)))
+    rewrite(root, lambda text: f"{text}0.jpg,bee\n")
+    with pytest.raises(UserError, match=r"1 rows have no image \(line 20, 0.jpg\)"):
+        open_data(str(root))
+
+
+def test_a_column_of_numbers_is_not_taken_for_names_beside_the_one_of_names(tmp_path):
+    root = write_table(tmp_path / "animals")
+    write_columns(root, "row,id,label", "{n},{image},{three}")
+    assert is_right(open_data(str(root)), ["0", "1", "2"])
+
+
+@pytest.mark.parametrize("options", [{}, {"labels_csv": "train.csv"}, {"label_column": "label"}])
+def test_a_csv_that_names_no_image_is_shown_beside_the_first_image(options, tmp_path):
+    root = write_table(tmp_path / "animals", ids="id_{}")
+    with pytest.raises(
+        UserError,
+        match=r"train.csv: no column names the images: the first one has 'id_000', .* is train_images/000.jpg",
+    ):
+        open_data(str(root), **options)
+
+
+def test_notes_are_not_shown_as_a_csv_that_names_no_image(tmp_path):
+    root = write_table(tmp_path / "animals")
+    (root / "train.csv").rename(root / "README.txt")
+    (root / "README.txt").write_text("These are animals.\nDo not feed them.\nThey may bite.\n")
+    with pytest.raises(UserError, match=r"or --label_pattern$"):
+        open_data(str(root))
+
+
+def one_hot(i: int) -> str:
+    return ",".join("01"[i % 3 == k] for k in range(3))
+
+
+@pytest.mark.parametrize("ending", ["", ".0"])
+def test_one_hot_labels_are_the_names_of_their_columns(ending, tmp_path):
+    root = write_table(tmp_path / "plants")
+    rows = [f"{i:03d},{one_hot(i).replace(',', ending + ',')}{ending}" for i in range(18)]
+    (root / "train.csv").write_text("\n".join(["image_id,wolf,bee,lion", *rows]) + "\n")
+    data = open_data(str(root))
+    assert is_right(data, ["wolf", "bee", "lion"]) and data.class_ids == ANIMALS
+    assert "columns wolf, bee, lion (one for each class) of train.csv" in "\n".join(describe_layout(data))
+    assert open_data(str(root), label_column="bee").class_ids == ["0" + ending, "1" + ending]
+
+
+def test_rows_of_several_classes_are_refused(tmp_path):
+    root = write_table(tmp_path / "plants")
+    rows = [f"{i:03d},{one_hot(i) if i else '1,1,0'}" for i in range(18)]
+    (root / "train.csv").write_text("\n".join(["image_id,wolf,bee,lion", *rows]) + "\n")
+    with pytest.raises(UserError, match=r"train.csv: line 2 has 1 in 2 of the columns wolf, bee, lion, but an image"):
+        open_data(str(root))
+
+
+def test_one_hot_labels_that_contradict_the_class_folders_are_refused(tmp_path):
+    root = sort_into(write_table(tmp_path / "plants"), "pq")
+    rows = [f"{i:03d},{one_hot(i)}" for i in range(18)]
+    (root / "train.csv").write_text("\n".join(["image_id,wolf,bee,lion", *rows]) + "\n")
+    with pytest.raises(UserError, match=r"train.csv: sorts the images into other classes than their folders do"):
+        open_data(str(root))
+
+
+@pytest.mark.parametrize("prefix", ["", "test_images/", "/home/me/animals/test_images/"])
+def test_rows_of_test_images_are_ignored_and_counted(prefix, tmp_path):
+    root = write_table(tmp_path / "animals", header="id,label")
+    rewrite(root, lambda text: text + "".join(f"{prefix}{100 + i}.jpg,emu\n" for i in range(3)))
+    add_column(root, "split", lambda i: "train" if i < 18 else "test")
+    data = open_data(str(root))
+    assert is_right(data) and data.class_ids == ANIMALS and len(data.test_files) == 3
+    assert "column label of train.csv (3 rows of test images ignored)" in "\n".join(describe_layout(data))
+
+
+def test_a_row_without_an_image_is_no_row_of_a_test_image_of_the_same_name(tmp_path):
+    root = write_table(tmp_path / "animals")
+    save(paint(2, 95), root / "test_images" / "003.jpg")
+    rewrite(root, lambda text: f"{text}test_images/003.jpg,emu\n")
+    assert is_right(open_data(str(root)))
+    (root / "train_images" / "004.jpg").rename(root / "test_images" / "004.jpg")
+    with pytest.raises(UserError, match=r"1 rows have no image \(line 6, 004.jpg\)"):
+        open_data(str(root))
+
+
+def test_a_class_that_only_validation_images_have_is_refused_or_left_out(tmp_path):
+    root = write_table(tmp_path / "animals", folder="train")
+    for i in range(3):
+        save(paint(2 + i, 40 + i), root / "val" / f"v{i}.jpg")
+    (root / "val.csv").write_text("image_id,label\nv0,bee\nv1,emu\nv2,wolf\n")
+    with pytest.raises(UserError, match=r"class emu has images in val/ alone \(1 such classes in all\); add images"):
+        open_data(str(root))
+    (tmp_path / "three.txt").write_text("\n".join(ANIMALS))
+    data = open_data(str(root), classes_file=str(tmp_path / "three.txt"))
+    assert is_right(data) and data.validation_labels == [0, 2] and data.left_out == 1
+
+
+def test_images_of_one_class_are_not_uneven():
+    assert describe_imbalance(["bee", "wolf"], [0] * 12) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "fault"),
+    [
+        (["0", "1", "nan"], "'nan' is a missing value among numbers; give its images a number, or list the right"),
+        (["0", "1", "NULL"], "'NULL' is a missing value among numbers"),
+        (["1", "2", "1.0"], "'1' and '1.0' are the same number; write it in one way"),
+        (["1.50", "2", "1.5"], "are the same number"),
+        (["1", "01", "2"], None),
+        (["1", "nan", "two"], None),
+        (["1.0", "2.0", "2.5"], None),
+    ],
+)
+def test_numeric_labels_that_are_missing_or_written_in_two_ways_are_refused(names, fault, tmp_path):
+    root = write_table(tmp_path / "animals", names=names)
+    if fault is None:
+        assert is_right(open_data(str(root)), names)
+        return
+    with pytest.raises(UserError, match=re.escape(fault)):
+        open_data(str(root))
+    (tmp_path / "two.txt").write_text("\n".join(names[:2]))
+    assert open_data(str(root), classes_file=str(tmp_path / "two.txt")).left_out == 1
+
+
+def test_odd_names_of_classes_are_said(tmp_path):
+    def say(root: Path) -> str:
+        data = open_data(str(root))
+        return "\n".join(describe_warnings(RunArguments(data_dir=str(root)), data, load_dataset(data)))
+
+    said = say(write_table(tmp_path / "table", names=["Dog", "dog", "None"]))
+    assert "classes Dog, dog differ in upper and lower case alone" in said and "class None has the name of a m" in said
+    for k, name in enumerate(["Cat", "cat", "none"] * 3):
+        save(paint(2 + k % 3, k), tmp_path / "folders" / "train" / name / f"{k}.jpg")
+    said = say(tmp_path / "folders")
+    assert "classes Cat, cat differ" in said and "missing value" not in said
+
+
 def test_a_row_never_takes_an_image_of_another_folder(tmp_path):
     root = write_table(tmp_path / "animals", ids="other/{}.jpg")
     with pytest.raises(UserError, match="train_images: found 0 class folders"):
@@ -246,6 +392,53 @@ def test_a_csv_that_contradicts_the_class_folders_is_used_only_if_it_is_named(tm
     ):
         open_data(str(root))
     assert is_right(open_data(str(root), labels_csv=str(root / "train.csv")))
+
+
+def sort_into(root: Path, folders: str) -> Path:
+    """The images of `write_table`, moved into folders of the training folder, in turn."""
+    for i in range(18):
+        file = root / "train_images" / f"{i:03d}.jpg"
+        (file.parent / folders[i % len(folders)]).mkdir(exist_ok=True)
+        file.rename(file.parent / folders[i % len(folders)] / file.name)
+    return root
+
+
+def write_columns(root: Path, header: str, cells: str, more="") -> None:
+    rows = [cells.format(image=f"{i:03d}.jpg", n=i, two=i % 2, three=i % 3, four=i % 4) for i in range(18)]
+    (root / "train.csv").write_text("\n".join([header, *rows]) + f"\n{more}")
+
+
+@pytest.mark.parametrize(
+    ("header", "cells", "more"),
+    [
+        ("image,beast", "{image},{three}", "ghost.jpg,0\n"),
+        ("image,diagnosis,age", "{image},{three},{four}", ""),
+        ("image,patient,diagnosis", "{image},p{two},{three}", ""),
+        ("image,patient,beast", "{image},p{two},{three}", ""),
+    ],
+)
+def test_folders_of_patients_are_not_the_classes_beside_a_csv_of_several_columns(header, cells, more, tmp_path):
+    root = sort_into(write_table(tmp_path / "animals"), "pq")
+    (root / "sample_submission.csv").write_text("image,beast\n100,0\n101,0\n102,0\n")
+    write_columns(root, header, cells, more)
+    with pytest.raises(UserError, match=r"train.csv: sorts the images into other classes than their folders do"):
+        open_data(str(root))
+
+
+@pytest.mark.parametrize(
+    ("header", "cells"),
+    [
+        ("subject,classname,img", "s{two},c{three},{image}"),
+        ("img,width,height,split", "{image},{two},{four},{two}"),
+        ("img,url", "{image},http://{image}"),
+        ("img,x,y", "{image},{two},{four}"),
+    ],
+)
+def test_a_csv_that_describes_the_images_of_class_folders_leaves_them_alone(header, cells, tmp_path):
+    root = sort_into(write_table(tmp_path / "drivers"), "abc")
+    write_columns(root, header, cells)
+    data = open_data(str(root))
+    assert data.class_ids == ["a", "b", "c"] and data.ignored == {"train.csv": 1}
 
 
 def test_folders_in_the_root_are_parts_of_the_images_where_a_csv_has_the_labels(tmp_path):

@@ -1,19 +1,26 @@
 """Labels that stand in a csv or in file names instead of folder names."""
 
+import contextlib
+import functools
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transfer.data.labels import SEPARATORS, read_csv_text, split_rows
+from transfer.data.labels import SEPARATORS, plain_id, read_csv_text, shorten, split_rows, to_number
 from transfer.data.listing import (
     file_name,
     find_split_folder,
+    find_template,
     is_template_name,
     list_csv_files,
     list_files_above,
     list_folder,
+    list_images_below,
+    natural_key,
     normal_name,
+    show_names,
 )
 from transfer.errors import UserError
 
@@ -59,10 +66,17 @@ class FoundLabels:
     group_of: dict[str, str] = field(default_factory=dict)  # of the same images, with --group_column
 
 
+def _plain_path(path: str) -> str:
+    """A path without case, known ending, leading zeros, and the `.0` of an id that a program took for a number."""
+    folder, slash, name = path.rpartition("/")
+    return folder.casefold() + slash + plain_id(re.sub(r"^([0-9]+)\.0+$", r"\1", name))
+
+
 class ImageNames:
     """Which images a name can mean: a path or the last parts of one, with or without the extension."""
 
-    def __init__(self, files: Sequence[str]):
+    def __init__(self, files: Sequence[str], root: Path | None = None):
+        self.root = root  # whose test images a table may name too
         self.paths = {normal_name(file): {file} for file in files}
         self.endings: dict[str, set[str]] = {}
         self.stems: dict[str, set[str]] = {}
@@ -74,10 +88,56 @@ class ImageNames:
                 self.stems.setdefault(ending.rpartition(".")[0], set()).update(found)
         self.path_stems = {path.rpartition(".")[0]: self.stems[path.rpartition(".")[0]] for path in self.paths}
 
+    @functools.cached_property
+    def tests(self) -> "ImageNames":
+        """The names of the dataset's test images."""
+        folder = find_split_folder(self.root, "test") if self.root else None
+        return ImageNames(list_images_below(self.root, folder) if self.root and folder else [])
+
+    def means_test_image(self, value: str) -> bool:
+        """Whether a value that means none of the images means a test image; by its path, where names are in both."""
+        if self.tests.stems.keys().isdisjoint(self.stems):
+            return bool(self.tests.find(value))
+        parts = self._read(value, "")[0].split("/")
+        paths = ("/".join(parts[i:]) for i in range(len(parts)))
+        return any(path in self.tests.paths or path in self.tests.path_stems for path in paths)
+
+    @functools.cached_property
+    def plain(self) -> dict[str, set[str]]:
+        """The images of every path, and of the last parts of one, without what `_plain_path` leaves out."""
+        images: dict[str, set[str]] = {}
+        for path, found in self.paths.items():
+            parts = _plain_path(path).split("/")
+            for i in range(len(parts)):
+                images.setdefault("/".join(parts[i:]), set()).update(found)
+        return images
+
+    @staticmethod
+    def _read(value: str, base: str) -> tuple[str, str]:
+        """(the path in a cell, the same below the folder `base`)."""
+        name = normal_name(value.strip().replace("\\", "/")).removeprefix("./")
+        return name, f"{base}/{name}" if base else name
+
+    def find_all(self, values: Sequence[str], base: str = "") -> list[set[str]]:
+        """The images that each value can mean; one that means none may mean an image that no other value means.
+
+        It then has the image's name in another case, with another ending, or without leading zeros.
+        """
+        found = [self.find(value, base) for value in values]
+        alike: dict[str, set[str]] = {}
+        for value in {value for value, images in zip(values, found, strict=True) if not images}:
+            name, here = (_plain_path(path) for path in self._read(value, base))
+            images = (self.plain.get(here) or self.plain.get(name) or set()) if name else set()
+            alike[value] = images if len(images) == 1 else set()
+        meant = Counter(file for images in [*alike.values(), set().union(*found)] for file in images)
+        return [
+            images or {file for file in alike[value] if meant[file] == 1}
+            for value, images in zip(values, found, strict=True)
+        ]
+
     def find(self, value: str, base: str = "") -> set[str]:
         """The images that `value` can mean, where a path may start in the folder `base` or far above the root."""
-        name = normal_name(value.strip().replace("\\", "/")).removeprefix("./")
-        here = f"{base}/{name}" if base else name
+        name, here = self._read(value, base)
         for table, key in ((self.paths, here), (self.endings, name), (self.path_stems, here), (self.stems, name)):
             if name and key in table:
                 return table[key]
@@ -94,6 +154,7 @@ class LabelTable:
     columns: list[str]
     rows: list[tuple[int, list[str]]]  # (line number, cells)
     images: dict[str, list[set[str]]]  # column that names images -> the images of each row
+    test_rows: int = 0  # that name test images, and are left out
 
     def column(self, name: str) -> list[str]:
         """The cells of a column, stripped, in composed Unicode form."""
@@ -121,16 +182,38 @@ def read_label_table(path: Path, names: ImageNames, base: str = "") -> LabelTabl
     for line, cells in rows:
         if len(cells) != width:
             raise UserError(f"{path}: line {line} has {len(cells)} columns, but line {rows[0][0]} has {width}")
-    images = {}
-    for position in range(width):
-        found = [names.find(cells[position], base) for _, cells in rows]
-        if 2 * len(set().union(*found)) >= max(len(rows) - 1, 1) and any(found):
-            images[position] = found
-    has_header = bool(rows) and not any(found[0] for found in images.values())
+    images, of_test = _find_images([[cells[position] for _, cells in rows] for position in range(width)], names, base)
+    has_header = bool(rows) and 0 not in of_test and not any(found[0] for found in images.values())
     columns = [cell.strip() for cell in rows[0][1]] if has_header else [f"column {n + 1}" for n in range(width)]
     if len(set(columns)) < width:
         raise UserError(f"{path}: two columns have the same name; rename one")
-    return LabelTable(path, columns, rows[has_header:], {columns[p]: f[has_header:] for p, f in images.items()})
+    kept = [row for row in range(has_header, len(rows)) if row not in of_test]
+    found_in = {columns[position]: [found[row] for row in kept] for position, found in images.items()}
+    return LabelTable(path, columns, [rows[row] for row in kept], found_in, len(of_test))
+
+
+def _find_images(
+    columns_of_cells: Sequence[Sequence[str]], names: ImageNames, base: str
+) -> tuple[dict[int, list[set[str]]], set[int]]:
+    """(position of each column that names images -> the images of each row, the rows that name test images)."""
+    images: dict[int, list[set[str]]] = {}
+    of_test: set[int] = set()
+    for position, values in enumerate(columns_of_cells):
+        found = [names.find(value, base) for value in values]
+        tested: set[int] = set()
+        if any(found) and not all(found[1:]):
+            tested = {row for row, value in enumerate(values) if not found[row] and names.means_test_image(value)}
+        others = len(values) - 1 - len({values[row] for row in tested})
+        if any(found) and 2 * len(set().union(*found)) >= others:
+            rest = ["" if row in tested else value for row, value in enumerate(values)]
+            images[position] = found if all(found[1:]) else [*found[:1], *names.find_all(rest, base)[1:]]
+            of_test |= tested
+    if not images:  # names that are written otherwise must be those of more images: numbers may count anything
+        for position, values in enumerate(columns_of_cells):
+            found = names.find_all(values, base)
+            if len(set().union(*found)) >= max((len(values) - 1) / 2, len(names.paths) / 4, 1):
+                images[position] = found
+    return images, {row for row in of_test if not any(found[row] for found in images.values())}
 
 
 def list_tables(folder: Path, names: Sequence[str]) -> list[Path]:
@@ -158,11 +241,32 @@ def find_label_tables(root: Path, files: Sequence[str]) -> list[LabelTable]:
             place: list_files_above(root) if place == ".." else list_folder(root / place)[0] for place in places
         }
         paths = [(place, path) for place, listed in names_in.items() for path in list_tables(root / place, listed)]
-        names = ImageNames(files if paths else [])
+        names = ImageNames(files if paths else [], root)
         tables = [table for place, path in paths if (table := _try_table(path, names, place.strip(".")))]
         if tables:
             return tables
     return []
+
+
+def describe_unmatched(root: Path) -> str:
+    """What to say of the first csv in the root, train/ or val/ whose cells name no image; empty if there is none."""
+    places = ["", *(folder for split in ("train", "val") if (folder := find_split_folder(root, split)))]
+    paths = [(place, path) for place in places for path in list_tables(root / place, list_folder(root / place)[0])]
+    paths = [(place, path) for place, path in paths if path.suffix.lower() != ".txt"]  # which may be notes
+    files = list_images_below(root, without=find_split_folder(root, "test")) if paths else []
+    names = ImageNames(files)
+    for place, path in paths if files else []:
+        with contextlib.suppress(UserError):
+            table = read_label_table(path, names, place)
+            if len(table.columns) > 1 and len(table.rows) > 1 and not table.images:
+                return _show_unmatched(table, files)
+    return ""
+
+
+def _show_unmatched(table: LabelTable, files: Sequence[str]) -> str:
+    """The first cell of a table that names no image, beside the name of the first image."""
+    cell, file = shorten(table.rows[0][1][0]), min(files, key=natural_key)
+    return f"{table.path}: no column names the images: the first one has {cell}, and the first image is {file}"
 
 
 def names_more_than_validation(root: Path, table: LabelTable) -> bool:
@@ -172,10 +276,11 @@ def names_more_than_validation(root: Path, table: LabelTable) -> bool:
     return not table.path.is_relative_to(root / folder) and any(not f.startswith(f"{folder}/") for f in images)
 
 
-def names_labels(table: LabelTable) -> bool:
-    """Whether a table has a column that is called as labels are, or columns without names."""
+def label_names(table: LabelTable) -> list[str]:
+    """The columns that are called as labels are, or that have no name; `y` beside `x` is a coordinate."""
     is_label = re.compile(r"(?i)label|class|categor|target|species|breed|diagnosis|^(dx|y|column \d+)$")
-    return any(is_label.search(column) for column in table.columns)
+    has_x = any(column.lower() == "x" for column in table.columns)
+    return [name for name in table.columns if is_label.search(name) and not (has_x and name.lower() == "y")]
 
 
 def repeats_folders(table: LabelTable, files: Sequence[str]) -> bool:
@@ -199,8 +304,36 @@ def _choose_column(table: LabelTable, wanted: str | None, fitting: Sequence[str]
     return wanted or fitting[0]
 
 
-def choose_columns(table: LabelTable, options: DataOptions) -> tuple[str, str]:
-    """The names of the image and the label column. Raises `UserError` where several fit, or none."""
+def is_one_hot(table: LabelTable, columns: Sequence[str]) -> bool:
+    """Whether several columns hold 0 or 1, and each row has one 1: a column for each class.
+
+    Raises `UserError` where all hold 0 or 1, but a row has no 1, or several.
+    """
+    numbers = [[to_number(cell) for cell in table.column(name)] for name in columns]
+    if len(columns) < 2 or any(number not in (0, 1) for column in numbers for number in column):
+        return False
+    for (line, _), cells in zip(table.rows, zip(*numbers, strict=True), strict=True):
+        if cells.count(1) != 1:
+            raise UserError(
+                f"{table.path}: line {line} has 1 in {cells.count(1)} of the columns {show_names(columns)}, but an "
+                "image has one class here; choose a label column with --label_column, or move the file away"
+            )
+    return True
+
+
+def label_cells(table: LabelTable, columns: Sequence[str]) -> list[str]:
+    """The label of each row: the cell of the only column, or the name of the column that holds 1."""
+    if len(columns) == 1:
+        return table.column(columns[0])
+    marked = zip(*([to_number(cell) == 1 for cell in table.column(name)] for name in columns), strict=True)
+    return [normal_name(columns[marks.index(True)]) for marks in marked]
+
+
+def choose_columns(table: LabelTable, options: DataOptions) -> tuple[str, list[str]]:
+    """The names of the image column and of the label column, or of a column for each class.
+
+    Raises `UserError` where several fit, or none.
+    """
     images = list(table.images)
     if len(images) > 1 and all(table.images[name] == table.images[images[0]] for name in images):
         images = images[:1]  # such as an id and a path
@@ -208,14 +341,16 @@ def choose_columns(table: LabelTable, options: DataOptions) -> tuple[str, str]:
     others = [name for name in table.columns if name not in (image, options.group_column) and name not in table.images]
     if len(others) > 1:  # a label repeats, but a row number or a note does not, and a constant tells nothing
         others = [name for name in others if 1 < len(set(table.column(name))) <= len(table.rows) / 2]
-    return image, _choose_column(table, options.label_column, others, "label_column")
+    if options.label_column is None and is_one_hot(table, others):
+        return image, others
+    return image, [_choose_column(table, options.label_column, others, "label_column")]
 
 
 def read_labels(table: LabelTable, options: DataOptions, names: ImageNames) -> dict[str, str]:
     """The label of every image that a table names. Raises `UserError`."""
-    image, label = choose_columns(table, options)
-    values, labels = table.column(image), table.column(label)
-    found = table.images.get(image) or [names.find(value) for value in values]
+    image, columns = choose_columns(table, options)
+    values, labels = table.column(image), label_cells(table, columns)
+    found = table.images.get(image) or names.find_all(values)
     label_of: dict[str, str] = {}
     faults: dict[str, list[str]] = {}
     for (line, _), value, images, text in zip(table.rows, values, found, labels, strict=True):
@@ -239,7 +374,12 @@ def _choose_tables(root: Path, files: Sequence[str], options: DataOptions, names
         path = Path(options.labels_csv).expanduser()
         path = path if path.is_file() else root / options.labels_csv
         base = path.parent.relative_to(root).as_posix() if path.is_relative_to(root) else ""
-        return [read_label_table(path, names, base.strip("."))]
+        named = read_label_table(path, names, base.strip("."))
+        if not named.images and options.image_column is None and named.rows and files:
+            raise UserError(
+                f"{_show_unmatched(named, files)}; correct the names, or choose the column with --image_column"
+            )
+        return [named]
     template, validation = options.template_path, find_split_folder(root, "val")
     tables = [
         table
@@ -247,7 +387,12 @@ def _choose_tables(root: Path, files: Sequence[str], options: DataOptions, names
         if not (template and template.is_file() and template.samefile(table.path))
     ]
     if not tables:
-        raise UserError(f"{root}: has no csv that names its images; give one with --labels_csv")
+        unmatched = describe_unmatched(root)
+        raise UserError(
+            f"{unmatched}; correct the names"
+            if unmatched
+            else f"{root}: has no csv that names its images; give one with --labels_csv"
+        )
     in_val = [
         all(file.startswith(f"{validation}/") for rows in table.images.values() for row in rows for file in row)
         for table in tables
@@ -282,36 +427,73 @@ def _read_groups(table: LabelTable, options: DataOptions, names: ImageNames) -> 
         return {}
     groups = table.column(_choose_column(table, options.group_column, [], "group_column"))
     image, _ = choose_columns(table, options)
-    found = table.images.get(image) or [names.find(value) for value in table.column(image)]
+    found = table.images.get(image) or names.find_all(table.column(image))
     # An image without a group is a group of its own.
     return {file: group or file for files, group in zip(found, groups, strict=True) for file in files}
+
+
+def _describe_source(table: LabelTable, columns: Sequence[str]) -> str:
+    """Where the labels of a table come from, in words."""
+    column = f"columns {show_names(columns)} (one for each class)" if len(columns) > 1 else f"column {columns[0]}"
+    ignored = f" ({table.test_rows} rows of test images ignored)" if table.test_rows else ""
+    return f"{column} of {table.path.name}{ignored}"
 
 
 def label_images(root: Path, files: Sequence[str], options: DataOptions) -> FoundLabels:
     """The labels of the images, from file names or from tables. Raises `UserError`."""
     if options.label_pattern:
         return FoundLabels(_label_by_pattern(files, options.label_pattern), f"file names by {options.label_pattern}")
-    names = ImageNames(files)
+    names = ImageNames(files, root)
     tables = _choose_tables(root, files, options, names)
     label_of: dict[str, str] = {}
     group_of: dict[str, str] = {}
     for table in tables:
         label_of |= read_labels(table, options, names)
         group_of |= _read_groups(table, options, names)
-    source = " and ".join(f"column {choose_columns(table, options)[1]} of {table.path.name}" for table in tables)
+    source = " and ".join(_describe_source(table, choose_columns(table, options)[1]) for table in tables)
     return FoundLabels(label_of, source, [table.path for table in tables], group_of)
+
+
+def _folder_labels(table: LabelTable, class_of: Mapping[str, str], labels: Sequence[str]) -> set[tuple[str, str]]:
+    """The pairs (class folder, label) of the rows that name one image each, without empty labels."""
+    cells = zip(next(iter(table.images.values())), labels, strict=True)
+    return {(class_of[next(iter(images))], text) for images, text in cells if len(images) == 1 and text}
+
+
+def _columns_of_template(root: Path, table: LabelTable) -> set[str]:
+    """The columns of the template in a dataset's root; none without a template, or with several."""
+    try:
+        template = find_template(root, [table.path])
+        return set(_read_rows(template)[0][1]) if template else set()
+    except (UserError, IndexError):  # said when the template is read
+        return set()
+
+
+def _contradicts_folders(root: Path, table: LabelTable, class_of: Mapping[str, str]) -> bool:
+    """Whether a table seems to sort the images into other classes than their folders do.
+
+    Where several columns could be the label, one that is called so, or that the template has too, tells.
+    """
+    columns = {name: table.column(name) for name in table.columns if name not in table.images}
+    called = {*label_names(table), *_columns_of_template(root, table)}
+    with contextlib.suppress(UserError):
+        chosen = choose_columns(table, DataOptions())[1]
+        columns = {chosen[0]: label_cells(table, chosen)}
+        called.update(name for name, labels in columns.items() if len(set(labels)) <= len(table.rows) / 2)
+    contradicts, agrees = [], []
+    for name, labels in columns.items():
+        pairs = _folder_labels(table, class_of, labels)
+        if len(pairs) > len({folder for folder, _ in pairs}):  # a folder has images of several labels
+            contradicts.append(name)
+        elif len(pairs) == len({label for _, label in pairs}) > 1:
+            agrees.append(name)
+    return any(name in called for name in contradicts) and not any(name in called for name in agrees)
 
 
 def check_folder_labels(root: Path, class_of: Mapping[str, str]) -> None:
     """Refuse class folders beside a csv that sorts the same images into other classes. Raises `UserError`."""
-    names = ImageNames(list(class_of))
     for table in find_label_tables(root, list(class_of)):
-        try:
-            label_of = read_labels(table, DataOptions(), names)
-        except UserError:  # it describes the images, but does not label them
-            continue
-        pairs = {(class_of[file], label) for file, label in label_of.items()}
-        if len(pairs) > len({class_id for class_id, _ in pairs}):  # a folder has images of several labels
+        if _contradicts_folders(root, table, class_of):
             raise UserError(
                 f"{table.path}: sorts the images into other classes than their folders do; use it with --labels_csv, "
                 "or move it out of the dataset"

@@ -81,6 +81,41 @@ def order_labels(labels: Iterable[str]) -> list[str]:
     return sorted(distinct, key=natural_key)
 
 
+def find_fault_of_labels(labels: Iterable[str]) -> str | None:
+    """Why distinct labels that are all numbers, but for missing values, are not classes; None if they may be."""
+    number_of = {label: to_number(label) for label in sorted(labels, key=natural_key)}
+    missing = [label for label in number_of if is_missing(label)]
+    if any(value is None and label not in missing for label, value in number_of.items()):
+        return None  # `NA` may be a name among names
+    if missing and len(missing) < len(number_of):
+        return f"{missing[0]!r} is a missing value among numbers; give its images a number"
+    first: dict[float | None, str] = {}
+    for label, value in number_of.items():
+        other = first.setdefault(value, label)
+        if "." in label + other and label != other:
+            return f"{other!r} and {label!r} are the same number; write it in one way"
+    return None
+
+
+def describe_odd_classes(class_ids: Sequence[str], are_cells: bool) -> list[str]:
+    """Warnings about classes whose names differ in case alone, or are missing values if they are cells of a csv."""
+    by_name: dict[str, list[str]] = {}
+    for class_id in class_ids:
+        by_name.setdefault(class_id.casefold(), []).append(class_id)
+    lines = [
+        f"warning     classes {', '.join(alike)} differ in upper and lower case alone: give them one name if they are "
+        "the same class"
+        for alike in by_name.values()
+        if len(alike) > 1
+    ]
+    missing = [class_id for class_id in class_ids if is_missing(class_id)] if are_cells else []
+    return lines + [
+        f"warning     class {class_id} has the name of a missing value: give its images a label, or leave it out with "
+        "--classes_file, if it is one"
+        for class_id in missing
+    ]
+
+
 # The names of the classes
 
 

@@ -14,14 +14,16 @@ from typing import Protocol
 from transfer.data.label_tables import (
     DataOptions,
     check_folder_labels,
+    describe_unmatched,
     find_label_tables,
     label_images,
+    label_names,
     list_tables,
-    names_labels,
     names_more_than_validation,
     repeats_folders,
 )
 from transfer.data.labels import (
+    find_fault_of_labels,
     match_ids,
     name_classes,
     order_labels,
@@ -341,6 +343,8 @@ def order_used_labels(root: Path, labels: Set[str], classes_file: Path | None, s
     if unknown or len(class_ids) < 2:
         what = f"no image has the class {unknown[0]} of the classes file" if unknown else "fewer than two classes"
         raise UserError(f"{root}: labels from {source}: {what}")
+    if fault := find_fault_of_labels(class_ids):
+        raise UserError(f"{root}: labels from {source}: {fault}, or list the right classes with --classes_file")
     return class_ids
 
 
@@ -353,7 +357,7 @@ class LabelTables:
         files = list_images_below(root, without=find_split_folder(root, "test"))
         tables = find_label_tables(root, files)
         if len(list_flat_classes(root)) > 1:  # the folders may be the classes, and the table notes on the images
-            tables = [table for table in tables if names_labels(table) and not repeats_folders(table, files)]
+            tables = [table for table in tables if label_names(table) and not repeats_folders(table, files)]
         return any(names_more_than_validation(root, table) for table in tables)
 
     def read_classes(self, root: Path, options: DataOptions) -> tuple[list[str], list[str], str]:
@@ -372,6 +376,12 @@ class LabelTables:
         used = [file for file in files if label_of.get(file) in number]
         held_out = [file for file in used if validation and file.startswith(f"{validation}/")]
         train = sorted(set(used) - set(held_out))
+        if validation and (untrained := sorted(set(class_ids) - {label_of[file] for file in train}, key=natural_key)):
+            raise UserError(
+                f"{root}: labels from {labels.source}: class {untrained[0]} has images in {validation}/ alone "
+                f"({len(untrained)} such classes in all); add images to train on, or list the other classes with "
+                "--classes_file"
+            )
         return DatasetFiles(
             kind=self.kind,
             root=root,
@@ -467,6 +477,8 @@ def find_layout(path: Path, options: DataOptions | None = None, most: float = ma
 
 def _describe_unknown(path: Path, folders: Sequence[Path]) -> str:
     """Why a folder is not a dataset, what was seen in it, and what helps."""
+    unmatched = map(describe_unmatched, folders)
+    also = next((f"; {text}" for text in unmatched if text), "")
     for folder in folders:
         train = find_split_folder(folder, "train")
         if train is None and (folder / WNIDS_NAME).is_file():
@@ -476,11 +488,12 @@ def _describe_unknown(path: Path, folders: Sequence[Path]) -> str:
             return (
                 f"{folder / train}: found {len(classes)} class folder{'s' * (len(classes) != 1)} "
                 f"({', '.join(classes) or 'none'}); expected at least two, as train/<class>/*, or a csv that names "
-                "the images (--labels_csv), or --label_pattern"
+                f"the images (--labels_csv), or --label_pattern{also}"
             )
     archives = [str(file.relative_to(path)) for folder in folders for file in list_archives(folder)]
     if archives:
         return f"{path}: holds {show_names(archives)}, which must be unpacked first; then give the folder again"
     seen = [folder.name for folder in folders if has_images(folder)]
     found = f"; found {len(seen)} folder{'s' * (len(seen) != 1)} of images ({show_names(seen)}), no train/: {WAYS_OUT}"
-    return f"{path}: is not a dataset of a known layout; expected {EXPECTED}, {ALSO_EXPECTED}{found if seen else ''}"
+    also = f"{found}{also}" if seen else also
+    return f"{path}: is not a dataset of a known layout; expected {EXPECTED}, {ALSO_EXPECTED}{also}"

@@ -300,7 +300,8 @@ IMBALANCE = 10  # the largest class's size over the smallest one's, above which 
 
 def describe_imbalance(class_ids: Sequence[str], labels: Sequence[int]) -> list[str]:
     """A line about classes of very different sizes, with a remedy; nothing if they are not."""
-    (largest, most), *_, (smallest, least) = Counter(labels).most_common()
+    counts = Counter(labels).most_common()
+    (largest, most), (smallest, least) = counts[0], counts[-1]
     if most <= IMBALANCE * least:
         return []
     return [
