@@ -51,6 +51,7 @@ class DataSet:
     ids: dict[str, str] = field(default_factory=dict)  # id -> path of the test image, in the template's order
     words: list[str] = field(default_factory=list)  # how the csv writes each class
     columns: list[int] = field(default_factory=list)  # or the class of each column of probabilities
+    has_text_labels: bool = False  # labels of a csv or of file names keep their zeros, names of folders are numbers
 
     @property
     def is_numbered(self) -> bool:
@@ -196,6 +197,7 @@ def draw_stray(d: DataSet, *paths: str, excuses: tuple[str, ...] = ()) -> None:
 
 def draw_labeled_by_csv(d: DataSet) -> None:
     """Images in one folder or several, and a csv or txt with their labels."""
+    d.has_text_labels = True
     name_split_folders(d)
     places = d.choose([d.split["train"]], ["images"], ["pics/a", "pics/b"], ["part1", "part2"], [""])
     number = d.choose("{:d}", "{:05d}", "img_{:d}", "x{:d} y")
@@ -269,6 +271,7 @@ def write_labels(d: DataSet, paths: list[str], is_in_train: bool) -> None:
 
 def draw_labeled_by_name(d: DataSet) -> None:
     """Images whose names start with their class, and --label_pattern."""
+    d.has_text_labels = True
     name_split_folders(d)
     folder = d.choose(d.split["train"], "images", "")
     sign = d.choose(".", "_", "-")
@@ -322,7 +325,9 @@ def write_template(d: DataSet) -> None:
 
 
 def plain_words(d: DataSet) -> list[str]:
-    """How a class is written without a template: as its own number, or as its place."""
+    """How a class is written without a template: as its label, as its folder's number, or as its place."""
+    if d.is_numbered and d.has_text_labels:
+        return list(d.classes)
     return [str(int(name)) if d.is_numbered else str(label) for label, name in enumerate(d.classes)]
 
 
@@ -366,7 +371,7 @@ def forget_unseen_forms(d: DataSet, shown: set[str]) -> None:
     if all(word.isascii() for word in shown):
         d.words = [unicodedata.normalize("NFC", word) for word in d.words]
     if d.is_numbered and not any(word[0] == "0" != word for word in shown):
-        d.words = plain_words(d)
+        d.words = [str(int(name)) for name in d.classes]
         if d.kind == "zeros before":
             d.excuses.append("do not show how the classes")
 
@@ -376,7 +381,14 @@ def index_cells(d: DataSet, ids: dict[str, str]) -> dict[str, list[str]]:
 
 
 def undecided_cells(d: DataSet, ids: dict[str, str], cell: str) -> dict[str, list[str]]:
-    if not d.is_numbered and not d.is_ordered:
+    if d.kind == "zeros before" and d.has_text_labels:
+        asked = d.choose("folder", "wnid", None)
+        if asked is None:
+            d.excuses.append("does not show whether labels are written")
+        else:
+            d.options["submission_labels"] = asked
+            d.words = list(d.classes) if asked == "wnid" else [str(int(name)) for name in d.classes]
+    elif not d.is_numbered and not d.is_ordered:
         asked = d.choose("index", "folder", "name", None)
         if asked is None:
             d.excuses.append("do not show how the classes")

@@ -57,6 +57,14 @@ def test_labels_in_a_csv_run_from_end_to_end(tmp_path, checkpoints, finetune):
     assert all(predicted[f"{100 + k}.jpg"] in (str(k), name) for k, name in enumerate(ANIMALS))
 
 
+def test_blank_rows_as_spreadsheets_leave_them_are_not_rows(tmp_path):
+    root = write_table(tmp_path / "animals")
+    rewrite(root, lambda text: text + ",\n ,\n\n")
+    (root / "sample_submission.csv").write_text("image_id,label\n102.jpg,bee\n100.jpg,bee\n101.jpg,bee\n,\n")
+    data = open_data(str(root))
+    assert is_right(data) and data.test_ids == ["100.jpg", "101.jpg", "102.jpg"]
+
+
 def test_labels_in_file_names_run_from_end_to_end(tmp_path, checkpoints, finetune):
     for label, name in enumerate(("cat", "dog")):
         for i in range(9):

@@ -169,7 +169,8 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
     separator = max(SEPARATORS, key=lambda sign: (all(sign in line for line in lines), first.count(sign)))
     if separator not in first:
         return [(n, line.rsplit(None, 1)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    return split_rows(path, text, separator)
+    # Spreadsheets leave rows of separators alone below the last one.
+    return [(line, cells) for line, cells in split_rows(path, text, separator) if any(map(str.strip, cells))]
 
 
 def read_label_table(path: Path, names: ImageNames, base: str = "") -> LabelTable:
@@ -210,7 +211,8 @@ def _find_images(
             of_test |= tested
     if not images:  # names that are written otherwise must be those of more images: numbers may count anything
         for position, values in enumerate(columns_of_cells):
-            found = names.find_all(values, base)
+            of_tests = [names.tests.plain.get(_plain_path(value)) for value in values[1:]]
+            found = [] if all(of_tests) else names.find_all(values, base)  # else it may be a template
             if len(set().union(*found)) >= max((len(values) - 1) / 2, len(names.paths) / 4, 1):
                 images[position] = found
     return images, {row for row in of_test if not any(found[row] for found in images.values())}
@@ -233,14 +235,19 @@ def _try_table(path: Path, names: ImageNames, base: str) -> LabelTable | None:
     return table if table.images and len(table.columns) > 1 else None
 
 
-def find_label_tables(root: Path, files: Sequence[str]) -> list[LabelTable]:
-    """The tables that name images, in the root and its train and val folders; else those in the folder above."""
+def find_label_tables(root: Path, files: Sequence[str], template: Path | None = None) -> list[LabelTable]:
+    """The tables that name images, in the root and its train and val folders; else those in the folder above.
+
+    The `template` is none, nor is a copy of it, which may have been unpacked with the dataset.
+    """
+    content = template.read_bytes() if template and template.is_file() else None
     splits = [folder for split in ("train", "val") if (folder := find_split_folder(root, split))]
     for places in (["", *splits], [".."]):
         names_in = {
             place: list_files_above(root) if place == ".." else list_folder(root / place)[0] for place in places
         }
         paths = [(place, path) for place, listed in names_in.items() for path in list_tables(root / place, listed)]
+        paths = [(place, path) for place, path in paths if content is None or path.read_bytes() != content]
         names = ImageNames(files if paths else [], root)
         tables = [table for place, path in paths if (table := _try_table(path, names, place.strip(".")))]
         if tables:
@@ -381,11 +388,7 @@ def _choose_tables(root: Path, files: Sequence[str], options: DataOptions, names
             )
         return [named]
     template, validation = options.template_path, find_split_folder(root, "val")
-    tables = [
-        table
-        for table in find_label_tables(root, files)
-        if not (template and template.is_file() and template.samefile(table.path))
-    ]
+    tables = find_label_tables(root, files, template)
     if not tables:
         unmatched = describe_unmatched(root)
         raise UserError(

@@ -255,7 +255,7 @@ def read_template(path: Path) -> pd.DataFrame:
     """
     # Not pandas.read_csv: it drops a third cell of a row with a warning, and renames equal columns.
     text, _ = read_csv_text(path)
-    rows = split_rows(path, text, find_separator(text))
+    rows = [(n, row) for n, row in split_rows(path, text, find_separator(text)) if any(map(str.strip, row))]
     if not rows:
         raise UserError(f"{path}: is empty; a template has a header, {','.join(HEADER)}, and a row for each id")
     width = len(rows[0][1])

@@ -355,7 +355,7 @@ class LabelTables:
 
     def recognizes(self, root: Path, options: DataOptions) -> bool:
         files = list_images_below(root, without=find_split_folder(root, "test"))
-        tables = find_label_tables(root, files)
+        tables = find_label_tables(root, files, options.template_path)
         if len(list_flat_classes(root)) > 1:  # the folders may be the classes, and the table notes on the images
             tables = [table for table in tables if label_names(table) and not repeats_folders(table, files)]
         return any(names_more_than_validation(root, table) for table in tables)
