@@ -305,7 +305,8 @@ def test_odd_names_of_classes_are_said(tmp_path):
         return "\n".join(describe_warnings(RunArguments(data_dir=str(root)), data, load_dataset(data)))
 
     said = say(write_table(tmp_path / "table", names=["Dog", "dog", "None"]))
-    assert "classes Dog, dog differ in upper and lower case alone" in said and "class None has the name of a m" in said
+    assert "classes Dog, dog differ in upper and lower case alone" in said
+    assert "class None may be a missing value" in said
     for k, name in enumerate(["Cat", "cat", "none"] * 3):
         save(paint(2 + k % 3, k), tmp_path / "folders" / "train" / name / f"{k}.jpg")
     said = say(tmp_path / "folders")

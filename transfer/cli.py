@@ -224,9 +224,7 @@ def name_run(source: Path, settings: Mapping, flagged: argparse.Namespace) -> st
     dataset = flagged.dataset_name or flagged.data_dir
     if dataset is None or dataset in (settings.get("dataset_name"), settings.get("data_dir")):
         return source.stem
-    place = Path(dataset)
-    name = place.stem if place.suffix == ".zip" else name_of(dataset)
-    return f"{source.stem}-" + re.sub(r"[^\w.-]+", "_", name)
+    return f"{source.stem}-" + re.sub(r"[^\w.-]+", "_", name_of(dataset).removesuffix(".zip"))
 
 
 def parse_command_line(argv: list[str]) -> tuple[RunArguments, FinetuningArguments, Path]:

@@ -1,5 +1,6 @@
 """Files and folders: atomic writes, free space, digests, who owns an output folder, and what must stay private."""
 
+import contextlib
 import getpass
 import hashlib
 import json
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
 from filelock import FileLock
@@ -110,6 +112,21 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def recall(path: Path) -> Any:
+    """Return what `remember` wrote; None if it is not there, or another process is writing it."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def remember(path: Path, content: Any) -> None:
+    """Write json into a cache, unless the cache is full or read-only."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(content))
 
 
 def write_folder_atomically(folder: Path, write: Callable[[Path], object]) -> None:

@@ -209,7 +209,7 @@ def _find_images(
             rest = ["" if row in tested else value for row, value in enumerate(values)]
             images[position] = found if all(found[1:]) else [*found[:1], *names.find_all(rest, base)[1:]]
             of_test |= tested
-    if not images:  # names that are written otherwise must be those of more images: numbers may count anything
+    if not images:  # names that are only alike must be those of more images, since any numbers may be alike
         for position, values in enumerate(columns_of_cells):
             of_tests = [names.tests.plain.get(_plain_path(value)) for value in values[1:]]
             found = [] if all(of_tests) else names.find_all(values, base)  # else it may be a template
@@ -238,7 +238,7 @@ def _try_table(path: Path, names: ImageNames, base: str) -> LabelTable | None:
 def find_label_tables(root: Path, files: Sequence[str], template: Path | None = None) -> list[LabelTable]:
     """The tables that name images, in the root and its train and val folders; else those in the folder above.
 
-    The `template` is none, nor is a copy of it, which may have been unpacked with the dataset.
+    The `template` is not among them, nor is a copy of it, which may have been unpacked with the dataset.
     """
     content = template.read_bytes() if template and template.is_file() else None
     splits = [folder for split in ("train", "val") if (folder := find_split_folder(root, split))]

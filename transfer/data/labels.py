@@ -82,7 +82,7 @@ def order_labels(labels: Iterable[str]) -> list[str]:
 
 
 def find_fault_of_labels(labels: Iterable[str]) -> str | None:
-    """Why distinct labels that are all numbers, but for missing values, are not classes; None if they may be."""
+    """Why labels cannot be classes: a missing value among numbers, or one number written in two ways; else None."""
     number_of = {label: to_number(label) for label in sorted(labels, key=natural_key)}
     missing = [label for label in number_of if is_missing(label)]
     if any(value is None and label not in missing for label, value in number_of.items()):
@@ -110,8 +110,8 @@ def describe_odd_classes(class_ids: Sequence[str], are_cells: bool) -> list[str]
     ]
     missing = [class_id for class_id in class_ids if is_missing(class_id)] if are_cells else []
     return lines + [
-        f"warning     class {class_id} has the name of a missing value: give its images a label, or leave it out with "
-        "--classes_file, if it is one"
+        f"warning     class {class_id} may be a missing value: if it is one, give its images a label, or leave the "
+        "class out with --classes_file"
         for class_id in missing
     ]
 

@@ -3,10 +3,8 @@
 Both folders lie in the datasets cache, which HF_DATASETS_CACHE moves. They are built once per content, atomically.
 """
 
-import contextlib
 import hashlib
 import io
-import json
 import lzma
 import os
 import shutil
@@ -25,7 +23,7 @@ from transfer.data.labels import order_labels
 from transfer.data.layouts import DatasetFiles
 from transfer.data.listing import NATURALLY, image_id_of, is_image, list_images, name_junk, natural_key, normal_name
 from transfer.errors import UserError
-from transfer.files import build_folder_once, check_free_space, datasets_cache, write_atomically
+from transfer.files import build_folder_once, check_free_space, datasets_cache, recall, remember
 from transfer.terminal import track
 
 # A zip
@@ -177,12 +175,10 @@ def extract_zip(zip_path: Path, cache_dir: Path | None = None, ignored: Counter[
     cache_dir = cache_dir or datasets_cache("unpacked")
     ignored = Counter() if ignored is None else ignored
     memory = cache_dir / f".{ZIP_FORMAT}-{listing_key(zip_path.parent, [zip_path.name])}.json"
-    # It may not be there, or another process may be writing it.
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        remembered = json.loads(memory.read_bytes())
-        if (folder := cache_dir / remembered["folder"]).is_dir():
-            ignored.update(remembered["ignored"])
-            return folder
+    known = recall(memory)
+    if isinstance(known, dict) and known and (folder := cache_dir / known["folder"]).is_dir():
+        ignored.update(known["ignored"])
+        return folder
     left_out: Counter[str] = Counter()
     members = _list_members(zip_path, left_out)
     _check_members(zip_path, members)
@@ -195,8 +191,7 @@ def extract_zip(zip_path: Path, cache_dir: Path | None = None, ignored: Counter[
         _extract_nested(folder)
 
     folder = build_folder_once(cache_dir / f"{zip_path.stem}-{_content_key(members)}", build, "HF_DATASETS_CACHE")
-    with contextlib.suppress(OSError):  # the cache may be read-only
-        write_atomically(memory, json.dumps({"folder": folder.name, "ignored": left_out}))
+    remember(memory, {"folder": folder.name, "ignored": left_out})
     return folder
 
 

@@ -3,10 +3,8 @@
 Every split depends on file names, their bytes, labels and a seed alone, so that it is the same on every machine.
 """
 
-import contextlib
 import functools
 import hashlib
-import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence, Set
@@ -22,7 +20,7 @@ from transfer.config import RunArguments
 from transfer.data.images.store import listing_key
 from transfer.data.layouts import DatasetFiles
 from transfer.errors import UserError
-from transfer.files import datasets_cache, write_atomically
+from transfer.files import datasets_cache, recall, remember
 
 
 def draw_order(files: Sequence[str], seed: int) -> list[int]:
@@ -53,10 +51,9 @@ def find_contents(root: Path, files: Sequence[str]) -> list[str]:
 @functools.lru_cache(maxsize=2)
 def _find_contents(root: Path, files: tuple[str, ...], key: str) -> list[str]:
     kept = datasets_cache("contents") / f"{key}.json"
-    with contextlib.suppress(OSError, ValueError):  # it is not there, or another process is writing it
-        contents = json.loads(kept.read_bytes())
-        if isinstance(contents, list) and len(contents) == len(files):
-            return contents
+    contents = recall(kept)
+    if isinstance(contents, list) and len(contents) == len(files):
+        return contents
     sizes = [_size_of(f"{root}/{file}") for file in files]
     shared = {size for size, count in Counter(sizes).items() if count > 1}
     digests = [
@@ -64,9 +61,7 @@ def _find_contents(root: Path, files: tuple[str, ...], key: str) -> list[str]:
     ]
     contents = [digest or file for digest, file in zip(digests, files, strict=True)]
     if None not in digests:  # a file that cannot be read now may be readable next time
-        with contextlib.suppress(OSError):  # the cache may be full or read-only
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(kept, json.dumps(contents))
+        remember(kept, contents)
     return contents
 
 

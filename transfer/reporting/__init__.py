@@ -19,7 +19,7 @@ from scipy.stats import binomtest
 from transfer.errors import UserError
 from transfer.evaluation.metrics import RunMetrics
 from transfer.evaluation.predictions import Predictions
-from transfer.files import read_json
+from transfer.files import name_of, read_json
 from transfer.models.offline import BACKBONES
 
 SIGNIFICANCE = 0.05  # p-value below which a difference is not called noise
@@ -60,6 +60,11 @@ def find_cached_id(folder: Path) -> str | None:
     """The Hub id of a folder in the Hub's cache; None for all others."""
     found = CACHED.search(folder.as_posix())
     return f"{found[1]}/{found[2]}" if found else None
+
+
+def data_name(arguments: Mapping) -> str:
+    """The dataset of a run: a Hub id, or the last part of the path of its folder or zip."""
+    return arguments.get("dataset_name") or name_of(str(arguments.get("data_dir"))).removesuffix(".zip")
 
 
 def base_model_name(record: Mapping) -> str:

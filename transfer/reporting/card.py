@@ -16,7 +16,7 @@ from transfer.evaluation.metrics import Calibration, ClassificationMetrics, RunM
 from transfer.evaluation.predictions import CALIBRATION_BINS, Predictions, find_confused_pairs, score_classes
 from transfer.files import leave_out_places, name_of, read_json
 from transfer.models.offline import is_offline
-from transfer.reporting import TOP5_FROM, base_model_name, find_cached_id
+from transfer.reporting import TOP5_FROM, base_model_name, data_name, find_cached_id
 from transfer.reporting.charts import list_stages
 
 UNPUSHED = "path/to/model"  # the name of a model that is not on the Hub
@@ -305,7 +305,7 @@ def write_card(
 ) -> None:
     """Write README.md into the folder of a trained model; it holds no path of this machine."""
     arguments = record["arguments"]
-    data = arguments.get("dataset_name") or name_of(arguments["data_dir"]).removesuffix(".zip")
+    data = data_name(arguments)
     title = name_of(arguments["hub_model_id"] or arguments["output_dir"])
     base, (repo_id, license_fields) = base_model_name(record), find_base(record)
     measured = {"validation": metrics.validation}

@@ -13,8 +13,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transfer.errors import UserError
 from transfer.evaluation.metrics import RunMetrics, score_interval
 from transfer.evaluation.predictions import CALIBRATION_BINS, Reliability, measure_reliability, order_classes
-from transfer.files import anonymize, leave_out_places, name_of, write_atomically
-from transfer.reporting import TOP5_FROM, RunResults, align_runs, base_model_name, compare_runs, describe_comparison
+from transfer.files import anonymize, leave_out_places, write_atomically
+from transfer.reporting import (
+    TOP5_FROM,
+    RunResults,
+    align_runs,
+    base_model_name,
+    compare_runs,
+    data_name,
+    describe_comparison,
+)
 from transfer.reporting.charts import (
     NUMBERED_CLASSES,
     choose_classes,
@@ -198,10 +206,6 @@ def render(template: str, **values) -> str:
     return page.render(style=style, script=script, script_hash=script_hash, **values)
 
 
-def _data_name(arguments: Mapping) -> str:
-    return arguments.get("dataset_name") or name_of(str(arguments.get("data_dir"))).removesuffix(".zip")
-
-
 def _stand_in(place: str, name: str) -> str:
     """A path as it was given, or, where it would show folders of this machine, with `name` for its folder."""
     path = PurePosixPath(place.replace("\\", "/"))
@@ -295,7 +299,7 @@ def render_page(run: RunResults, album: Album, without_pictures: str | None = No
         name=run.name,
         classes=len(found.names),
         base=base_model_name(run.record),
-        data_name=_data_name(run.record["arguments"]),
+        data_name=data_name(run.record["arguments"]),
         validation=run.metrics.validation,
         tiles=list_tiles(run.metrics, len(found.names), ece, leaderboard),
         costs=list_costs(run),
