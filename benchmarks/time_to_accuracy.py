@@ -1,17 +1,19 @@
 """Validation accuracy over training time: the standard recipe at its best learning rate, and a recipe of this project.
 
     accelerate launch --config_file accelerate_config.yaml benchmarks/time_to_accuracy.py recipes/offline_lite0.yaml \\
-        --data_dir DATA.zip [--minutes 10 30] [--json PATH] [--plot PATH]
+        --data_dir DATA.zip [--minutes 10 30] [--peers fastai timm] [--json PATH] [--plot PATH]
 
 Both use the same checkpoint, machine, split and precision. For every budget, the learning-rate schedule ends with the
 budget: steps are timed for a tenth of it to find their number. Evaluations do not count as training time; they use all
 validation images at the end and some of them before. The learning rate of the standard recipe is the best of
-`--learning_rates` on the validation images at the shortest budget. On two CPU cores, the default budgets take a little
-over two hours; results are written after every training.
+`--learning_rates` on the validation images at the shortest budget, and so is that of each of `--peers`
+(benchmarks/peers.py; they need torchvision, so an environment with a build of PyTorch that has one). On two CPU cores,
+the default budgets take a little over two hours without peers; results are written after every training.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import statistics
@@ -29,6 +31,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import Dataset, Subset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainerCallback
 
+from benchmarks.peers import PEERS, Peer
 from benchmarks.stock import stock_trainer
 from data_loading import find_data, load_dataset
 from finetune_vit import make_trainer
@@ -169,10 +172,32 @@ def draw(results: dict, path: Path) -> None:
             times, accuracies = zip(*outcome[who], strict=True)
             label = f"{who}, {minutes} min"
             axes.plot([t / 60 for t in times], accuracies, style, color=f"C{color}", marker="o", label=label)
+    for name, marker in zip(results.get("peers", {}), "s^", strict=False):
+        reached = results["peers"][name]["budgets"]
+        axes.plot([float(minutes) for minutes in reached], list(reached.values()), f"k{marker}", label=name)
     axes.set(xlabel="minutes of training", ylabel="validation accuracy")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, bbox_inches="tight", dpi=150)
+
+
+def measure_peers(context: RunContext, args, names: list[str], minutes: list[float]) -> Iterator[dict]:
+    """Measure every peer at every budget; yields the results so far after every training."""
+    found = {"peers": {name: {"learning_rates": {}, "budgets": {}} for name in names}}
+    for name in names:
+        peer, (_, learning_rates, train) = Peer(context, args), PEERS[name]
+        rates, budgets = found["peers"][name].values()
+        for rate in learning_rates:
+            print(f"{name}, {min(minutes):g} min, learning rate {rate:g}", flush=True)
+            rates[f"{rate:g}"] = train(peer, rate, min(minutes))
+            print(f"  accuracy {rates[f'{rate:g}']:.4f}", flush=True)
+            yield found
+        best = max(learning_rates, key=lambda rate: rates[f"{rate:g}"])
+        for budget in sorted(minutes):
+            known = budget == min(minutes)
+            budgets[f"{budget:g}"] = rates[f"{best:g}"] if known else train(peer, best, budget)
+            print(f"{name} at {best:g}, {budget:g} min: accuracy {budgets[f'{budget:g}']:.4f}", flush=True)
+            yield found
 
 
 def measure(context: RunContext, args, minutes: list[float], learning_rates: list[float]) -> Iterator[dict]:
@@ -212,11 +237,15 @@ def main() -> None:
         default=[2e-4, 5e-4, 2e-3],
         help="learning rates that the standard recipe tries",
     )
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="other libraries to compare with")
     parser.add_argument("--json", type=Path, help="where to write the curves")
     parser.add_argument("--plot", type=Path, help="where to draw them, such as curves.png; needs matplotlib")
     options, flags = parser.parse_known_args()
     if options.plot and pyplot is None:
         parser.error("--plot: pip install matplotlib")
+    for name in options.peers:
+        if PEERS[name][0] is None:
+            parser.error(f"--peers: pip install {name}, in an environment whose PyTorch has a torchvision")
     print(resolve_mixed_precision())
     use_all_cores()
     tune_malloc()
@@ -227,7 +256,11 @@ def main() -> None:
     dataset = load_dataset(folder, run.validation_fraction, run.split_seed, run.max_train_samples)
     context = RunContext(run, {}, "", folder, dataset)
     results = {"device": describe_device(), "versions": dict(describe_versions())}
-    for found in measure(context, args, options.minutes, options.learning_rates):
+    trainings = (
+        measure(context, args, options.minutes, options.learning_rates),
+        measure_peers(context, args, options.peers, options.minutes),
+    )
+    for found in itertools.chain(*trainings):
         results |= found
         if options.json:
             options.json.write_text(json.dumps(results, indent=2) + "\n")
@@ -237,6 +270,9 @@ def main() -> None:
             f"{budget} min: stock {outcome['stock'][-1][1]:.4f}, project {outcome['project'][-1][1]:.4f}; "
             f"error ratio {outcome['error_ratio']:.2f}; the stock's accuracy {reached}"
         )
+        for name, peer in results.get("peers", {}).items():
+            ratio = (1 - outcome["project"][-1][1]) / (1 - peer["budgets"][budget])
+            print(f"{budget} min: {name} {peer['budgets'][budget]:.4f}; error ratio {ratio:.2f}")
     if options.plot:
         draw(results, options.plot)
 

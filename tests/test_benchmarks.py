@@ -6,8 +6,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from conftest import WNIDS
 
-from benchmarks import ablation, scale, time_to_accuracy
+from benchmarks import ablation, peers, scale, time_to_accuracy
 from benchmarks.time_to_accuracy import compare, first_time
 from transfer.models import build
 
@@ -79,6 +80,44 @@ def test_stock_and_project_are_trained_to_the_end_of_every_budget(words, monkeyp
         pytest.skip("matplotlib is an optional extra (requirements-extras.txt)")
     time_to_accuracy.draw(found, tmp_path / "curves.svg")
     assert "project, 0.02 min" in (tmp_path / "curves.svg").read_text()
+
+
+def test_every_peer_is_trained_at_its_best_learning_rate(words, monkeypatch, tmp_path, capsys):
+    trained = []
+
+    def train(peer, learning_rate, minutes):
+        trained.append((learning_rate, minutes, len(peer.train) > len(peer.validation) > 0))
+        return learning_rate * minutes
+
+    monkeypatch.setitem(peers.PEERS, "timm", (True, (1.0, 3.0, 2.0), train))
+    budgets = ["--minutes", "0.02", "0.01", "--learning_rates", "1e-3", "--peers", "timm"]
+    monkeypatch.setattr(sys, "argv", ["time_to_accuracy.py", *words, *budgets])
+    time_to_accuracy.main()
+    assert trained == [(1.0, 0.01, True), (3.0, 0.01, True), (2.0, 0.01, True), (3.0, 0.02, True)]
+    found = json.loads((tmp_path / "found.json").read_text())["peers"]["timm"]
+    assert found["budgets"] == {"0.01": pytest.approx(0.03), "0.02": pytest.approx(0.06)}
+    assert re.search(r"0.02 min: timm 0\.0600; error ratio \d\.\d\d\n", capsys.readouterr().out)
+
+
+def test_a_peer_that_is_not_installed_is_refused_before_anything_is_measured(words, monkeypatch, capsys):
+    monkeypatch.setitem(peers.PEERS, "fastai", (None, (), None))
+    monkeypatch.setattr(sys, "argv", ["time_to_accuracy.py", *words, "--peers", "fastai"])
+    with pytest.raises(SystemExit):
+        time_to_accuracy.main()
+    assert "--peers: pip install fastai" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["fastai", "timm"])
+def test_a_peer_learns(name, words, checkpoints, monkeypatch, tmp_path):
+    if peers.PEERS[name][0] is None:
+        pytest.skip(f"{name} is not installed; it needs a PyTorch with torchvision")
+    learning_rate = {"fastai": 8e-3, "timm": 2e-3}[name]
+    monkeypatch.setitem(peers.PEERS, name, (True, (learning_rate,), peers.PEERS[name][2]))
+    words = [*words, "--model_name_or_path", str(checkpoints("convnext")), "--image_size", "32"]
+    budgets = ["--minutes", "0.1", "--learning_rates", "1e-3", "--peers", name]
+    monkeypatch.setattr(sys, "argv", ["time_to_accuracy.py", *words, *budgets])
+    time_to_accuracy.main()
+    assert json.loads((tmp_path / "found.json").read_text())["peers"][name]["budgets"]["0.1"] > 2 / len(WNIDS)
 
 
 def test_the_growth_of_every_input_is_drawn(tmp_path):
