@@ -1,10 +1,13 @@
-"""fastai and timm, fine-tuning a pretrained network as their documentation does, for time_to_accuracy.py.
+"""fastai and timm, fine-tuning a convolutional network as their documentation does, for time_to_accuracy.py.
 
-They get the weights, split, seed, batch size, image size and precision of the standard recipe, and put a new head on
-the network. Their schedules follow the time: they end with the minutes of the training.
+They get the weights, split, seed, batch size and precision of this project's recipe, and put a new head on the
+network, as both do by default. For EfficientNet, what transformers does differently from timm is undone: the momentum
+of batch norms, the padding for another image size, stochastic depth, and the time for gates that are always open.
+Schedules follow the time: they end with the minutes of the training.
 
 - fastai: `vision_learner` and `fine_tune` with `aug_transforms`. The frozen epoch takes a quarter of the time at most.
-- timm: the transforms, label smoothing, cosine schedule and warm-up of its `train.py`, with AdamW.
+- timm: the transforms, label smoothing and cosine schedule of its `train.py`. AdamW with weight decay 0.05 and a
+  warm-up of a twentieth of the time are this project's choice: the defaults are meant for hundreds of epochs.
 """
 
 import time
@@ -17,29 +20,31 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from PIL import Image
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor
 
+from transfer.errors import UserError
+from transfer.models.build import resize_input
 from transfer.models.cpu_kernels import skip_saturated_gates
 from transfer.models.layers import fix_batch_norm_momentum
-from transfer.models.load import locate_checkpoint, read_geometry
+from transfer.models.load import load_checkpoint, locate_checkpoint, read_geometry
 from transfer.runs import RunContext
 from transfer.runtime import count_cores
 
 try:
     from fastai.vision import all as fastai
-except ImportError:
+except (ImportError, RuntimeError):  # the latter from a torchvision that does not match PyTorch
     fastai = None
 try:
     import timm
     import timm.loss
     import timm.optim
     import timm.scheduler
-except ImportError:
+except (ImportError, RuntimeError):
     timm = None
 
 FROZEN_SHARE = 0.25  # of the time, at most
-WARM_UP, TICKS = 0.05, 10_000  # share of the schedule, and its resolution
-LATEST = 1 - 1 / TICKS  # share of fastai's schedule, which has no value at its end
+MANY_EPOCHS = 10_000  # time ends the training
+WARM_UP, TICKS = 0.05, 10_000  # share of timm's schedule, and its resolution
 LABEL_SMOOTHING, COLOR_JITTER, WEIGHT_DECAY = 0.1, 0.4, 0.05
 
 Images = list[tuple[Path, int]]  # with their labels
@@ -48,11 +53,13 @@ Images = list[tuple[Path, int]]  # with their labels
 class Features(nn.Module):
     """The feature maps (B, C, H, W) of a checkpoint in fp32, computed in the precision of accelerate's config."""
 
-    def __init__(self, checkpoint: str):
+    def __init__(self, checkpoint: str, size: int):
         super().__init__()
-        model = AutoModelForImageClassification.from_pretrained(checkpoint, dtype="float32")
+        model = resize_input(load_checkpoint(checkpoint)[0], size)
         skip_saturated_gates(model)
         fix_batch_norm_momentum(model)
+        for dropout in filter(lambda part: isinstance(part, nn.Dropout), model.modules()):
+            dropout.p = 0.0  # EfficientNet's stochastic depth
         self.body, self.accelerator = model.base_model.to(memory_format=torch.channels_last), Accelerator()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -62,34 +69,41 @@ class Features(nn.Module):
 
 
 class Peer:
-    """What both peers are given."""
+    """What both peers are given. Raises `UserError` if they cannot train with it."""
 
     def __init__(self, context: RunContext, args):
         run, self.args = context.run, args
         self.checkpoint = locate_checkpoint(run.model_name_or_path)
         self.processor = AutoImageProcessor.from_pretrained(self.checkpoint)
-        self.size = (run.train_image_size or [run.image_size])[0] or read_geometry(self.processor).crop[0]
+        sizes = run.train_image_size or [run.image_size or read_geometry(self.processor).crop[0]]
+        self.sizes = sorted({sizes[0], sizes[-1]})  # each peer uses the better one
         self.classes = len(context.data.class_ids)
         self.train, self.validation = (self.list_images(context, name) for name in ("train", "validation"))
+        if len(self.train) < args.per_device_train_batch_size:
+            raise UserError("--peers: there are fewer training images than --per_device_train_batch_size")
+        if Accelerator().mixed_precision == "fp16":
+            raise UserError("--peers: train in bf16 or fp32; their losses are not scaled for fp16")
+        if self.features(self.sizes[0])(torch.zeros(1, 3, self.sizes[0], self.sizes[0])).ndim != 4:
+            raise UserError("--peers: are compared on convolutional networks only")
 
     @staticmethod
     def list_images(context: RunContext, split: str) -> Images:
         rows = context.dataset[split].select_columns(["file", "label"])[:]
         return [(context.data.root / file, label) for file, label in zip(rows["file"], rows["label"], strict=True)]
 
-    def features(self) -> Features:
+    def features(self, size: int) -> Features:
         set_seed(self.args.seed)
-        return Features(self.checkpoint)
+        return Features(self.checkpoint, size)
 
 
-def train_fastai(peer: Peer, learning_rate: float, minutes: float) -> float:
-    """The validation accuracy after so many minutes."""
+def train_fastai(peer: Peer, size: int, learning_rate: float, minutes: float) -> float:
+    """The validation accuracy after so many minutes with images of that size."""
     validation = range(len(peer.train), len(peer.train) + len(peer.validation))
     block = fastai.DataBlock(
         blocks=(fastai.ImageBlock, fastai.CategoryBlock(vocab=list(range(peer.classes)))),
         splitter=fastai.IndexSplitter(validation),
         get_y=dict([*peer.train, *peer.validation]).get,
-        item_tfms=fastai.Resize(peer.size),
+        item_tfms=fastai.Resize(size),
         batch_tfms=[
             *fastai.aug_transforms(),
             fastai.Normalize.from_stats(peer.processor.image_mean, peer.processor.image_std),
@@ -113,27 +127,29 @@ def train_fastai(peer: Peer, learning_rate: float, minutes: float) -> float:
             if self.training:
                 self.now = time.perf_counter() - self.start
                 share = (self.now - self.begins) / (self.end - self.begins)
-                self.learn.pct_train = min(LATEST, max(share, self.learn.pct_train if self.ends else 0))
                 if share >= 1:
                     raise fastai.CancelFitException
+                if not self.ends:  # the frozen training may end with its epoch instead
+                    self.learn.pct_train = share
 
         def before_validate(self):
             raise fastai.CancelValidException
 
-    features = peer.features()
+    features = peer.features(size)
     loaders = block.dataloaders(
         [path for path, _ in [*peer.train, *peer.validation]],
         bs=peer.args.per_device_train_batch_size,
         num_workers=count_cores(),
         device=peer.args.device,
     )
-    learner = fastai.vision_learner(
-        loaders, lambda pretrained: nn.Sequential(features, nn.AdaptiveAvgPool2d(1)), cut=1, normalize=False,
-        metrics=fastai.accuracy,
-    )  # fmt: skip
+
+    def architecture(pretrained: bool) -> nn.Module:
+        return nn.Sequential(features, nn.AdaptiveAvgPool2d(1))  # fastai cuts it at the pooling
+
+    learner = fastai.vision_learner(loaders, architecture, normalize=False, metrics=fastai.accuracy)
     with learner.no_bar(), learner.no_logging():
         with learner.added_cbs(FollowTime()):
-            learner.fine_tune(TICKS, base_lr=learning_rate)
+            learner.fine_tune(MANY_EPOCHS, base_lr=learning_rate)
         return float(learner.validate()[1])
 
 
@@ -152,15 +168,26 @@ class ImageList(torch.utils.data.Dataset):
             return self.transform(image.convert("RGB")), label
 
 
-def load_timm(peer: Peer, is_training: bool) -> torch.utils.data.DataLoader:
-    """Batches with the transforms of timm."""
+def load_timm(peer: Peer, size: int, is_training: bool) -> torch.utils.data.DataLoader:
+    """Batches with the transforms of timm; validation images are not cropped, as in the other trainings."""
     transform = timm.data.create_transform(
-        peer.size, is_training, color_jitter=COLOR_JITTER, mean=peer.processor.image_mean, std=peer.processor.image_std
+        size,
+        is_training,
+        color_jitter=COLOR_JITTER,
+        interpolation="random" if is_training else "bilinear",
+        mean=peer.processor.image_mean,
+        std=peer.processor.image_std,
+        crop_pct=1.0,
     )
     args, images = peer.args, peer.train if is_training else peer.validation
     batch = args.per_device_train_batch_size if is_training else args.per_device_eval_batch_size
     return torch.utils.data.DataLoader(
-        ImageList(images, transform), batch, shuffle=is_training, drop_last=is_training, num_workers=count_cores()
+        ImageList(images, transform),
+        batch,
+        shuffle=is_training,
+        drop_last=is_training,
+        num_workers=count_cores(),
+        persistent_workers=True,
     )
 
 
@@ -170,10 +197,10 @@ def repeat(batches: torch.utils.data.DataLoader) -> Iterator[Any]:
         yield from batches
 
 
-def train_timm(peer: Peer, learning_rate: float, minutes: float) -> float:
-    """The validation accuracy after so many minutes."""
-    features = peer.features()
-    channels = features(torch.zeros(1, 3, peer.size, peer.size)).shape[1]
+def train_timm(peer: Peer, size: int, learning_rate: float, minutes: float) -> float:
+    """The validation accuracy after so many minutes with images of that size."""
+    features = peer.features(size)
+    channels = features(torch.zeros(1, 3, size, size)).shape[1]
     model = nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, peer.classes))
     model.to(peer.args.device).train()
     optimizer = timm.optim.create_optimizer_v2(model, "adamw", learning_rate, WEIGHT_DECAY)
@@ -181,7 +208,7 @@ def train_timm(peer: Peer, learning_rate: float, minutes: float) -> float:
         optimizer, TICKS, warmup_t=int(WARM_UP * TICKS), warmup_lr_init=learning_rate / 100, t_in_epochs=False
     )
     smooth, start = timm.loss.LabelSmoothingCrossEntropy(LABEL_SMOOTHING), time.perf_counter()
-    for images, labels in repeat(load_timm(peer, is_training=True)):
+    for images, labels in repeat(load_timm(peer, size, is_training=True)):
         share = (time.perf_counter() - start) / (60 * minutes)
         if share >= 1:
             break
@@ -192,7 +219,7 @@ def train_timm(peer: Peer, learning_rate: float, minutes: float) -> float:
     model.eval()
     hits = 0
     with torch.inference_mode():
-        for images, labels in load_timm(peer, is_training=False):
+        for images, labels in load_timm(peer, size, is_training=False):
             hits += int((model(images.to(peer.args.device)).argmax(-1).cpu() == labels).sum())
     return hits / len(peer.validation)
 

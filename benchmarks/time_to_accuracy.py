@@ -6,9 +6,9 @@
 Both use the same checkpoint, machine, split and precision. For every budget, the learning-rate schedule ends with the
 budget: steps are timed for a tenth of it to find their number. Evaluations do not count as training time; they use all
 validation images at the end and some of them before. The learning rate of the standard recipe is the best of
-`--learning_rates` on the validation images at the shortest budget, and so is that of each of `--peers`
-(benchmarks/peers.py; they need torchvision, so an environment with a build of PyTorch that has one). On two CPU cores,
-the default budgets take a little over two hours without peers; results are written after every training.
+`--learning_rates` on the validation images at the shortest budget. `--peers` (benchmarks/peers.py) have three of their
+own, at the recipe's first training size, and then try its last size with the best one. On two CPU cores, the default
+budgets take a little over two hours, and each peer 70 minutes more; results are written after every training.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -152,6 +153,11 @@ def first_time(points: list[list[float]], accuracy: float) -> float | None:
     return None
 
 
+def error_ratio(accuracy: float, other: float) -> float:
+    """How many errors there are for each one of the other's."""
+    return (1 - accuracy) / (1 - other) if other < 1 else math.inf
+
+
 def compare(stock: list[list[float]], project: list[list[float]]) -> dict:
     """The curves of one budget, and their ratios of error and time."""
     seconds, accuracy = stock[-1]
@@ -159,7 +165,7 @@ def compare(stock: list[list[float]], project: list[list[float]]) -> dict:
     return {
         "stock": stock,
         "project": project,
-        "error_ratio": (1 - project[-1][1]) / (1 - accuracy),
+        "error_ratio": error_ratio(project[-1][1], accuracy),
         "time_ratio": None if reached is None else reached / seconds,
     }
 
@@ -181,23 +187,28 @@ def draw(results: dict, path: Path) -> None:
     figure.savefig(path, bbox_inches="tight", dpi=150)
 
 
-def measure_peers(context: RunContext, args, names: list[str], minutes: list[float]) -> Iterator[dict]:
-    """Measure every peer at every budget; yields the results so far after every training."""
-    found = {"peers": {name: {"learning_rates": {}, "budgets": {}} for name in names}}
+def train_peer(peer: Peer, name: str, size: int, learning_rate: float, minutes: float) -> float:
+    """Its validation accuracy after so many minutes, which is also printed."""
+    print(f"{name}, {minutes:g} min, {size} px, learning rate {learning_rate:g}", flush=True)
+    accuracy = PEERS[name][2](peer, size, learning_rate, minutes)
+    print(f"  accuracy {accuracy:.4f}", flush=True)
+    return accuracy
+
+
+def measure_peers(peer: Peer, names: list[str], minutes: list[float]) -> Iterator[dict]:
+    """Tune every peer at the shortest budget and measure it at all of them; yields the results so far."""
+    shortest, found = min(minutes), {name: {"settings": {}, "budgets": {}} for name in names}
     for name in names:
-        peer, (_, learning_rates, train) = Peer(context, args), PEERS[name]
-        rates, budgets = found["peers"][name].values()
-        for rate in learning_rates:
-            print(f"{name}, {min(minutes):g} min, learning rate {rate:g}", flush=True)
-            rates[f"{rate:g}"] = train(peer, rate, min(minutes))
-            print(f"  accuracy {rates[f'{rate:g}']:.4f}", flush=True)
-            yield found
-        best = max(learning_rates, key=lambda rate: rates[f"{rate:g}"])
+        first, *last = peer.sizes
+        tried = {(first, rate): train_peer(peer, name, first, rate, shortest) for rate in PEERS[name][1]}
+        _, rate = max(tried, key=tried.get)
+        tried |= {(size, rate): train_peer(peer, name, size, rate, shortest) for size in last}
+        best = max(tried, key=tried.get)
+        found[name]["settings"] = {f"{size} px, {rate:g}": accuracy for (size, rate), accuracy in tried.items()}
         for budget in sorted(minutes):
-            known = budget == min(minutes)
-            budgets[f"{budget:g}"] = rates[f"{best:g}"] if known else train(peer, best, budget)
-            print(f"{name} at {best:g}, {budget:g} min: accuracy {budgets[f'{budget:g}']:.4f}", flush=True)
-            yield found
+            accuracy = tried[best] if budget == shortest else train_peer(peer, name, *best, budget)
+            found[name]["budgets"][f"{budget:g}"] = accuracy
+            yield {"peers": found}
 
 
 def measure(context: RunContext, args, minutes: list[float], learning_rates: list[float]) -> Iterator[dict]:
@@ -245,7 +256,7 @@ def main() -> None:
         parser.error("--plot: pip install matplotlib")
     for name in options.peers:
         if PEERS[name][0] is None:
-            parser.error(f"--peers: pip install {name}, in an environment whose PyTorch has a torchvision")
+            parser.error(f"--peers: pip install {name}, beside a torchvision that matches PyTorch")
     print(resolve_mixed_precision())
     use_all_cores()
     tune_malloc()
@@ -256,9 +267,10 @@ def main() -> None:
     dataset = load_dataset(folder, run.validation_fraction, run.split_seed, run.max_train_samples)
     context = RunContext(run, {}, "", folder, dataset)
     results = {"device": describe_device(), "versions": dict(describe_versions())}
+    results["versions"] |= {name: version(name) for name in options.peers}
     trainings = (
         measure(context, args, options.minutes, options.learning_rates),
-        measure_peers(context, args, options.peers, options.minutes),
+        measure_peers(Peer(context, args), options.peers, options.minutes) if options.peers else [],
     )
     for found in itertools.chain(*trainings):
         results |= found
@@ -271,8 +283,9 @@ def main() -> None:
             f"error ratio {outcome['error_ratio']:.2f}; the stock's accuracy {reached}"
         )
         for name, peer in results.get("peers", {}).items():
-            ratio = (1 - outcome["project"][-1][1]) / (1 - peer["budgets"][budget])
-            print(f"{budget} min: {name} {peer['budgets'][budget]:.4f}; error ratio {ratio:.2f}")
+            accuracy = peer["budgets"][budget]
+            ratio = error_ratio(outcome["project"][-1][1], accuracy)
+            print(f"{budget} min: {name} {accuracy:.4f}; error ratio {ratio:.2f}")
     if options.plot:
         draw(results, options.plot)
 

@@ -10,6 +10,7 @@ from conftest import WNIDS
 
 from benchmarks import ablation, peers, scale, time_to_accuracy
 from benchmarks.time_to_accuracy import compare, first_time
+from transfer.errors import UserError
 from transfer.models import build
 
 CURVE = [[0.0, 0.1], [10.0, 0.3], [20.0, 0.2], [30.0, 0.5]]
@@ -82,21 +83,25 @@ def test_stock_and_project_are_trained_to_the_end_of_every_budget(words, monkeyp
     assert "project, 0.02 min" in (tmp_path / "curves.svg").read_text()
 
 
-def test_every_peer_is_trained_at_its_best_learning_rate(words, monkeypatch, tmp_path, capsys):
+def test_every_peer_is_trained_with_its_best_settings(words, checkpoints, monkeypatch, tmp_path, capsys):
     trained = []
 
-    def train(peer, learning_rate, minutes):
-        trained.append((learning_rate, minutes, len(peer.train) > len(peer.validation) > 0))
-        return learning_rate * minutes
+    def train(peer, size, learning_rate, minutes):
+        assert len(peer.train) > len(peer.validation) > 0
+        trained.append((size, learning_rate, minutes))
+        return size / 100 * learning_rate * minutes
 
     monkeypatch.setitem(peers.PEERS, "timm", (True, (1.0, 3.0, 2.0), train))
-    budgets = ["--minutes", "0.02", "0.01", "--learning_rates", "1e-3", "--peers", "timm"]
-    monkeypatch.setattr(sys, "argv", ["time_to_accuracy.py", *words, *budgets])
+    monkeypatch.setattr(time_to_accuracy, "version", lambda name: "1.0")
+    words = [*words, "--model_name_or_path", str(checkpoints("convnext")), "--image_size", "32"]
+    budgets = ["--minutes", "0.02", "0.01", "--learning_rates", "1e-3", "--train_image_size", "32", "48", "64"]
+    monkeypatch.setattr(sys, "argv", ["time_to_accuracy.py", *words, *budgets, "--peers", "timm"])
     time_to_accuracy.main()
-    assert trained == [(1.0, 0.01, True), (3.0, 0.01, True), (2.0, 0.01, True), (3.0, 0.02, True)]
+    tuned = [(32, 1.0, 0.01), (32, 3.0, 0.01), (32, 2.0, 0.01), (64, 3.0, 0.01)]
+    assert trained == [*tuned, (64, 3.0, 0.02)]
     found = json.loads((tmp_path / "found.json").read_text())["peers"]["timm"]
-    assert found["budgets"] == {"0.01": pytest.approx(0.03), "0.02": pytest.approx(0.06)}
-    assert re.search(r"0.02 min: timm 0\.0600; error ratio \d\.\d\d\n", capsys.readouterr().out)
+    assert found["budgets"] == {"0.01": pytest.approx(0.0192), "0.02": pytest.approx(0.0384)}
+    assert re.search(r"0.02 min: timm 0\.0384; error ratio \d\.\d\d\n", capsys.readouterr().out)
 
 
 def test_a_peer_that_is_not_installed_is_refused_before_anything_is_measured(words, monkeypatch, capsys):
@@ -105,6 +110,14 @@ def test_a_peer_that_is_not_installed_is_refused_before_anything_is_measured(wor
     with pytest.raises(SystemExit):
         time_to_accuracy.main()
     assert "--peers: pip install fastai" in capsys.readouterr().err
+
+
+def test_peers_are_not_compared_on_a_vit(words, monkeypatch):
+    monkeypatch.setitem(peers.PEERS, "timm", (True, (), None))
+    monkeypatch.setattr(time_to_accuracy, "version", lambda name: "1.0")
+    monkeypatch.setattr(sys, "argv", ["time_to_accuracy.py", *words, "--peers", "timm"])
+    with pytest.raises(UserError, match="convolutional"):
+        time_to_accuracy.main()
 
 
 @pytest.mark.parametrize("name", ["fastai", "timm"])
