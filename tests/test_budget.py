@@ -20,6 +20,7 @@ from transfer.runs import single, timing
 from transfer.runs.timing import Deadline, TimeBudget, steps_that_fit
 from transfer.submission.checker import find_faults
 from transfer.training.trainer import FinetuningTrainer
+from transfer.transforms.training import TrainTransform
 
 
 def test_steps_that_fit_leave_time_for_every_pause_on_the_way():
@@ -130,6 +131,25 @@ def test_the_number_of_steps_that_fit_is_corrected_upwards(monkeypatch, tmp_path
     first, second, *_ = (record.getMessage() for record in caplog.records)
     assert "about 2" in first and f", not {re.findall('about ([0-9]+)', first)[0]};" in second
     assert machine.state.global_step > 70
+
+
+def test_a_run_whose_images_grow_leaves_time_for_the_large_ones(monkeypatch, tmp_path):
+    machine = Machine(monkeypatch, tmp_path, seconds=100)  # of 140 that all steps would take
+    transform, sizes = TrainTransform(torch.nn.Identity(), [10, 20], min_crop_scale=0.5), []
+
+    def done() -> float:
+        return min(1.0, machine.schedule.last_epoch / 100)
+
+    machine.budget.step_costs = lambda: (transform.size_at(done()) ** 2, transform.pixels_ahead(done()))
+
+    def step_seconds(now: float) -> float:
+        sizes.append(transform.size_at(done()))
+        return sizes[-1] ** 2 / 180
+
+    rates = machine.train(step_seconds)
+    assert 93 <= machine.now <= 99.5 and rates[-1] == pytest.approx(0, abs=1e-6)
+    small = sum(size == 10 for size in sizes)
+    assert abs(small - len(sizes) / 2) < 4  # the schedule never has to make up for lost time
 
 
 def test_a_schedule_that_cannot_be_moved_is_left_alone_and_training_still_ends(monkeypatch, tmp_path):

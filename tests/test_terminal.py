@@ -1,6 +1,7 @@
 """What a person sees: bars on a terminal, plain lines in a pipe, a table in a notebook, and run.log beside it."""
 
 import io
+import itertools
 import logging
 import os
 import re
@@ -158,6 +159,17 @@ def test_the_expected_time_counts_evaluations_and_the_prediction(capsys, args, m
     assert "time        about 2 min 5 s, including 1 min 5 s to evaluate and predict at the end\n" in said
 
 
+def test_the_expected_time_counts_the_larger_images_to_come(capsys, args, monkeypatch):
+    monkeypatch.setattr(terminal, "FORESEEN_AFTER", (3, 0.0))
+    expected = []
+    for cost_ahead in (1.0, 3.0):  # of a step, now 1
+        clock = itertools.count(0, 0.25)
+        monkeypatch.setattr(terminal.time, "perf_counter", lambda clock=clock: next(clock))
+        train(args, progress=terminal.TrainingProgress(lambda cost_ahead=cost_ahead: (1.0, cost_ahead)))
+        expected.append(int(re.findall("time        about (\\d+) s\n", capsys.readouterr().out)[0]))
+    assert expected[1] > 1.5 * expected[0]
+
+
 def test_a_named_bar_shows_its_speed_and_leaves_its_time_in_run_log(on_screen, tmp_path):
     screen = on_screen()
     terminal.open_log(tmp_path)
@@ -300,19 +312,19 @@ def test_an_accuracy_that_differs_from_the_epochs_is_explained(tmp_path):
     context = types.SimpleNamespace(precision="precision: bf16 (mixed_precision in the accelerate config)")
     state = {
         "best_global_step": 4,
-        "num_train_epochs": 3,
+        "max_steps": 7,
         "log_history": [{"step": 4, "epoch": 2.0, "loss": 1}, {"step": 4, "epoch": 2.0, "eval_accuracy": 0.815}],
     }
     metrics = RunMetrics(ClassificationMetrics(0.81, [0.7, 0.9], 1.0, 0.8, 0.5, 400))
     said = explain_difference(context, metrics, state)
     assert said == [
         "            measured in fp32; epoch 2 showed 0.8150 in bf16",
-        "best epoch  2 of 3",
+        "best epoch  2 of 3.5",
     ]
     metrics = RunMetrics(metrics.validation, tta=TtaMetrics(["plain", "flip"], {}))
     assert "measured with test-time augmentation" in explain_difference(context, metrics, state)[0]
     state["log_history"][1]["eval_accuracy"] = 0.81
-    assert explain_difference(context, metrics, state) == ["best epoch  2 of 3"]
+    assert explain_difference(context, metrics, state) == ["best epoch  2 of 3.5"]
 
 
 # How a run starts and ends

@@ -11,7 +11,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -266,12 +266,14 @@ class TrainingProgress(TrainerCallback):
     """Shows a training: a live bar per epoch, and a line with its validation accuracy when it ends.
 
     It takes the place of the Trainer's own bars and dicts. With `--disable_tqdm` it shows the lines alone; `tells` is
-    False where another callback says what was measured.
+    False where another callback says what was measured. `step_costs()` is proportional to the time of a step: now, and
+    on average in the rest of the training.
     """
 
     tells = True
 
-    def __init__(self) -> None:
+    def __init__(self, step_costs: Callable[[], tuple[float, float]] = lambda: (1.0, 1.0)) -> None:
+        self.step_costs = step_costs
         self.seconds_per_evaluation = self.seconds_afterwards = 0.0
         self.ends_by: float | None = None
 
@@ -288,7 +290,8 @@ class TrainingProgress(TrainerCallback):
         self.name, self.speed, self.best = "epoch", 0.0, state.best_metric
         self.images_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.steps_per_epoch = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
-        self.steps, self.paused, self.foreseen = 0, 0.0, False
+        self.steps, self.cost, self.paused, self.foreseen = 0, 0.0, 0.0, False
+        self.next_cost, _ = self.step_costs()
         has_table = is_notebook() and state.is_world_process_zero and self.tells and not args.disable_tqdm
         self.table = _NotebookTable() if has_table else None
         self.start = self.epoch_start = self.warm = time.perf_counter()
@@ -313,9 +316,11 @@ class TrainingProgress(TrainerCallback):
         now = time.perf_counter()
         self.steps, self.epoch_steps = self.steps + 1, self.epoch_steps + 1
         self.speed = self.images_per_step * self.epoch_steps / max(1e-9, now - self.epoch_start)
+        self.cost += self.next_cost
+        self.next_cost, cost_ahead = self.step_costs()
+        left = self._seconds_left(args, state, now, cost_ahead)
         if self.steps == 2:  # the first ones are slower
-            self.warm = now
-        left = self._seconds_left(args, state, now)
+            self.warm, self.cost, self.paused = now, 0.0, 0.0
         self._say_expected_time(args, state, now, left)
         if self.bar is not None:
             loss = f"loss {self.losses[-1]:.3f}  " if self.losses else ""
@@ -325,11 +330,10 @@ class TrainingProgress(TrainerCallback):
             if self.table:
                 self.table.draw(f"{self.name}: {detail}", is_urgent=False)
 
-    def _seconds_left(self, args, state, now: float) -> float:
+    def _seconds_left(self, args, state, now: float, cost_ahead: float) -> float:
         """Of the training, its evaluations included."""
-        measured = self.steps - 2 if self.steps > 2 else self.steps
-        step = (now - (self.warm if self.steps > 2 else self.start) - self.paused) / max(1, measured)
         remaining = state.max_steps - state.global_step
+        step = (now - self.warm - self.paused) / self.cost * cost_ahead
         left = remaining * step + math.ceil(remaining / self.steps_per_epoch) * self.seconds_per_evaluation
         return left if self.ends_by is None else max(0.0, min(left, self.ends_by - time.time()))
 

@@ -438,8 +438,8 @@ def explain_difference(context: RunContext, metrics: RunMetrics, state: dict) ->
     measured = {name: value for entry in entries for name, value in entry.items()}
     if "eval_accuracy" not in measured:
         return []
-    epoch = f"{measured['epoch']:g}"
-    lines = [f"best epoch  {epoch} of {state.get('num_train_epochs', epoch)}"]
+    epoch, epochs = f"{measured['epoch']:.3g}", measured["epoch"] * state["max_steps"] / measured["step"]
+    lines = [f"best epoch  {epoch} of {epochs:.3g}"]
     shown = {measured["eval_accuracy"], measured.get("eval_ema_accuracy", measured["eval_accuracy"])}
     if metrics.validation.accuracy not in shown:
         how = "in fp32" if "fp32" not in context.precision else "again"

@@ -136,15 +136,19 @@ def _memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _time_steps(trainer: FinetuningTrainer, steps: int, most_seconds: float, least: int) -> list[float]:
-    """Seconds of each of at most `steps` training steps. The model changes: do not use it afterwards."""
+def _time_steps(trainer: FinetuningTrainer, steps: int, most_seconds: float, least: int) -> float:
+    """Mean seconds of a step of the training, from at most `steps` of them. Do not use the model afterwards."""
     timer = StepTimer(most_seconds, least)
     trainer.add_callback(timer)
     trainer.args.max_steps = steps
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.train()
     trainer.pop_callback(timer)
-    return timer.seconds()
+    seconds = timer.seconds()
+    done, transform = len(timer.starts) - 1, trainer.train_transform
+    costs = [transform.size_at(step / steps) ** 2 for step in range(done - len(seconds), done)]
+    per_cost = statistics.median(time / cost for time, cost in zip(seconds, costs, strict=True))
+    return per_cost * transform.pixels_ahead(0)
 
 
 def estimate(context: RunContext, trainer: FinetuningTrainer) -> Estimate:
@@ -163,7 +167,7 @@ def estimate(context: RunContext, trainer: FinetuningTrainer) -> Estimate:
         half, trainer.train_limit.images = _peak_memory(device), None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        step = statistics.median(_time_steps(trainer, WARM_UP_STEPS + ESTIMATE_STEPS, STEPS_SECONDS, 2))
+        step = _time_steps(trainer, WARM_UP_STEPS + ESTIMATE_STEPS, STEPS_SECONDS, 2)
     except torch.OutOfMemoryError:
         quarter, step_images = max(1, batch // 4), batch * accumulation * args.world_size
         raise UserError(
@@ -280,22 +284,30 @@ class TimeBudget(TrainerCallback):
     After every step the schedule moves on by as much as spreads what is left of it over the steps that still fit
     (Li et al. 2020, Budgeted Training); where all of them fit it is the recipe's, bit for bit. `seconds_left()` is
     what remains for training; `pause` is the first guess of the seconds of an evaluation with its checkpoint.
+    `step_costs()` is proportional to the time of a step: now, and on average in the rest of the training.
     """
 
-    def __init__(self, seconds_left: Callable[[], float], pause: float):
-        self.seconds_left, self.pause = seconds_left, pause
-        self.steps: deque[float] = deque(maxlen=PACE_STEPS)
+    def __init__(
+        self,
+        seconds_left: Callable[[], float],
+        pause: float,
+        step_costs: Callable[[], tuple[float, float]] = lambda: (1.0, 1.0),
+    ):
+        self.seconds_left, self.pause, self.step_costs = seconds_left, pause, step_costs
+        self.steps: deque[float] = deque(maxlen=PACE_STEPS)  # seconds per cost
         self.mark: float | None = None  # when the last step ended
+        self.next_cost = 1.0  # of the first step, which is not timed
         self.said: int | None = None  # how many steps were last said to fit
 
     def on_step_end(self, args, state, control, lr_scheduler=None, train_dataloader=None, **kwargs):
-        now = time.perf_counter()
+        now, made = time.perf_counter(), self.next_cost
+        self.next_cost, ahead = self.step_costs()
         if self.mark is not None:
-            self.steps.append(now - self.mark)
+            self.steps.append((now - self.mark) / made)
         self.mark = now
         if not self.steps or state.global_step >= state.max_steps:
             return
-        fit = self._count_steps(args, state, len(train_dataloader))
+        fit = self._count_steps(args, state, len(train_dataloader), ahead)
         if args.world_size > 1:  # all stop together, when the first process says
             [fit] = broadcast_object_list([fit])
         self._say(fit, state)
@@ -315,16 +327,17 @@ class TimeBudget(TrainerCallback):
             self.pause = time.perf_counter() - self.mark
         self.mark = None
 
-    def _count_steps(self, args, state, batches: int) -> int:
+    def _count_steps(self, args, state, batches: int, cost_ahead: float) -> int:
         remaining = state.max_steps - state.global_step
         interval = max(1, math.ceil(batches / args.gradient_accumulation_steps))
         if args.eval_strategy == IntervalStrategy.STEPS:
             interval = max(1, int(state.eval_steps))
         until_pause = interval - state.global_step % interval
-        return steps_that_fit(self.seconds_left(), remaining, self._pace(), self.pause, until_pause, interval)
+        step = self._pace() * cost_ahead
+        return steps_that_fit(self.seconds_left(), remaining, step, self.pause, until_pause, interval)
 
     def _pace(self) -> float:
-        """Seconds of a step, from the last ones. A few slow ones must not shorten a schedule that cannot get back."""
+        """Seconds per cost, from the last steps. A few slow ones must not shorten a schedule that cannot get back."""
         if len(self.steps) < SAID_AFTER:
             return min(self.steps)
         usual = SLOW_STEP * statistics.median(self.steps)
@@ -360,7 +373,7 @@ def limit_training(context: RunContext, trainer: FinetuningTrainer, seconds: flo
     trainer.shown.foresee(pause, seconds * afterwards + REPORT_SECONDS, context.ends_by)
     if context.ends_by is not None:
         left = functools.partial(Deadline(context.ends_by, afterwards).seconds_to_train, seconds)
-        trainer.add_callback(TimeBudget(left, pause))
+        trainer.add_callback(TimeBudget(left, pause, trainer.step_costs))
 
 
 def limit_validation(context: RunContext, trainer: FinetuningTrainer) -> RunContext:

@@ -61,7 +61,7 @@ from transfer.training.checkpoints import (
 )
 from transfer.training.memory import Batch, BatchLimit, get_random_state, join_outcomes, set_random_state, split_batch
 from transfer.transforms.evaluation import EvaluationTransform
-from transfer.transforms.training import seeded_generator
+from transfer.transforms.training import TrainTransform, seeded_generator
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -134,7 +134,7 @@ class FinetuningTrainer(Trainer):
         classifier: Classifier,
         args: FinetuningArguments,
         eval_transform: EvaluationTransform,
-        train_transform: nn.Module,
+        train_transform: TrainTransform,
         train_dataset: PixelDataset,
         eval_dataset: PixelDataset,
         layer_decay: float = 1.0,
@@ -162,7 +162,7 @@ class FinetuningTrainer(Trainer):
         )
         for theirs in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):  # in a notebook, the latter is another table
             self.remove_callback(theirs)
-        self.shown = TrainingProgress()
+        self.shown = TrainingProgress(self.step_costs)
         self.add_callback(self.shown)
         self.eval_transform, self.train_transform = eval_transform.to(args.device), train_transform.to(args.device)
         self.layer_decay = layer_decay
@@ -183,6 +183,11 @@ class FinetuningTrainer(Trainer):
         schedule = self.lr_scheduler
         done = schedule.last_epoch if isinstance(schedule, LambdaLR) else self.state.global_step
         return done / self.state.max_steps
+
+    def step_costs(self) -> tuple[float, float]:
+        """Pixels of a crop now, and on average in the rest of the training; the time of a step grows with them."""
+        progress = self.progress()
+        return self.train_transform.size_at(progress) ** 2, self.train_transform.pixels_ahead(progress)
 
     def classification_loss(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         """Cross-entropy over the whole accumulated batch; smoothed and weighted by class in training only."""

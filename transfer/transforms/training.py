@@ -261,6 +261,14 @@ class TrainTransform(nn.Module):
         """Side of the crops after that fraction of the training."""
         return self.sizes[min(int(progress * len(self.sizes)), len(self.sizes) - 1)]
 
+    def pixels_ahead(self, progress: float) -> float:
+        """Mean pixels of a crop in the rest of the training, after that fraction of it."""
+        rest, parts = 1 - progress, len(self.sizes)
+        if rest <= 0:
+            return self.sizes[-1] ** 2
+        ahead = (max(0.0, (part + 1) / parts - max(progress, part / parts)) for part in range(parts))
+        return sum(size**2 * share for size, share in zip(self.sizes, ahead, strict=True)) / rest
+
     def crop_batch(self, images: torch.Tensor, size: int, augments: bool, generator: torch.Generator) -> torch.Tensor:
         """Normalized crops of images of one size, which TrivialAugment changes before they are cropped."""
         b, _, h, w = images.shape
