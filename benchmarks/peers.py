@@ -84,7 +84,7 @@ class Peer:
         if Accelerator().mixed_precision == "fp16":
             raise UserError("--peers: train in bf16 or fp32; their losses are not scaled for fp16")
         if self.features(self.sizes[0])(torch.zeros(1, 3, self.sizes[0], self.sizes[0])).ndim != 4:
-            raise UserError("--peers: are compared on convolutional networks only")
+            raise UserError("--peers: only convolutional networks can be compared")
 
     @staticmethod
     def list_images(context: RunContext, split: str) -> Images:

@@ -8,7 +8,8 @@ budget: steps are timed for a tenth of it to find their number. Evaluations do n
 validation images at the end and some of them before. The learning rate of the standard recipe is the best of
 `--learning_rates` on the validation images at the shortest budget. `--peers` (benchmarks/peers.py) have three of their
 own, at the recipe's first training size, and then try its last size with the best one. On two CPU cores, the default
-budgets take a little over two hours, and each peer 70 minutes more; results are written after every training.
+budgets take a little over two hours, and each peer 70 minutes more. Results are written after every training, those of
+a peer once its settings are chosen.
 """
 
 import argparse
