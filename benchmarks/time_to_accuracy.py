@@ -1,15 +1,16 @@
-"""Validation accuracy over training time: the standard recipe at its best learning rate, and a recipe of this project.
+"""Validation accuracy over training time: a recipe of this project, and others at their best learning rate.
 
     accelerate launch --config_file accelerate_config.yaml benchmarks/time_to_accuracy.py recipes/offline_lite0.yaml \\
-        --data_dir DATA.zip [--minutes 10 30] [--peers fastai timm] [--json PATH] [--plot PATH]
+        --data_dir DATA.zip [--minutes 10 30] [--peers stock fastai timm] [--json PATH] [--plot PATH]
 
-Both use the same checkpoint, machine, split and precision. For every budget, the learning-rate schedule ends with the
-budget: steps are timed for a tenth of it to find their number. Evaluations do not count as training time; they use all
-validation images at the end and some of them before. The learning rate of the standard recipe is the best of
-`--learning_rates` on the validation images at the shortest budget. `--peers` (benchmarks/peers.py) have three of their
-own, at the recipe's first training size, and then try its last size with the best one. On two CPU cores, the default
-budgets take a little over two hours, and each peer 70 minutes more. Results are written after every training, those of
-a peer once its settings are chosen.
+All use the same checkpoint, machine, split and precision. `stock` is the standard recipe (benchmarks/stock.py), the
+only peer by default. For every budget, the learning-rate schedule ends with the budget: steps are timed for a tenth of
+it to find their number. Evaluations do not count as training time; they use all validation images at the end and some
+of them before. The learning rate of the standard recipe is the best of `--learning_rates` on the validation images at
+the shortest budget. fastai and timm (benchmarks/peers.py) have three of their own, at the recipe's first training
+size, and then try its last size with the best one. On two CPU cores, the default budgets take a little over two hours;
+without `stock` 50 minutes, and 70 more for each of fastai and timm. Results are written after every training, those of
+fastai and timm once their settings are chosen.
 """
 
 import argparse
@@ -50,6 +51,7 @@ try:
 except ImportError:
     pyplot = None
 
+STOCK = "stock"  # the name of the standard recipe
 POINTS = 8  # of a curve, after the one before training
 POINT_IMAGES = 1000  # validation images of all points but the last
 TIMED_STEPS, WARM_UP_STEPS = 12, 4
@@ -159,12 +161,14 @@ def error_ratio(accuracy: float, other: float) -> float:
     return (1 - accuracy) / (1 - other) if other < 1 else math.inf
 
 
-def compare(stock: list[list[float]], project: list[list[float]]) -> dict:
+def compare(project: list[list[float]], stock: list[list[float]] | None) -> dict:
     """The curves of one budget, and their ratios of error and time."""
+    if stock is None:
+        return {"project": project}
     seconds, accuracy = stock[-1]
     reached = first_time(project, accuracy)
     return {
-        "stock": stock,
+        STOCK: stock,
         "project": project,
         "error_ratio": error_ratio(project[-1][1], accuracy),
         "time_ratio": None if reached is None else reached / seconds,
@@ -175,7 +179,9 @@ def draw(results: dict, path: Path) -> None:
     """The curves as a picture."""
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for color, (minutes, outcome) in enumerate(results["budgets"].items()):
-        for who, style in (("project", "-"), ("stock", "--")):
+        for who, style in (("project", "-"), (STOCK, "--")):
+            if who not in outcome:
+                continue
             times, accuracies = zip(*outcome[who], strict=True)
             label = f"{who}, {minutes} min"
             axes.plot([t / 60 for t in times], accuracies, style, color=f"C{color}", marker="o", label=label)
@@ -213,7 +219,10 @@ def measure_peers(peer: Peer, names: list[str], minutes: list[float]) -> Iterato
 
 
 def measure(context: RunContext, args, minutes: list[float], learning_rates: list[float]) -> Iterator[dict]:
-    """Measure both contenders at every budget; yields the results so far after every training."""
+    """Measure this project and the standard recipe at every budget; yields the results so far after every training.
+
+    Without learning rates, the standard recipe is left out.
+    """
     results = {"learning_rates": {}, "budgets": {}}
     with tempfile.TemporaryDirectory() as scratch:
         shortest, curves = min(minutes), {}
@@ -222,14 +231,14 @@ def measure(context: RunContext, args, minutes: list[float], learning_rates: lis
             curves[rate] = train_for(stock_maker(context, args, scratch, rate), shortest)
             results["learning_rates"][f"{rate:g}"] = curves[rate][-1][1]
             yield results
-        best = max(curves, key=lambda rate: curves[rate][-1][1])
+        best = max(curves, key=lambda rate: curves[rate][-1][1], default=None)
         for budget in sorted(minutes):
-            print(f"project and stock at {best:g}, {budget:g} min", flush=True)
-            ours = train_for(project_maker(context, args, scratch), budget)
-            stock = (
-                curves[best] if budget == shortest else train_for(stock_maker(context, args, scratch, best), budget)
-            )
-            results["budgets"][f"{budget:g}"] = compare(stock, ours)
+            print(f"project, {budget:g} min", flush=True)
+            ours, stock = train_for(project_maker(context, args, scratch), budget), curves.get(best)
+            if stock and budget != shortest:
+                print(f"stock, {budget:g} min, learning rate {best:g}", flush=True)
+                stock = train_for(stock_maker(context, args, scratch, best), budget)
+            results["budgets"][f"{budget:g}"] = compare(ours, stock)
             yield results
 
 
@@ -240,7 +249,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # --learning_rate is the recipe's, not short for --learning_rates
     )
-    parser.add_argument("recipe", help="recipe of this project; the standard recipe uses its checkpoint")
+    parser.add_argument("recipe", help="recipe of this project; its peers use its checkpoint")
     parser.add_argument("--minutes", nargs="+", type=float, default=[10, 30], help="budgets of training time")
     parser.add_argument(
         "--learning_rates",
@@ -249,13 +258,20 @@ def main() -> None:
         default=[2e-4, 5e-4, 2e-3],
         help="learning rates that the standard recipe tries",
     )
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="other libraries to compare with")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=[STOCK, *PEERS],
+        default=[STOCK],
+        help="what to compare with: the standard recipe and other libraries",
+    )
     parser.add_argument("--json", type=Path, help="where to write the curves")
     parser.add_argument("--plot", type=Path, help="where to draw them, such as curves.png; needs matplotlib")
     options, flags = parser.parse_known_args()
     if options.plot and pyplot is None:
         parser.error("--plot: pip install matplotlib")
-    for name in options.peers:
+    libraries = [name for name in options.peers if name != STOCK]
+    for name in libraries:
         if PEERS[name][0] is None:
             parser.error(f"--peers: pip install {name}, beside a torchvision that matches PyTorch")
     print(resolve_mixed_precision())
@@ -268,25 +284,25 @@ def main() -> None:
     dataset = load_dataset(folder, run.validation_fraction, run.split_seed, run.max_train_samples)
     context = RunContext(run, {}, "", folder, dataset)
     results = {"device": describe_device(), "versions": dict(describe_versions())}
-    results["versions"] |= {name: version(name) for name in options.peers}
+    results["versions"] |= {name: version(name) for name in libraries}
     trainings = (
-        measure(context, args, options.minutes, options.learning_rates),
-        measure_peers(Peer(context, args), options.peers, options.minutes) if options.peers else [],
+        measure(context, args, options.minutes, options.learning_rates if STOCK in options.peers else []),
+        measure_peers(Peer(context, args), libraries, options.minutes) if libraries else [],
     )
     for found in itertools.chain(*trainings):
         results |= found
         if options.json:
             options.json.write_text(json.dumps(results, indent=2) + "\n")
     for budget, outcome in results["budgets"].items():
-        reached = "never" if outcome["time_ratio"] is None else f"in {outcome['time_ratio']:.2f} of its time"
-        print(
-            f"{budget} min: stock {outcome['stock'][-1][1]:.4f}, project {outcome['project'][-1][1]:.4f}; "
-            f"error ratio {outcome['error_ratio']:.2f}; the stock's accuracy {reached}"
-        )
+        ours = outcome["project"][-1][1]
+        print(f"{budget} min: project {ours:.4f}")
+        if STOCK in outcome:
+            reached = "never" if outcome["time_ratio"] is None else f"in {outcome['time_ratio']:.2f} of its time"
+            theirs, ratio = outcome[STOCK][-1][1], outcome["error_ratio"]
+            print(f"{budget} min: stock {theirs:.4f}; error ratio {ratio:.2f}; its accuracy is reached {reached}")
         for name, peer in results.get("peers", {}).items():
             accuracy = peer["budgets"][budget]
-            ratio = error_ratio(outcome["project"][-1][1], accuracy)
-            print(f"{budget} min: {name} {accuracy:.4f}; error ratio {ratio:.2f}")
+            print(f"{budget} min: {name} {accuracy:.4f}; error ratio {error_ratio(ours, accuracy):.2f}")
     if options.plot:
         draw(results, options.plot)
 

@@ -26,7 +26,7 @@ def test_an_accuracy_is_reached_between_points_linearly_or_never(accuracy, secon
 
 
 def test_curves_come_to_a_ratio_of_errors_and_one_of_times():
-    outcome = compare(stock=[[0.0, 0.0], [40.0, 0.3]], project=CURVE)
+    outcome = compare(project=CURVE, stock=[[0.0, 0.0], [40.0, 0.3]])
     assert outcome["error_ratio"] == pytest.approx(0.5 / 0.7) and outcome["time_ratio"] == pytest.approx(0.25)
 
 
@@ -76,7 +76,7 @@ def test_stock_and_project_are_trained_to_the_end_of_every_budget(words, monkeyp
             times = [seconds for seconds, _ in curve]
             assert times[0] == 0.0 and times == sorted(times) and len(curve) > time_to_accuracy.POINTS
     assert "rates       0.0077 for the head" in output
-    assert re.search(r"0.02 min: stock 0\.\d{4}, project \d\.\d{4}; error ratio", output)
+    assert re.search(r"0.02 min: project \d\.\d{4}\n0.02 min: stock 0\.\d{4}; error ratio", output)
     if time_to_accuracy.pyplot is None:
         pytest.skip("matplotlib is an optional extra (requirements-extras.txt)")
     time_to_accuracy.draw(found, tmp_path / "curves.svg")
@@ -94,13 +94,14 @@ def test_every_peer_is_trained_with_its_best_settings(words, checkpoints, monkey
     monkeypatch.setitem(peers.PEERS, "timm", (True, (1.0, 3.0, 2.0), train))
     monkeypatch.setattr(time_to_accuracy, "version", lambda name: "1.0")
     words = [*words, "--model_name_or_path", str(checkpoints("convnext")), "--image_size", "32"]
-    budgets = ["--minutes", "0.02", "0.01", "--learning_rates", "1e-3", "--train_image_size", "32", "48", "64"]
+    budgets = ["--minutes", "0.02", "0.01", "--train_image_size", "32", "48", "64"]
     monkeypatch.setattr(sys, "argv", ["time_to_accuracy.py", *words, *budgets, "--peers", "timm"])
     time_to_accuracy.main()
     tuned = [(32, 1.0, 0.01), (32, 3.0, 0.01), (32, 2.0, 0.01), (64, 3.0, 0.01)]
     assert trained == [*tuned, (64, 3.0, 0.02)]
-    found = json.loads((tmp_path / "found.json").read_text())["peers"]["timm"]
-    assert found["budgets"] == {"0.01": pytest.approx(0.0192), "0.02": pytest.approx(0.0384)}
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["peers"]["timm"]["budgets"] == {"0.01": pytest.approx(0.0192), "0.02": pytest.approx(0.0384)}
+    assert not found["learning_rates"] and found["budgets"]["0.02"].keys() == {"project"}  # no standard recipe
     assert re.search(r"0.02 min: timm 0\.0384; error ratio \d\.\d\d\n", capsys.readouterr().out)
 
 
@@ -127,7 +128,7 @@ def test_a_peer_learns(name, words, checkpoints, monkeypatch, tmp_path):
     learning_rate = {"fastai": 8e-3, "timm": 2e-3}[name]
     monkeypatch.setitem(peers.PEERS, name, (True, (learning_rate,), peers.PEERS[name][2]))
     words = [*words, "--model_name_or_path", str(checkpoints("convnext")), "--image_size", "32"]
-    budgets = ["--minutes", "0.1", "--learning_rates", "1e-3", "--peers", name]
+    budgets = ["--minutes", "0.1", "--peers", name]
     monkeypatch.setattr(sys, "argv", ["time_to_accuracy.py", *words, *budgets])
     time_to_accuracy.main()
     assert json.loads((tmp_path / "found.json").read_text())["peers"][name]["budgets"]["0.1"] > 2 / len(WNIDS)

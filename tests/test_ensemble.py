@@ -32,22 +32,36 @@ def wrong_on(labels, rows, sharpness=3.0):
 
 @pytest.fixture
 def make(pristine_data, tmp_path):
-    """make(name, rows) is a finished run on the dataset that is wrong on these validation images; changes as given."""
+    """make(name, rows) is a finished run on the dataset that is wrong on these validation images; changes as given.
+
+    It is unsure of the images in `unsure`. All runs have the same architecture unless another one is given.
+    """
 
     def run(
-        name, rows=(), data=pristine_data, files=None, labels=None, ids=None, seed=1, sharpness=3.0, class_ids=WNIDS
+        name,
+        rows=(),
+        data=pristine_data,
+        files=None,
+        labels=None,
+        ids=None,
+        seed=1,
+        sharpness=3.0,
+        class_ids=WNIDS,
+        unsure=(),
+        architecture="vit",
     ):
         found = labeled_files(pristine_data)
         files, labels = files or found[0], np.array(labels if labels is not None else found[1])
         known = data_loading.open_folder(data)
         ids = known.test_ids if ids is None else ids
         logits, record = wrong_on(labels, list(rows), sharpness), {"start_fingerprint": name}
+        logits[list(unsure)] /= 10
         folder = write_run(tmp_path / name, data, files, labels, NAMES, logits, test_ids=ids, record=record)
         predictions = Predictions.load(folder)
         tested = some_logits(np.arange(len(ids)) % 4, 4, seed)
         Predictions(predictions.validation_files, labels, predictions.validation_logits, ids, tested).save(folder)
         (folder / "model" / "config.json").write_text(
-            json.dumps({"id2label": dict(enumerate(NAMES)), "class_ids": class_ids})
+            json.dumps({"id2label": dict(enumerate(NAMES)), "class_ids": class_ids, "model_type": architecture})
         )
         if sorted(ids) == sorted(known.test_ids) and ids:
             temperature = RunMetrics.read(folder).calibration.temperature
@@ -82,28 +96,46 @@ def refuse(average, tmp_path, capsys):
     return run
 
 
-def test_runs_that_raise_the_accuracy_are_kept_and_their_calibrated_probabilities_averaged(make, average, capsys):
-    best, helpful = make("best", range(4), sharpness=2.0), make("helpful", range(4, 12), seed=2, sharpness=6.0)
-    idle = make("idle", range(4), seed=3, sharpness=4.0)  # wrong where the best is
-    worst = make("worst", range(24), seed=4)
-    out = average(worst, best, helpful, idle)
-    metrics, kept = RunMetrics.read(out), ["best", "helpful"]
-    assert metrics.members.kept == kept and metrics.validation.accuracy > 44 / 48
-    assert list(metrics.members.accuracy.values()) == [44 / 48, 44 / 48, 40 / 48, 24 / 48]
-    members, together = [Predictions.load(folder) for folder in (best, helpful)], Predictions.load(out)
-    expected, tested = [], []
-    for member in members:
-        temperature = fit_temperature(member.validation_logits.astype(float), member.validation_labels)
-        expected.append(softmax(member.validation_logits.astype(float) / temperature, axis=1))
-        tested.append(softmax(member.test_logits.astype(float) / temperature, axis=1))
-    np.testing.assert_allclose(np.exp(together.validation_logits), np.mean(expected, axis=0), atol=1e-6)
-    np.testing.assert_allclose(np.exp(together.test_logits), np.mean(tested, axis=0), atol=1e-6)
+def calibrated(folder):
+    """(validation, test) probabilities of a run at the temperature that fits its validation images."""
+    run = Predictions.load(folder)
+    temperature = fit_temperature(run.validation_logits.astype(float), run.validation_labels)
+    logits = run.validation_logits.astype(float), run.test_logits.astype(float)
+    return tuple(softmax(values / temperature, axis=1) for values in logits)
+
+
+def test_calibrated_probabilities_are_averaged_and_a_run_that_does_harm_is_left_out(make, average, capsys):
+    best = make("best", range(4), sharpness=2.0, unsure=range(20, 48))
+    helpful = make("helpful", range(4, 12), seed=2, sharpness=6.0, unsure=range(20, 48))
+    alike = make("alike", range(4), seed=3, sharpness=4.0, unsure=range(20, 48))  # wrong where the best is
+    harmful = make("harmful", range(34, 48), seed=4)
+    out = average(harmful, best, helpful, alike)
+    metrics, kept = RunMetrics.read(out), [best, alike, helpful]
+    assert metrics.members.kept == ["best", "alike", "helpful"]
+    assert list(metrics.members.accuracy.values()) == [44 / 48, 44 / 48, 40 / 48, 34 / 48]
+    assert metrics.members.mean_of_all < metrics.validation.accuracy
+    expected, tested = (np.mean(values, axis=0) for values in zip(*map(calibrated, kept), strict=True))
+    together = Predictions.load(out)
+    np.testing.assert_allclose(np.exp(together.validation_logits), expected, atol=1e-6)
+    np.testing.assert_allclose(np.exp(together.test_logits), tested, atol=1e-6)
     said = capsys.readouterr().out.splitlines()
-    assert said[:2] == ["member      0.9167  best", "left out    0.9167  idle"]
+    assert said[0] == "member      0.9167  best" and said[3] == "left out    0.7083  harmful"
     assert f"mean        validation accuracy {metrics.members.mean_of_all:.4f} of the mean of all 4 runs" in said
     assert f"validation accuracy {metrics.validation.accuracy:.4f} (95% interval " in said[5]
     assert "slightly optimistic: the members were chosen on these images" in said[6]
     assert said[7] == f"submission  {out / 'submission.csv'} (10 rows, checked)"
+
+
+def test_each_architecture_has_the_same_weight(make, average):
+    runs = [make(f"vit{n}", range(4 * n, 4 * n + 4), seed=n) for n in range(3)]
+    other = make("convnext", range(20, 28), seed=9, architecture="convnextv2")
+    out = average(other, *runs)
+    weights = {member["path"]: member["weight"] for member in json.loads((out / "run.json").read_text())["members"]}
+    assert weights == pytest.approx({str(other): 1 / 2, **{str(run): 1 / 6 for run in runs}})
+    expected = sum(
+        weight * calibrated(folder)[0] for folder, weight in [(other, 1 / 2), *((run, 1 / 6) for run in runs)]
+    )
+    np.testing.assert_allclose(np.exp(Predictions.load(out).validation_logits), expected, atol=1e-6)
 
 
 def test_an_ensemble_leaves_a_finished_run_with_the_command_and_its_members(make, average):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from scipy.special import softmax
 
 from transfer.errors import UserError
-from transfer.evaluation.predictions import Predictions, average_probabilities, choose_members
+from transfer.evaluation.predictions import Predictions, average_probabilities, choose_views
 from transfer.runs.repeats import choose_submission, summarize
 from transfer.training.linear_probe import fit_head
 
@@ -52,8 +52,8 @@ def test_a_view_is_kept_only_where_it_helps():
     labels = np.array([0, 1, 0, 1])
     right, wrong = np.eye(2)[labels] * 4, np.eye(2)[1 - labels] * 4
     half = np.where(np.arange(4)[:, None] < 2, right, wrong * 0.5)
-    assert choose_members({"plain": half, "flip": right}, labels) == ["plain", "flip"]
-    assert choose_members({"plain": right, "flip": wrong, "zoom": right}, labels) == ["plain"]
+    assert choose_views({"plain": half, "flip": right}, labels) == ["plain", "flip"]
+    assert choose_views({"plain": right, "flip": wrong, "zoom": right}, labels) == ["plain"]
 
 
 @pytest.fixture(scope="module")

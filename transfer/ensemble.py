@@ -2,8 +2,9 @@
 
     python -m transfer.ensemble outputs/lite2 outputs/vit --output_dir outputs/ensemble
 
-The runs may have different backbones and image sizes, but must have the same classes, validation and test images. A
-folder of `--seeds` stands for the runs of its seeds. Only the runs' folders are read: no data and no model.
+The runs may have different backbones and image sizes, but must have the same classes, validation and test images.
+Each architecture has the same weight in the mean, however many runs it has. A folder of `--seeds` stands for the runs
+of its seeds. Only the runs' folders are read: no data and no model.
 """
 
 import argparse
@@ -11,7 +12,8 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,13 +27,11 @@ from transfer.evaluation.metrics import EnsembleMembers, RunMetrics, describe_me
 from transfer.evaluation.predictions import (
     FILE_NAME,
     Predictions,
-    average_probabilities,
     average_views,
-    choose_members,
     fit_temperature,
     measure_calibration,
 )
-from transfer.files import claim_output_dir, is_finished, write_atomically
+from transfer.files import claim_output_dir, is_finished, read_json, write_atomically
 from transfer.reporting import RunResults, align_runs
 from transfer.reporting.page import redraw_report
 from transfer.runs.record import make_record, read_record, write_record
@@ -47,6 +47,7 @@ class Member:
     """A finished run, and what identifies its predictions."""
 
     name: str  # the end of its path: metrics.json holds no path of this machine
+    architecture: str  # such as efficientnet; of timm's models, the model
     results: RunResults
     digest: str  # sha256 of predictions.npz
 
@@ -61,7 +62,9 @@ class Member:
         logits = results.predictions.validation_logits, results.predictions.test_logits
         if not all(np.isfinite(values).all() for values in logits):
             raise UserError(f"{folder}: its predictions are not finite numbers; leave it out")
-        return cls(name, results, digest_of((folder / FILE_NAME).read_bytes()))
+        config = {} if "members" in results.record else read_json(folder / "model" / "config.json")
+        architecture = config.get("architecture") or config.get("model_type") or "ensemble"
+        return cls(name, architecture, results, digest_of((folder / FILE_NAME).read_bytes()))
 
     @property
     def folder(self) -> Path:
@@ -144,23 +147,47 @@ def calibrate(member: Member, first: Member) -> tuple[np.ndarray, np.ndarray, fl
     return validation / temperature, test / temperature, temperature
 
 
-def combine(members: Sequence[Member]) -> tuple[RunMetrics, Predictions, dict[str, float]]:
-    """The metrics and predictions of the ensemble, and the temperature of each run by its name.
+def average_members(members: Sequence[Member], logits: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The logits of a single run as they are; of several, the log of their mean probabilities.
 
-    Starting with the most accurate run, each further one is kept if it raises the validation accuracy.
+    The mean is taken over the runs of each architecture first, then over the architectures: runs of the same one make
+    similar mistakes.
     """
+    alike: dict[str, list[np.ndarray]] = {}
+    for member in members:
+        alike.setdefault(member.architecture, []).append(logits[member.name])
+    return average_views([average_views(group) for group in alike.values()])
+
+
+def choose_runs(members: Sequence[Member], logits: Mapping[str, np.ndarray], labels: np.ndarray) -> list[Member]:
+    """The runs to average: the first, and each later one that does not clearly lower the validation accuracy.
+
+    It may lower it by one standard error of the difference, which is what chance does (Breiman et al. 1984).
+    """
+    kept, best = [members[0]], find_hits(logits[members[0].name], labels)
+    for member in members[1:]:
+        hits = find_hits(average_members([*kept, member], logits), labels)
+        if best.sum() - hits.sum() <= np.sqrt((hits != best).sum()):
+            kept.append(member)
+            best = max(best, hits, key=np.sum)
+    return kept
+
+
+def combine(members: Sequence[Member]) -> tuple[RunMetrics, Predictions, dict[str, float]]:
+    """The metrics and predictions of the ensemble, and the temperature of each run by its name."""
     first = members[0].predictions
-    calibrated = {member.name: calibrate(member, members[0]) for member in members}
-    tried = {name: validation for name, (validation, _, _) in calibrated.items()}
+    tried, tested, temperatures = {}, {}, {}
+    for member in members:
+        tried[member.name], tested[member.name], temperatures[member.name] = calibrate(member, members[0])
     labels = first.validation_labels
-    kept = choose_members(tried, labels)
-    together = average_views([tried[name] for name in kept])
-    test = average_views([calibrated[name][1] for name in kept])
-    of_all = float(find_hits(average_probabilities(list(tried.values())), labels).mean())
-    summary = EnsembleMembers(kept, {member.name: member.accuracy for member in members}, of_all)
+    kept = choose_runs(members, tried, labels)
+    together, test = average_members(kept, tried), average_members(kept, tested)
+    of_all = float(find_hits(average_members(members, tried), labels).mean())
+    accuracy = {member.name: member.accuracy for member in members}
+    summary = EnsembleMembers([member.name for member in kept], accuracy, of_all)
     metrics = RunMetrics(measure(together, labels), measure_calibration(together, labels), members=summary)
     predictions = Predictions(first.validation_files, labels, together, first.test_ids, test)
-    return metrics, predictions, {name: temperature for name, (_, _, temperature) in calibrated.items()}
+    return metrics, predictions, temperatures
 
 
 def find_form(member: Member) -> DatasetFiles:
@@ -215,10 +242,11 @@ def describe_ensemble(
         best.record["split_fingerprint"],
         start_of([member.folder for member in members]),
     )
+    runs_of = Counter(member.architecture for member in members if member.name in kept)
     listed = [
         {
             "path": str(member.folder),
-            "kept": member.name in kept,
+            "weight": 1 / len(runs_of) / runs_of[member.architecture] if member.name in kept else 0,
             "temperature": temperatures[member.name],
             "predictions_sha256": member.digest,
             "weights_sha256": member.results.record.get("weights_sha256"),
@@ -261,8 +289,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m transfer.ensemble",
         description="Average the calibrated probabilities of finished runs on the same split, of any backbones and "
-        "image sizes. Starts with the most accurate run, keeps each further one that raises the validation accuracy, "
-        "and writes submission.csv, predictions.npz, metrics.json, report.html and run.json.",
+        "image sizes. Each architecture has the same weight, and a run that clearly lowers the validation accuracy is "
+        "left out. Writes submission.csv, predictions.npz, metrics.json, report.html and run.json.",
         epilog="example: python -m transfer.ensemble outputs/offline outputs/vit_base --output_dir outputs/ensemble",
     )
     parser.add_argument(

@@ -38,8 +38,8 @@ def average_views(logits: Sequence[np.ndarray]) -> np.ndarray:
     return logits[0] if len(logits) == 1 else average_probabilities(logits)
 
 
-def choose_members(tried: Mapping[str, np.ndarray], labels: np.ndarray) -> list[str]:
-    """Names of the logits to average, of views or runs: the first, and each later one that raises the accuracy."""
+def choose_views(tried: Mapping[str, np.ndarray], labels: np.ndarray) -> list[str]:
+    """Names of the views whose logits to average: the first, and each later one that raises the accuracy."""
     names = list(tried)
     kept, best = names[:1], find_hits(tried[names[0]], labels).mean()
     for name in names[1:]:

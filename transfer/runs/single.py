@@ -35,7 +35,7 @@ from transfer.evaluation.metrics import (
     describe_metrics,
     measure,
 )
-from transfer.evaluation.predictions import Predictions, average_views, choose_members, measure_calibration
+from transfer.evaluation.predictions import Predictions, average_views, choose_views, measure_calibration
 from transfer.export import CHECKED_IMAGES, check_export, export_onnx
 from transfer.files import (
     anonymize_file,
@@ -330,7 +330,7 @@ def predict_and_measure(context: RunContext, trainer: FinetuningTrainer) -> tupl
     labels = labels_of(held_out)
     names = ["plain", *context.run.tta]
     tried = {name: predict_view(trainer, held_out, name, "validation") for name in names}
-    kept = choose_members(tried, labels)
+    kept = choose_views(tried, labels)
     logits = average_views([tried[name] for name in kept])
     stages: dict = {
         "validation": measure(logits, labels),
