@@ -4,8 +4,8 @@
     accelerate launch --quiet --config_file accelerate_config.yaml finetune_vit.py RECIPE.yaml --data_dir DATA.zip
 
 The first needs no data and no Hub access, and takes about a minute on two CPU cores. A run writes metrics.json,
-report.html, run.json, model/ and, if there are test images, submission.csv to outputs/<recipe name>; `--help` lists
-what a recipe may contain.
+report.html, run.json, model/ and, if there are test images, submission.csv to outputs/<recipe>, or to
+outputs/<recipe>-<dataset> if a flag names the dataset. `--help` lists what a recipe may contain.
 
 `main` is the run from arguments to sharing; `fine_tune` is one training, from the model to submission.csv. Everywhere,
 `run` holds the arguments that this project adds, and `args` those of the Trainer (transfer/config.py).
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
     started = time.time() if started is None else started
     precision = set_up_runtime()
     words = sys.argv[1:] if argv is None else argv
-    run, args, _ = parse_command_line(words)
+    run, args = parse_command_line(words)
     out, repeated = Path(args.output_dir), bool(run.seeds or (run.kfold and not run.fold))
     single.set_up_logging(args)
     checkpoint = single.prepare_output(run, args)

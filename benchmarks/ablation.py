@@ -55,7 +55,7 @@ VARIANTS = {
 
 def train_once(words: list[str], folder_cache: dict) -> float:
     """Validation accuracy after a training, of the model or its average, whichever is better."""
-    run, args, _ = parse_command_line(words)
+    run, args = parse_command_line(words)
     if run.data_dir not in folder_cache:
         folder_cache[run.data_dir] = find_data(run)
     folder = folder_cache[run.data_dir]

@@ -2,7 +2,7 @@
 
     python benchmarks/chaos.py --kills 20     # kills at random moments, of tiny ViTs and ConvNeXts, also in repeats
     python benchmarks/chaos.py --fuzz 500     # byte flips, cuts and renames in data folder, zip and template
-    python benchmarks/chaos.py --layouts 500  # small data sets in random layouts, whose truth is known
+    python benchmarks/chaos.py --layouts 500  # small datasets in random layouts, whose truth is known
 
 The kills are SIGKILL, SIGTERM and SIGHUP to the run, to its launcher or to both with the data workers. A killed run is
 started again with the same command, or as its error message says; in the end, its weights and csv must equal those of
@@ -393,7 +393,7 @@ def main(argv: list[str] | None = None) -> None:
         "--kills", type=int, default=0, help=f"number of kills of each of the runs: {', '.join(KILLED)}"
     )
     parser.add_argument("--fuzz", type=int, default=0, help="number of damaged datasets")
-    parser.add_argument("--layouts", type=int, default=0, help="number of data sets in random layouts")
+    parser.add_argument("--layouts", type=int, default=0, help="number of datasets in random layouts")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments, the damage and the layouts")
     args = parser.parse_args(argv)
     rng, lost = random.Random(args.seed), 0

@@ -1,4 +1,4 @@
-"""Opens the data sets of `layouts.py` as a run does, and compares what was read with the truth."""
+"""Opens the datasets of `layouts.py` as a run does, and compares what was read with the truth."""
 
 import csv
 import io
@@ -99,7 +99,7 @@ def find_wrong_cells(d: DataSet, data) -> list[str]:
 
 
 def judge_data_set(d: DataSet, packed: Path | None, cache: Path) -> tuple[str, str]:
-    """(what became of a data set, details)."""
+    """(what became of a dataset, details)."""
     datasets.config.HF_DATASETS_CACHE = cache
     try:
         data = open_data(str(packed or d.top), **d.options)
@@ -122,7 +122,7 @@ def judge_data_set(d: DataSet, packed: Path | None, cache: Path) -> tuple[str, s
 
 
 def fuzz_layouts(cases: int, place: Path, seed: int) -> Counter:
-    """What became of so many data sets in random layouts; each fault is printed."""
+    """What became of so many datasets in random layouts; each fault is printed."""
     outcomes: Counter = Counter()
     for case in range(cases):
         rng, here = random.Random(f"{seed}/{case}"), place / f"layout-{case}"

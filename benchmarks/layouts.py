@@ -1,4 +1,4 @@
-"""Small data sets in random layouts, as people have them, whose truth is known.
+"""Small datasets in random layouts, as people have them, whose truth is known.
 
 `python benchmarks/chaos.py --layouts 500` draws them, and `layout_check.py` compares what is read from them with the
 truth.
@@ -33,11 +33,11 @@ JUNK_TEXT = {"meta.csv": "temperature,pressure\n20.5,1013.2\n21.5,1012.9\n", "no
 
 @dataclass
 class DataSet:
-    """A data set on disk, and what is true of it. Paths are relative to `top`, which `--data_dir` names."""
+    """A dataset on disk, and what is true of it. Paths are relative to `top`, which `--data_dir` names."""
 
     rng: random.Random
     top: Path
-    root: str  # of the data set, ending with a slash unless it is `top` itself
+    root: str  # of the dataset, ending with a slash unless it is `top` itself
     kind: str  # of the class names
     classes: list[str]
     what: list[str] = field(default_factory=list)  # choices, to tell one case from another
@@ -420,7 +420,7 @@ def fraction_cells(d: DataSet, ids: dict[str, str]) -> dict[str, list[str]]:
 
 
 def draw_data_set(place: Path, rng: random.Random) -> DataSet:
-    """A random data set below a folder."""
+    """A random dataset below a folder."""
     kind = rng.choice(list(CLASSES))
     count = rng.choice([2, 3, 3, 4, 5])
     draw_images = rng.choice([draw_class_folders] * 4 + [draw_labeled_by_csv] * 2 + [draw_labeled_by_name])

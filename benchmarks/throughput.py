@@ -159,7 +159,7 @@ def train_timed(trainer: Trainer, steps: int) -> float:
 
 
 def time_prediction(trainer: FinetuningTrainer) -> float:
-    """Seconds for every test image."""
+    """Seconds to predict all validation images."""
     start = time.perf_counter()
     trainer.predict_logits(trainer.eval_dataset)
     return time.perf_counter() - start
@@ -309,7 +309,7 @@ def measure_data(data_dir: str) -> dict:
 
 
 def table(results: dict) -> str:
-    """The results as the README shows them."""
+    """The results as a Markdown table."""
     lines = [
         "| model | this project | stock recipe | ceiling | of ceiling | times stock |",
         "|---|---|---|---|---|---|",
@@ -328,7 +328,7 @@ def table(results: dict) -> str:
     for state, took in results["data"].items():
         lines.append(
             f"\ndata to first batch, {state}: {took['seconds']:.2f} s for {took['images']} images, "
-            f"{took['of_it_on_the_cache']:.2f} s of it on the pixel cache"
+            f"{took['of_it_on_the_cache']:.2f} s of it to decode the images, or to open them decoded"
         )
     return "\n".join(lines)
 

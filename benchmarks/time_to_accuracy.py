@@ -279,7 +279,7 @@ def main() -> None:
     tune_malloc()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    run, args, _ = parse_command_line([options.recipe, *flags])
+    run, args = parse_command_line([options.recipe, *flags])
     folder = find_data(run)
     dataset = load_dataset(folder, run.validation_fraction, run.split_seed, run.max_train_samples)
     context = RunContext(run, {}, "", folder, dataset)

@@ -35,7 +35,7 @@ def parse(tmp_path):
     def read(text: str, *flags: str):
         recipe = tmp_path / "mine.yaml"
         recipe.write_text(text)
-        return parse_command_line([str(recipe), *flags])[:2]
+        return parse_command_line([str(recipe), *flags])
 
     return read
 
@@ -221,7 +221,7 @@ def test_arguments_are_defined_in_the_order_of_their_topics():
 def test_data_that_a_flag_names_have_an_output_folder_of_their_own(flags, folder, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("" if "--dataset_name" in flags else "data_dir: sample\n")
-    _, args, _ = parse_command_line([str(recipe), *flags])
+    _, args = parse_command_line([str(recipe), *flags])
     assert args.output_dir == f"outputs/{folder}"
 
 
@@ -368,6 +368,7 @@ def test_a_borrowed_argument_that_cannot_work_is_refused_before_data_is_read(fla
         ("--linear_probe_only true --do_train false", "--linear_probe_only trains a head"),
         ("--ema_decay 0.9 --load_best_model_at_end false", "needs --load_best_model_at_end true"),
         ("--estimate true --do_train false", "--estimate measures fine-tuning"),
+        ("--kfold 5 --max_eval_samples 100", "--kfold validate on all images"),
         ("--search 3 --export onnx", "--export is for the results of one run"),
         ("--search 3 --metric_for_best_model macro_f1", "--search compares accuracy"),
         ("--push_to_hub true --hub_space_id me/x --trust_remote_code true", "does not run a model's own code"),

@@ -290,7 +290,7 @@ def test_the_command_to_push_a_run_later_trains_nothing_whatever_the_run_was(rep
     (tmp_path / "mine.yaml").write_text("seeds: [1, 2]\nmax_minutes: 5\n")
     said = f"python finetune_vit.py {tmp_path}/mine.yaml --data_dir sample {repeats} --resume_from_checkpoint true"
     words = shlex.split(command_to_push(f"{said} --push_to_hub true --hub_model_id me/tiny", tmp_path / "out"))
-    run, args, _ = parse_command_line(words[2:])
+    run, args = parse_command_line(words[2:])
     assert (run.seeds, run.kfold, run.fold, run.max_minutes, args.do_train) == ([], None, None, None, False)
     assert args.push_to_hub and args.hub_model_id == "me/tiny" and args.output_dir == f"{tmp_path}/out-pushed"
     assert run.model_name_or_path == f"{tmp_path}/out/model" and run.data_dir == "sample"

@@ -17,7 +17,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 OF_ACCELERATE = {"config_file", "quiet", "num_machines", "num_processes", "machine_rank", "main_process_ip"}
 OF_TENSORBOARD = {"logdir"}
-OF_PIP = {"no-deps"}
+OF_PIP = {"no-deps", "extra-index-url"}
 ELSEWHERE = {"train.py"}  # timm's
 PLACEHOLDERS = {"RECIPE.yaml", "best.yaml"}  # one for the reader to fill in, one that a search writes
 
@@ -123,7 +123,7 @@ def test_every_command_of_a_recipe_parses(page, monkeypatch):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_parses_and_its_header_gives_its_command(recipe):
-    run, args, _ = parse_command_line([str(recipe), "--data_dir", "sample"])
+    run, args = parse_command_line([str(recipe), "--data_dir", "sample"])
     named = "" if recipe.stem == "sample" else "-sample"  # the data that the flag names
     assert args.output_dir == f"outputs/{recipe.stem}{named}" and run.model_name_or_path
     assert recipe.read_text().startswith(

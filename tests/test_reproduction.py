@@ -53,7 +53,7 @@ def test_a_run_is_reproduced_bit_for_bit_from_its_run_json_and_metrics_json_alon
     assert "metrics" not in written
     script, _, words = written["command"].partition(" finetune_vit.py ")
     assert script == "accelerate launch --config_file accelerate_config.yaml"  # though the test called main([...])
-    run, args, _ = parse_command_line(shlex.split(words))
+    run, args = parse_command_line(shlex.split(words))
     parsed = describe_arguments(run, args)
     assert parsed == written["arguments"]
     moved = copy_record(out, tmp_path / "moved", "lone.json")

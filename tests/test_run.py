@@ -387,7 +387,7 @@ def test_flags_override_the_recipe(tmp_path):
 
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("data_dir: sample\nlearning_rate: 1.0e-3\nseed: 1\n")
-    _, args, _ = parse_command_line([str(recipe), "--seed", "5"])
+    _, args = parse_command_line([str(recipe), "--seed", "5"])
     assert (args.learning_rate, args.seed, args.output_dir) == (1e-3, 5, "outputs/mine")
 
 
@@ -397,10 +397,10 @@ def test_a_list_in_a_recipe_is_emptied_by_its_flag_or_by_an_empty_list(tmp_path,
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("data_dir: sample\ntta: [flip]\ntrain_image_size: [96, 128]\nseeds: [1, 2]\n")
     lists = ("tta", "train_image_size", "seeds")
-    run, _, _ = parse_command_line([str(recipe), *(f"--{name}" for name in lists), "--seed", "5"])
+    run, _ = parse_command_line([str(recipe), *(f"--{name}" for name in lists), "--seed", "5"])
     assert [getattr(run, name) for name in lists] == [[], [], []]
     recipe.write_text("data_dir: sample\ntta: []\nreport_to: []\n")
-    run, args, _ = parse_command_line([str(recipe)])
+    run, args = parse_command_line([str(recipe)])
     assert run.tta == args.report_to == []
     with pytest.raises(SystemExit):
         main(["--help"])

@@ -1,4 +1,4 @@
-"""From a recipe (YAML), or the run.json of a run to reproduce, and the flags after it to checked arguments."""
+"""Turns a recipe (YAML), or the run.json of a run to reproduce, and the flags after it into checked arguments."""
 
 import argparse
 import dataclasses
@@ -173,7 +173,7 @@ def check_name(name: str, where: str) -> None:
 
 
 def read_recipe(path: Path, trains: bool = True) -> dict:
-    """The arguments that a recipe file sets, without those of training alone unless the run `trains`.
+    """The arguments that a recipe file sets, without those that only training uses if the run does not train.
 
     Raises `UserError` for unknown arguments and for anything but a flat mapping.
     """
@@ -227,11 +227,10 @@ def name_run(source: Path, settings: Mapping, flagged: argparse.Namespace) -> st
     return f"{source.stem}-" + re.sub(r"[^\w.-]+", "_", name_of(dataset).removesuffix(".zip"))
 
 
-def parse_command_line(argv: list[str]) -> tuple[RunArguments, FinetuningArguments, Path]:
+def parse_command_line(argv: list[str]) -> tuple[RunArguments, FinetuningArguments]:
     """Read `RECIPE.yaml [--key value ...]` or `--reproduce RUN_JSON [--key value ...]`.
 
-    Returns the run's arguments, the Trainer's arguments and the path of the recipe or run.json. Raises `UserError`
-    for anything unknown or impossible.
+    Returns the run's and the Trainer's arguments. Raises `UserError` for anything unknown or impossible.
     """
     parser = RecipeParser()
     if any(word in ("-h", "--help") for word in argv):
@@ -255,7 +254,7 @@ def parse_command_line(argv: list[str]) -> tuple[RunArguments, FinetuningArgumen
         raise UserError("--reproduce RUN_JSON takes the place of the recipe: put it first, and flags after it")
     expand_paths(run, args)
     check_values(run, args)
-    return run, args, source
+    return run, args
 
 
 def expand_paths(run: RunArguments, args: FinetuningArguments) -> None:
@@ -322,19 +321,21 @@ def check_repeats(run: RunArguments, args: FinetuningArguments) -> None:
     if (run.seeds or run.kfold) and not args.do_train:
         flag = "seeds" if run.seeds else "kfold"
         raise UserError(f"--{flag} repeats the training; it cannot be combined with --do_train false")
+    if run.max_eval_samples and (run.seeds or (run.kfold and run.fold is None)):
+        raise UserError("--max_eval_samples: --seeds and --kfold validate on all images; leave it out")
 
 
 def check_search(run: RunArguments, args: FinetuningArguments) -> None:
     """Check that a search has single trainings to try, in one process."""
     if run.search is None:
         return
-    for name in ("seeds", "kfold", "linear_probe_only", "estimate", "max_minutes", "reproduce"):
+    for name in ("seeds", "kfold", "linear_probe_only", "max_eval_samples", "estimate", "max_minutes", "reproduce"):
         if getattr(run, name):
             raise UserError(f"--search and --{name} cannot be combined; search first, then run best.yaml")
     for name, value in {"hand_in": run.hand_in, "export": run.export, "push_to_hub": args.push_to_hub}.items():
         if value:
             raise UserError(f"--{name} is for the results of one run; search first, then run best.yaml")
-    if args.metric_for_best_model not in (None, "accuracy", "eval_accuracy"):
+    if args.metric_for_best_model != "accuracy":
         raise UserError("--search compares accuracy; set --metric_for_best_model when you run best.yaml")
     if not args.do_train or args.world_size > 1:
         raise UserError("--search trains in one process: leave out --do_train false, and launch one process")
@@ -397,7 +398,7 @@ def _refuse_if_unusable(flags: str, attempt: Callable[[], object]) -> Any:
 
 
 def try_arguments(args: FinetuningArguments) -> None:
-    """Make and use on one parameter what the Trainer makes of its arguments, before any data is read.
+    """Try the optimizer, the schedule and other settings on a tiny linear layer, before any data are read.
 
     Optimizers and kernels may lack their package, and schedules and loaders are only checked when they are made.
     Raises `UserError`.

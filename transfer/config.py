@@ -49,7 +49,6 @@ REFUSED = {
             "liger_kernel_config",
             "neftune_noise_alpha",
             "use_cache",
-            "include_num_input_tokens_seen",
         ],
         "it is for language models",
     ),
@@ -174,7 +173,7 @@ class RunArguments:
     dataset_config_name: str | None = option(None, "Configuration of the Hub dataset, if it has several.", DATA)
     label_column_name: str | None = option(None, "Label column of the Hub dataset, if it has several.", DATA)
     classes_file: str | None = option(
-        None, "Train only on the classes in this file: one class per line, in label order.", DATA)
+        None, "File that lists the classes in label order, one per line; other classes are left out.", DATA)
     template: str | None = option(
         None, "Template of the submission. [the csv named sample or template in or above the dataset]", DATA)
     submission_labels: str | None = option(None, "How the submission writes labels. [as its template shows]",
@@ -237,8 +236,8 @@ class RunArguments:
         LENGTH, at_least=1, on_card="setting")
 
     max_eval_samples: int | None = option(
-        None, "Validate on at most this many images, evenly over the classes. [all; with max_train_samples as small a "
-        "part as that is of the training images]",
+        None, "Validate on at most this many images, evenly over the classes. [all; with max_train_samples, the same "
+        "fraction of them, but at least 100 and one for each class]",
         LENGTH, at_least=1)
 
     ema_decay: float = option(
@@ -328,8 +327,7 @@ class FinetuningArguments(TrainingArguments):
         OPTIMIZER, at_least=0, on_card="setting")
     label_smoothing_factor: float = option(0.0, "Label smoothing; 0 disables it.",
         OPTIMIZER, at_least=0, below=1, on_card="setting")
-    # Clipping reads every gradient once more, a sixth of a step of a small ConvNeXt on a CPU;
-    # a diverging run is stopped by the check for non-finite losses instead.
+    # Off, because a diverging run is stopped by the check for non-finite losses.
     max_grad_norm: float = option(0.0, "Clip gradients to this norm; 0 disables clipping.",
         OPTIMIZER, at_least=0, on_card="setting")
     per_device_train_batch_size: int = option(64, "Training batch size; several processes divide it among them.",

@@ -191,9 +191,9 @@ def combine(members: Sequence[Member]) -> tuple[RunMetrics, Predictions, dict[st
 
 
 def find_form(member: Member) -> DatasetFiles:
-    """What the csv of a run tells of its dataset: ids, columns and order as a template, and how labels are written.
+    """What a submission needs to know of the dataset, with the run's own csv as its template.
 
-    Labels are written as it takes to make that csv from the run's own predictions. Raises `UserError`.
+    Labels are written in the way that makes that csv from the run's own predictions. Raises `UserError`.
     """
     path, predictions, names = member.folder / "submission.csv", member.predictions, member.results.class_names
     data = DatasetFiles(

@@ -36,7 +36,10 @@ PACKAGES_NAMED = 8  # changed packages that are named one by one
 
 
 def describe_code() -> dict:
-    """Fingerprint of the code, its commit, and whether that has no uncommitted changes; without git both are None."""
+    """The `fingerprint` of the code, its `commit`, and whether it is `clean`: without uncommitted changes.
+
+    Without git, the last two are None.
+    """
     digests = [digest_of_folder(PROJECT, "*.py"), digest_of_folder(PROJECT / "transfer", "**/*.py")]
     status, commit = run_git("status", "--porcelain", "--untracked-files=no"), run_git("rev-parse", "HEAD")
     return {

@@ -92,7 +92,7 @@ def hold_out_of_train(
 
 
 def import_optuna():
-    """The optional package."""
+    """The optional package optuna. Raises `UserError` if it is not installed."""
     try:
         import optuna
     except ImportError:
@@ -102,7 +102,10 @@ def import_optuna():
 
 
 def open_study(out: Path, identity: Mapping, resuming: bool, seed: int) -> dict:
-    """What `optuna.create_study` takes for the study in an output folder; one of other settings is refused."""
+    """The arguments of `optuna.create_study` for the study in an output folder.
+
+    Raises `UserError` for a study of other settings or data.
+    """
     optuna = import_optuna()
     place = out / STUDY_FILE
     if place.is_file() and not resuming:
@@ -124,7 +127,7 @@ def open_study(out: Path, identity: Mapping, resuming: bool, seed: int) -> dict:
 
 
 def count_finished(study: Mapping) -> int:
-    """Trials that ended, by themselves or because Optuna stopped them; a killed one is run again."""
+    """The number of trials that ended, by themselves or because Optuna stopped them; a killed one is run again."""
     optuna = import_optuna()
     trials = optuna.create_study(**study, direction="maximize").get_trials(deepcopy=False)
     return sum(trial.state in (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED) for trial in trials)

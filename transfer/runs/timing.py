@@ -35,10 +35,10 @@ logger = logging.getLogger(__name__)
 WARM_UP_STEPS, ESTIMATE_STEPS = 5, 15  # of --estimate; the first steps are slower
 ESTIMATE_BATCHES = 6  # of evaluation
 HALF_SECONDS, STEPS_SECONDS, EVALUATION_SECONDS = 5.0, 20.0, 10.0  # --estimate ends within a minute
-PACE_STEPS = 20  # of --max_minutes: the mean time of the last ones is taken for that of the next ones
-SAID_AFTER = 5  # steps, before the number of steps that fit is first shown
+PACE_STEPS = 20  # of --max_minutes: the next steps are expected to take the mean time of so many last ones
+SAID_AFTER = 5  # timed steps, before the number of steps that fit is first printed
 SLOW_STEP = 3.0  # times the median: slower steps do not count
-SAID_AGAIN = 0.75  # a number of steps is said when it is less than this share of the last, or the last of it
+SAID_AGAIN = 0.75  # it is printed again when it and the last printed one differ by more than this ratio
 FIXED_SECONDS = 10.0  # to load the best epoch, draw the report, write the results and exit
 REPORT_SECONDS = 4.0  # to draw the report and write the results
 SLACK = 1.15  # evaluation is not always as fast as when it was timed
@@ -281,8 +281,8 @@ def steps_that_fit(seconds: float, remaining: int, step: float, pause: float, un
 class TimeBudget(TrainerCallback):
     """Ends training in time, with the learning rate at the end of its schedule by then.
 
-    After every step the schedule moves on by as much as spreads what is left of it over the steps that still fit
-    (Li et al. 2020, Budgeted Training); where all of them fit it is the recipe's, bit for bit. `seconds_left()` is
+    After every step, the rest of the schedule is spread evenly over the steps that still fit (Li et al. 2020, Budgeted
+    Training). If all of them fit, the schedule is the recipe's, bit for bit. `seconds_left()` is
     what remains for training; `pause` is the first guess of the seconds of an evaluation with its checkpoint.
     `step_costs()` is proportional to the time of a step: now, and on average in the rest of the training.
     """
@@ -366,7 +366,10 @@ class TimeBudget(TrainerCallback):
 
 
 def limit_training(context: RunContext, trainer: FinetuningTrainer, seconds: float) -> None:
-    """Foresee when training ends, and let it end in time for the csv; evaluating an image takes so many seconds."""
+    """Prepare the expected time that is printed and, with `--max_minutes`, end training in time for the csv.
+
+    `seconds` is what evaluating an image takes.
+    """
     held_out = len(context.dataset["validation"])
     afterwards = min(MEASURED_IMAGES, held_out) + context.views * (held_out + context.test_images)
     pause = seconds * held_out * (2 if context.run.ema_decay else 1)

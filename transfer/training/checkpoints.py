@@ -151,7 +151,7 @@ def last_checkpoint(output_dir: Path) -> Path | None:
 
 def find_checkpoint(output_dir: Path, resume: str | None) -> str | None:
     """The checkpoint that `--resume_from_checkpoint` means: `true` for the last in output_dir, or a folder."""
-    if resume is None or resume.lower() == "false":
+    if resume is None:
         return None
     if resume.lower() != "true":
         if not is_complete(Path(resume)):

@@ -1,7 +1,7 @@
 """The train transform: random crops, flips, TrivialAugment, random erasing, mixup and CutMix, on the batch's device.
 
-Every random number comes from a generator that is seeded by (seed, step, process), so that the images a step sees
-depend neither on the number of data workers nor on where a run was resumed.
+Every random number comes from a generator that is seeded by (seed, step, batch of the step, process), so that the
+images a step sees depend neither on the number of data workers nor on where a run was resumed.
 """
 
 import contextlib
