@@ -128,6 +128,10 @@ def list_ignored(data: DatasetFiles, path: Path, options: DataOptions, above: Se
         is_near = folder != root.parent or folder.is_relative_to(path.absolute())
         unread = list_unread(folder, list_csv_files(names) if is_near else templates, known)
         ignored.update(f"../{name}" + " (lists other images)" * (name in templates) for name in unread)
+    top = Path(os.path.abspath(path))  # noqa: PTH100
+    if root != top and root.is_relative_to(top):
+        found = {top / folder: count for folder, count in list_unused(top, set())[1].items()}
+        images.update({os.path.relpath(f, root): n for f, n in found.items() if not f.is_relative_to(root)})
     return replace(data, ignored=+ignored, unused_images=images)
 
 

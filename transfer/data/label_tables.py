@@ -4,7 +4,7 @@ import contextlib
 import functools
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from transfer.data.listing import (
     find_template,
     is_template_name,
     list_csv_files,
+    list_files,
     list_files_above,
     list_folder,
     list_images_below,
@@ -24,6 +25,7 @@ from transfer.data.listing import (
 )
 from transfer.errors import UserError
 
+SEEN_ROWS = 50  # of a damaged csv
 MOST_TABLE_BYTES = 64 * 2**20  # a larger file is read only if --labels_csv names it
 
 
@@ -173,6 +175,11 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
     return [(line, cells) for line, cells in split_rows(path, text, separator) if any(map(str.strip, cells))]
 
 
+def _columns_of(rows: Sequence[tuple[int, list[str]]]) -> list[tuple[str, ...]]:
+    """The cells of each column, the first row's among them; of rows of different lengths, those that all have."""
+    return list(zip(*(cells for _, cells in rows), strict=False))
+
+
 def read_label_table(path: Path, names: ImageNames, base: str = "") -> LabelTable:
     """Read a csv and find the columns in which at least half of the rows name an image of their own.
 
@@ -221,18 +228,52 @@ def _find_images(
 def list_tables(folder: Path, names: Sequence[str]) -> list[Path]:
     """The files in a folder, of these names, that may hold labels; templates and lists of test images are left out."""
     found = list_csv_files(names, "csv|tsv|txt")
-    named = [name for name in found if not (is_template_name(name) or re.search(r"(?i)submission|^test", name))]
+    left_out = re.compile(r"(?i)submission|^test")
+    named = [
+        name
+        for name in found
+        if not left_out.search(name) and ("label" in name.lower() or not is_template_name(name))  # sample_labels.csv
+    ]
     paths = [folder / name for name in named if (folder / name).is_file()]  # not a link to nothing
     return [path for path in paths if path.stat().st_size <= MOST_TABLE_BYTES]
 
 
 def _try_table(path: Path, names: ImageNames, base: str) -> LabelTable | None:
-    """The table in a file, or None if it is something else, such as notes."""
+    """The table in a file, or None if it is something else, such as notes, or only numbers the images.
+
+    Raises `UserError` for a damaged csv whose rows name images.
+    """
     try:
         table = read_label_table(path, names, base)
-    except UserError:
+    except UserError as fault:
+        if path.suffix.lower() != ".txt" and _seems_to_name_images(path, names, base):
+            raise UserError(f"{fault}; correct it, or move the file away") from None
         return None
-    return table if table.images and len(table.columns) > 1 else None
+    return table if table.images and len(table.columns) > 1 and not _is_list(table, names) else None
+
+
+def _is_list(table: LabelTable, names: ImageNames) -> bool:
+    """Whether a table numbers images, or something else such as the classes, so that it has no labels."""
+    others = [table.column(name) for name in table.columns if name not in table.images]
+    ids = [value for name in table.images for value in table.column(name)]
+    named = {file for rows in table.images.values() for files in rows for file in files}
+    is_by_chance = all(map(str.isdecimal, ids)) and 4 * len(named) < len(names.paths)
+    if is_by_chance and all(len(set(cells)) == len(cells) for cells in others):
+        return True
+    return bool(others) and all(map(_counts_rows, others))
+
+
+def _seems_to_name_images(path: Path, names: ImageNames, base: str) -> bool:
+    """Whether half of the first rows of a damaged csv name images."""
+    with contextlib.suppress(UserError):
+        rows = [cells for _, cells in _read_rows(path)[1:SEEN_ROWS]]
+        return 2 * sum(any(names.find(cell, base) for cell in cells) for cells in rows) > len(rows)
+    return False
+
+
+def _counts_rows(cells: Sequence[str]) -> bool:
+    """Whether a column numbers the rows, so that it is no label; two rows may also be two classes."""
+    return len(cells) > 2 and any(list(cells) == [str(n + first) for n in range(len(cells))] for first in (0, 1))
 
 
 def find_label_tables(root: Path, files: Sequence[str], template: Path | None = None) -> list[LabelTable]:
@@ -253,6 +294,18 @@ def find_label_tables(root: Path, files: Sequence[str], template: Path | None = 
         if tables:
             return tables
     return []
+
+
+def list_named_in_test_csv(root: Path, files: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """(the files that a csv called test.csv or the like names, that csv); nothing without one."""
+    names = ImageNames(files)
+    for name in list_csv_files(list_folder(root)[0]) if files else []:
+        with contextlib.suppress(UserError):
+            columns = _columns_of(_read_rows(root / name)) if name.lower().startswith("test") else []
+            found = max((set().union(*map(names.find, cells)) for cells in columns), key=len, default=set())
+            if found:
+                return sorted(found), [root / name]
+    return [], []
 
 
 def describe_unmatched(root: Path) -> str:
@@ -493,9 +546,32 @@ def _contradicts_folders(root: Path, table: LabelTable, class_of: Mapping[str, s
     return any(name in called for name in contradicts) and not any(name in called for name in agrees)
 
 
+def _labels_folders(path: Path, folders: Set[str]) -> bool:
+    """Whether a column of a csv names all class folders, and another one sorts them into fewer classes."""
+    with contextlib.suppress(UserError):
+        columns = [[normal_name(cell.strip()) for cell in cells[1:]] for cells in _columns_of(_read_rows(path))]
+        counts = [len(set(cells)) for cells in columns]
+        names_folders = any(folders <= set(cells) and len(set(cells)) == len(cells) for cells in columns)
+        return names_folders and any(1 < count <= len(folders) / 2 for count in counts)
+    return False
+
+
 def check_folder_labels(root: Path, class_of: Mapping[str, str]) -> None:
-    """Refuse class folders beside a csv that sorts the same images into other classes. Raises `UserError`."""
-    for table in find_label_tables(root, list(class_of)):
+    """Refuse class folders beside a csv that sorts the same images, or folders, into other classes.
+
+    Raises `UserError`.
+    """
+    for place in (root, root.absolute().parent):
+        for path in list_tables(place, list_files(place)):
+            if "train" in path.name.lower() and _labels_folders(path, set(class_of.values())):
+                raise UserError(
+                    f"{path}: gives the class folders labels, so each folder is no class of its own; list the images "
+                    "with their labels in a csv for --labels_csv, or move this one away"
+                )
+    tables = []
+    with contextlib.suppress(UserError):  # a damaged csv; the folders are the classes
+        tables = find_label_tables(root, list(class_of))
+    for table in tables:
         if _contradicts_folders(root, table, class_of):
             raise UserError(
                 f"{table.path}: sorts the images into other classes than their folders do; use it with --labels_csv, "

@@ -6,7 +6,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Collection, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,7 @@ from transfer.data.label_tables import (
     find_label_tables,
     label_images,
     label_names,
+    list_named_in_test_csv,
     list_tables,
     names_more_than_validation,
     repeats_folders,
@@ -318,17 +319,25 @@ def list_labeled(root: Path, options: DataOptions) -> list[str]:
     return [file for file in files if file.startswith(starts)]
 
 
-def list_unlabeled_test(root: Path, template: Path | None, unlabeled: Sequence[str], source: str) -> list[str]:
-    """Test files; without a test folder, the unlabeled images that the template lists. Raises `UserError`."""
-    listed: dict[str, str] = {}
-    if unlabeled and template and find_split_folder(root, "test") is None:
-        listed = match_ids(unlabeled, set(read_template(template).iloc[:, 0]))
+def list_unlabeled_test(
+    root: Path, template: Path | None, unlabeled: Sequence[str], source: str
+) -> tuple[list[str], list[Path]]:
+    """(test files, the csv that lists them): those in test/, or the unlabeled ones in the template or a test.csv.
+
+    Raises `UserError`.
+    """
+    listed: Collection[str] = ()
+    sources: list[Path] = []
+    if unlabeled and find_split_folder(root, "test") is None:
+        listed = match_ids(unlabeled, set(read_template(template).iloc[:, 0])) if template else ()
+        if not template:
+            listed, sources = list_named_in_test_csv(root, unlabeled)
     if rest := [file for file in unlabeled if file not in listed]:
         raise UserError(
             f"{root / rest[0]}: has no label in {source} ({len(rest)} images have none); add rows for "
             "them, or move them into test/ or out of the dataset"
         )
-    return sorted(listed, key=natural_key) if listed else list_test_images(root)
+    return sorted(listed, key=natural_key) if listed else list_test_images(root), sources
 
 
 def is_wrapper(root: Path) -> bool:
@@ -382,6 +391,8 @@ class LabelTables:
                 f"({len(untrained)} such classes in all); add images to train on, or list the other classes with "
                 "--classes_file"
             )
+        unlabeled = [file for file in files if file not in label_of]
+        tested, lists = list_unlabeled_test(root, template, unlabeled, labels.source)
         return DatasetFiles(
             kind=self.kind,
             root=root,
@@ -394,9 +405,9 @@ class LabelTables:
             train_groups=[labels.group_of[file] for file in train] if labels.group_of else [],
             validation_files=held_out,
             validation_labels=[number[label_of[file]] for file in held_out],
-            test_files=list_unlabeled_test(root, template, [f for f in files if f not in label_of], labels.source),
+            test_files=tested,
             left_out=len(set(label_of.values()) - set(class_ids)),
-            sources=labels.tables,
+            sources=[*labels.tables, *lists],
         )
 
 

@@ -31,6 +31,8 @@ SPLIT_FOLDERS = {
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
+MASK_FOLDER = re.compile(r"(?i)(.*[^a-z])?(masks?|segmentations?|annotations?|labels?|ground.?truth)([^a-z].*)?")
+MASK_ENDING = re.compile(r"[ _-](mask|seg|segmentation)([ _-]?[0-9]+)?$")
 JUNK_FOLDERS = frozenset({"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"})
 NATURALLY = "in natural order"  # ends a label order that no file or column gives
 NATURAL_ORDER = f"folder names {NATURALLY}"
@@ -107,8 +109,24 @@ def list_files_above(root: Path) -> list[str]:
 
 
 def list_visible_folders(folder: Path) -> list[str]:
-    """Sorted names of the folders in a folder, without hidden ones and those that systems and programs leave."""
-    return [name for name in list_folder(folder)[1] if not name.startswith(".") and name not in JUNK_FOLDERS]
+    """Sorted names of the folders in a folder, without hidden ones, what systems leave, and masks beside images/."""
+    names = [name for name in list_folder(folder)[1] if not name.startswith(".") and name not in JUNK_FOLDERS]
+    masks = [name for name in names if MASK_FOLDER.fullmatch(name)]
+    images = [name for name in names if name.lower() == "images"]
+    if not masks or not images:
+        return names
+    stems = _list_stems(folder / images[0])
+    return [name for name in names if name not in masks or not _are_masks(_list_stems(folder / name), stems)]
+
+
+def _list_stems(folder: Path) -> set[str]:
+    """The names of the images directly in a folder, without their endings."""
+    return {image_id_of(name) for name in list_files(folder) if is_image(name)}
+
+
+def _are_masks(stems: Set[str], of_images: Set[str]) -> bool:
+    """Whether images are called as those that they mask."""
+    return bool(stems) and {MASK_ENDING.sub("", stem) for stem in stems} <= of_images
 
 
 def has_images(folder: Path) -> bool:
@@ -124,9 +142,9 @@ def find_split_folder(root: Path, split: str) -> str | None:
     A folder that holds nothing but another folder for this split stands for that one. Raises `UserError` if there are
     several folders for the split.
     """
-    stems = SPLIT_FOLDERS[split]
+    stems, names = SPLIT_FOLDERS[split], list_visible_folders(root)
     pattern = re.compile(rf"(?i)({'|'.join(stems)})([_ -]?(images|imgs|set|data))?[0-9]?")
-    found = [name for name in list_visible_folders(root) if pattern.fullmatch(name)]
+    found = [name for name in names if pattern.fullmatch(name)] or _find_alike(names, split)
     if len(found) > 1:
         raise UserError(
             f"{root}: {' and '.join(found)} could each be the {split} folder; merge them, or move one elsewhere"
@@ -135,18 +153,39 @@ def find_split_folder(root: Path, split: str) -> str | None:
         return None
     folder = found[0]
     inside = list_visible_folders(root / folder)
-    is_wrapped = len(inside) == 1 and pattern.fullmatch(inside[0]) and not has_images(root / folder)
-    return f"{folder}/{inside[0]}" if is_wrapped else folder
+    is_same = len(inside) == 1 and (pattern.fullmatch(inside[0]) or inside[0].lower() == folder.lower())
+    return f"{folder}/{inside[0]}" if is_same and not has_images(root / folder) else folder
+
+
+def _find_alike(names: Sequence[str], split: str) -> list[str]:
+    """The folder of a split among folders that are called alike, as seg_train and seg_test; without train, none."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for name in names:
+        for other, stems in SPLIT_FOLDERS.items():
+            if parts := re.fullmatch(rf"(.*?)(?<![a-z])({'|'.join(stems)})(?![a-z])(.*)", name.lower()):
+                found.setdefault((parts[1], parts[3]), {})[other] = name
+    alike = [folders for folders in found.values() if "train" in folders and len(folders) > 1]
+    return [alike[0][split]] if len(alike) == 1 and split in alike[0] else []
 
 
 def list_flat_classes(root: Path) -> list[str]:
-    """Folders of images directly in a folder that has no train folder; its val and test folders are not classes."""
+    """Folders of images directly in a folder that has no train folder; its val and test folders are not classes.
+
+    If all are called as splits are, such as train_1 and train_2, none of them is a class.
+    """
     splits = {split: find_split_folder(root, split) for split in SPLIT_FOLDERS}
     if splits["train"]:
         return []
     others = {(folder or "").partition("/")[0] for folder in splits.values()}
     names = [name for name in list_visible_folders(root) if name not in others and has_images(root / name)]
-    return [] if any(name.lower() == "images" for name in names) else names
+    if any(name.lower() == "images" for name in names) or all(map(is_called_as_split, names)):
+        return []
+    return names
+
+
+def is_called_as_split(name: str) -> bool:
+    """Whether one of the words in a folder's name is that of a split."""
+    return any(word in stems for word in re.findall("[a-z]+", name.lower()) for stems in SPLIT_FOLDERS.values())
 
 
 def find_class_folders(root: Path, split: str) -> dict[str, list[str]]:
@@ -176,8 +215,15 @@ def list_class_folders(root: Path, split: str) -> list[str]:
 
 
 def list_images(root: Path, folder: str) -> list[str]:
-    """Sorted image files directly in root/folder, relative to root. Raises `UserError` for an unprintable name."""
+    """Sorted image files directly in root/folder, relative to root, without masks of others there, as in a_mask.png.
+
+    Raises `UserError` for an unprintable name.
+    """
     images = [name for name in list_folder(root / folder)[0] if is_image(name)]
+    if any(MASK_ENDING.search(image_id_of(name)) for name in images if "mask" in name or "seg" in name):
+        stems = {image_id_of(name) for name in images}
+        masks = {stem for stem in stems if (masked := MASK_ENDING.sub("", stem)) != stem and masked in stems}
+        images = [name for name in images if image_id_of(name) not in masks]
     if odd := [name for name in images if not name.isprintable()]:
         raise UserError(f"{root / folder}: the file name {odd[0]!r} has unprintable characters; rename the file")
     return [posixpath.join(folder, name) for name in images]
@@ -239,7 +285,9 @@ def list_csv_files(names: Sequence[str], endings: str = "csv|tsv") -> list[str]:
 
 
 def is_template_name(name: str) -> bool:
-    """Whether a file name has "template" or the word "sample" in it: train_resampled.csv is not a template."""
+    """Whether a file is called as templates are: submission_format.csv is one, train_resampled.csv is not."""
+    if re.search(r"(?i)(example|format).*submission|submission.*(example|format)", name):
+        return True
     start = r"(?i:(?<![^\W\d_])|(?<=submission))(?i:sample)|(?<=[a-z])Sample"
     return bool(re.search(rf"(?i:template)|({start})(?i:(?![dr]))", name))
 

@@ -260,7 +260,7 @@ class FolderForm(WordForm):
     def fits(self, values: Set[str]) -> bool:
         if self.classes.has_padded_labels and values <= UNDECIDED:
             return False
-        return bool(self.classes.numbers) and values <= {*self.words, *UNDECIDED}
+        return bool(self.classes.numbers) and (values <= UNDECIDED or values <= {*self.words, ""})
 
 
 class NameForm(WordForm):

@@ -1,0 +1,193 @@
+"""Datasets as known competitions and collections bring them: read as they are meant, or refused with the reason."""
+
+from pathlib import Path
+
+import pytest
+from test_layouts import paint, save
+
+from data_loading import describe_layout, open_data
+from transfer.errors import UserError
+from transfer.submission import form_of
+
+NAMES = ["cat", "dog", "eel"]
+
+
+def draw(root: Path, *files: str) -> None:
+    for n, file in enumerate(files):
+        save(paint(n % 11, n, size=(8, 8)), root / file)
+
+
+def draw_classes(root: Path, pattern: str, names=NAMES, count=4) -> None:
+    """Images of each class, with {c} for its name and {i} for a number."""
+    draw(root, *(pattern.format(c=name, i=i) for name in names for i in range(count)))
+
+
+def write(path: Path, header: str, rows) -> None:
+    path.write_text("\n".join([header, *rows]) + "\n")
+
+
+def warnings_of(data) -> list[str]:
+    return [line for line in describe_layout(data) if line.startswith("warning")]
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("seg_train/seg_train", "seg_test/seg_test"),
+        ("asl_alphabet_train/asl_alphabet_train", "asl_alphabet_test/asl_alphabet_test"),
+        ("Final_Training/Images", "Final_Test/Images"),
+        ("images_train", "images_test"),
+        ("train_image", "test_image"),
+        ("train-jpg", "test-jpg"),
+    ],
+)
+def test_folders_that_are_called_alike_are_those_of_the_splits(train, test, tmp_path):
+    draw_classes(tmp_path, train + "/{c}/{c}{i}.png")
+    draw(tmp_path, *(f"{test}/{i}.png" for i in range(5)))
+    data = open_data(str(tmp_path))
+    assert data.class_ids == NAMES and (len(data.train_files), len(data.test_files)) == (12, 5)
+
+
+def test_a_class_that_is_called_like_a_split_stays_a_class(tmp_path):
+    names = ["bullet_train", "car", "test_tube"]
+    draw_classes(tmp_path, "{c}/{i}.png", names)
+    assert open_data(str(tmp_path)).class_ids == names
+
+
+def test_folders_that_are_all_called_like_splits_are_no_classes(tmp_path):
+    draw_classes(tmp_path, "{c}/{c}_{i}.png", ["train_1", "train_2", "train_3"])
+    with pytest.raises(UserError, match="not a dataset of a known layout"):
+        open_data(str(tmp_path))
+    write(
+        tmp_path / "labels.csv",
+        "file,kind",
+        (f"train_{k}_{i}.png,{NAMES[i % 3]}" for k in (1, 2, 3) for i in range(4)),
+    )
+    assert open_data(str(tmp_path)).class_ids == NAMES
+
+
+def test_images_beside_the_dataset_are_said_to_be_unused(tmp_path):
+    draw_classes(tmp_path, "plants/plants/train/{c}/{i}.png")
+    draw(tmp_path, *(f"test/test/{i}.png" for i in range(5)))
+    assert warnings_of(open_data(str(tmp_path)))[0].startswith("warning     5 images in ../../test/test/ are not used")
+    assert not warnings_of(open_data(str(tmp_path / "plants" / "plants")))
+
+
+def test_a_list_that_numbers_the_images_of_class_folders_has_no_labels(tmp_path):
+    draw_classes(tmp_path, "images/{c}/{c}{i}.png")
+    listed = [f"{c}/{c}{i}.png" for c in NAMES for i in range(4)]
+    write(tmp_path / "images.txt", f"1 {listed[0]}", (f"{n} {file}" for n, file in enumerate(listed[1:], 2)))
+    assert open_data(str(tmp_path)).class_ids == NAMES
+    assert open_data(str(tmp_path / "images")).class_ids == NAMES
+
+
+@pytest.mark.parametrize("place", ["train/{c}", "data/{c}"])
+def test_a_csv_of_numbered_classes_beside_numbered_images_has_no_labels(place, tmp_path):
+    for start, name in enumerate(NAMES):
+        draw(tmp_path, *(f"{place.format(c=name)}/{6 * start + i + 1}.png" for i in range(6)))
+    write(tmp_path / "classes.csv", "id,class", (f"{n},{name}" for n, name in enumerate(NAMES, 1)))
+    assert open_data(str(tmp_path)).class_ids == NAMES
+
+
+def test_masks_are_no_images_to_train_on(tmp_path):
+    draw_classes(tmp_path / "radiographs", "{c}/images/{c}{i}.png")
+    draw_classes(tmp_path / "radiographs", "{c}/masks/{c}{i}.png")
+    draw_classes(tmp_path / "scans", "{c}/{c} ({i}).png")
+    draw_classes(tmp_path / "scans", "{c}/{c} ({i})_mask.png")
+    draw(tmp_path / "scans", "cat/cat (0)_mask_1.png")
+    for data in map(open_data, map(str, (tmp_path / "radiographs", tmp_path / "scans"))):
+        assert data.class_ids == NAMES and len(data.train_files) == 12
+        assert data.unused_images.total() in (12, 13) and len(warnings_of(data)) == 3
+
+
+def test_masks_beside_the_images_of_a_csv_are_not_classes(tmp_path):
+    draw(tmp_path, *(f"train/{kind}/{i}.png" for kind in ("images", "masks") for i in range(12)))
+    write(tmp_path / "train.csv", "id,label", (f"{i},{NAMES[i % 3]}" for i in range(12)))
+    data = open_data(str(tmp_path))
+    assert data.class_ids == NAMES and data.unused_images == {"train/masks": 12}
+
+
+def test_people_with_and_without_masks_are_classes(tmp_path):
+    draw_classes(tmp_path, "{c}/{i}.png", ["mask", "no_mask"])
+    draw(tmp_path, "mask/0_mask.png", "no_mask/a_mask.png")
+    assert open_data(str(tmp_path)).class_ids == ["mask", "no_mask"]
+    assert len(open_data(str(tmp_path)).train_files) == 9  # 0_mask.png is called as the mask of 0.png
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("7.png,dog,extra", "line 9 has 3 columns, but line 1 has 2"), (None, "two columns have the same name")],
+)
+@pytest.mark.parametrize("place", ["train_images/{i}.png", "images/{i}.png", "part{part}/{i}.png"])
+def test_a_damaged_csv_of_labels_is_said_to_be_damaged(place, line, message, tmp_path):
+    draw(tmp_path, *(place.format(i=i, part=i % 2) for i in range(12)))
+    rows = [f"{i}.png,{NAMES[i % 3]}" for i in range(12)]
+    if line:
+        rows[7] = line
+    write(tmp_path / "train.csv", "id,label" if line else "id,id", rows)
+    with pytest.raises(UserError, match=f"train.csv: {message}"):
+        open_data(str(tmp_path))
+
+
+def test_a_damaged_csv_beside_class_folders_in_train_changes_nothing(tmp_path):
+    draw_classes(tmp_path, "train/{c}/{c}{i}.png")
+    write(tmp_path / "notes.csv", "file,note", [*(f"cat{i}.png,x" for i in range(4)), "dog1.png,x,y"])
+    assert open_data(str(tmp_path)).class_ids == NAMES
+
+
+def test_a_csv_that_labels_folders_is_not_passed_over(tmp_path):
+    patients = [f"{n:05d}" for n in range(6)]
+    draw_classes(tmp_path, "train/{c}/FLAIR/Image-{i}.png", patients)
+    write(
+        tmp_path / "train_labels.csv", "BraTS21ID,MGMT_value", (f"{name},{n % 2}" for n, name in enumerate(patients))
+    )
+    with pytest.raises(UserError, match=r"train_labels.csv: gives the class folders labels"):
+        open_data(str(tmp_path))
+    (tmp_path / "train_labels.csv").rename(tmp_path / "patients.csv")
+    assert open_data(str(tmp_path)).class_ids == patients
+
+
+@pytest.mark.parametrize("name", ["submission_format.csv", "example_submission.csv", "submission-example.csv"])
+def test_a_template_may_be_called_an_example_or_a_format(name, tmp_path):
+    draw_classes(tmp_path, "train/{c}/{c}{i}.png")
+    draw(tmp_path, "test/0.png", "test/1.png")
+    write(tmp_path / name, "file,species", ["1.png,cat", "0.png,cat"])
+    data = open_data(str(tmp_path))
+    assert data.template_path == tmp_path / name and form_of(data).what == "class names"
+
+
+def test_sample_labels_are_labels(tmp_path):
+    draw(tmp_path, *(f"images/{i}.png" for i in range(12)))
+    write(tmp_path / "sample_labels.csv", "image,label", (f"{i}.png,{NAMES[i % 3]}" for i in range(12)))
+    assert open_data(str(tmp_path)).class_ids == NAMES
+
+
+def test_a_template_with_numbers_that_no_folder_has_does_not_show_the_folders_numbers(tmp_path):
+    draw_classes(tmp_path, "train/{c}/{c}_{i}.png", ["1", "2", "3"])
+    draw(tmp_path, *(f"test/{i}.png" for i in range(4)))
+    write(tmp_path / "sample_submission.csv", "id,label", ["0,0", "1,1", "2,2", "3,0"])
+    with pytest.raises(UserError, match=r"do not show how the classes .* are written"):
+        open_data(str(tmp_path))
+    data = open_data(str(tmp_path), submission_labels="index")
+    assert form_of(data).what.startswith("integers 0 to 2")
+    write(tmp_path / "sample_submission.csv", "id,label", (f"{i},0" for i in range(4)))
+    assert form_of(open_data(str(tmp_path))).what == "folder numbers"
+
+
+def test_a_csv_of_test_images_tells_them_from_the_others_in_a_common_folder(tmp_path):
+    draw(tmp_path, *(f"images/{i}.png" for i in range(16)))
+    write(tmp_path / "train.csv", "image_names,kind", (f"{i}.png,{NAMES[i % 3]}" for i in range(12)))
+    write(tmp_path / "test.csv", "image_names", (f"{i}.png" for i in range(12, 16)))
+    data = open_data(str(tmp_path))
+    assert data.test_ids == ["12", "13", "14", "15"] and not data.ignored
+    draw(tmp_path, "images/16.png")
+    with pytest.raises(UserError, match=r"16.png: has no label in column kind of train.csv"):
+        open_data(str(tmp_path))
+
+
+def test_a_few_numbered_images_may_have_labels_in_a_csv(tmp_path):
+    draw(tmp_path, *(f"images/{i}.png" for i in range(60)))
+    write(tmp_path / "train.csv", "id,kind", (f"{i},{NAMES[i % 3]}" for i in range(9)))
+    write(tmp_path / "sample_submission.csv", "id,kind", (f"{i},cat" for i in range(9, 60)))
+    data = open_data(str(tmp_path))
+    assert data.class_ids == NAMES and (len(data.train_files), len(data.test_files)) == (9, 51)
