@@ -191,3 +191,20 @@ def test_a_few_numbered_images_may_have_labels_in_a_csv(tmp_path):
     write(tmp_path / "sample_submission.csv", "id,kind", (f"{i},cat" for i in range(9, 60)))
     data = open_data(str(tmp_path))
     assert data.class_ids == NAMES and (len(data.train_files), len(data.test_files)) == (9, 51)
+
+
+@pytest.mark.parametrize("cell", ["nan", "?", "-1", ""])
+def test_a_template_may_mark_labels_as_unknown(cell, tmp_path):
+    draw_classes(tmp_path, "train/{c}/{c}_{i}.png", ["1", "2", "3"])
+    draw(tmp_path, "test/a.png", "test/b.png")
+    write(tmp_path / "sample_submission.csv", "id,label", [f"a,{cell}", f"b,{cell}"])
+    assert form_of(open_data(str(tmp_path))).what == "folder numbers"
+
+
+def test_a_folder_without_pictures_is_said_to_have_none(tmp_path):
+    (tmp_path / "train").mkdir()
+    for n in range(3):
+        (tmp_path / "train" / f"{n}.dcm").write_bytes(b"DICM")
+    write(tmp_path / "train.csv", "id,label", ["0,1", "1,0", "2,1"])
+    with pytest.raises(UserError, match=r"holds no images, only \*\.dcm, train\.csv; convert them to JPEG or PNG"):
+        open_data(str(tmp_path))

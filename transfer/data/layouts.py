@@ -48,6 +48,7 @@ from transfer.data.listing import (
     list_flat_classes,
     list_folder,
     list_images_below,
+    list_unused,
     list_visible_folders,
     natural_key,
     read_lines,
@@ -488,6 +489,13 @@ def find_layout(path: Path, options: DataOptions | None = None, most: float = ma
 
 def _describe_unknown(path: Path, folders: Sequence[Path]) -> str:
     """Why a folder is not a dataset, what was seen in it, and what helps."""
+    archives = [str(file.relative_to(path)) for folder in folders for file in list_archives(folder)]
+    others, images = list_unused(path, set())
+    if others and not images and not archives:
+        return (
+            f"{path}: holds no images, only {show_names(sorted(others))}; convert them to JPEG or PNG, or load the "
+            "dataset with --dataset_name"
+        )
     unmatched = map(describe_unmatched, folders)
     also = next((f"; {text}" for text in unmatched if text), "")
     for folder in folders:
@@ -501,7 +509,6 @@ def _describe_unknown(path: Path, folders: Sequence[Path]) -> str:
                 f"({', '.join(classes) or 'none'}); expected at least two, as train/<class>/*, or a csv that names "
                 f"the images (--labels_csv), or --label_pattern{also}"
             )
-    archives = [str(file.relative_to(path)) for folder in folders for file in list_archives(folder)]
     if archives:
         return f"{path}: holds {show_names(archives)}, which must be unpacked first; then give the folder again"
     seen = [folder.name for folder in folders if has_images(folder)]

@@ -33,6 +33,7 @@ from transfer.errors import UserError
 
 WAY_OUT = "say how labels are written with --submission_labels index, folder, name, wnid or probability"
 UNDECIDED = frozenset({"", "0"})  # what a template has in its label column where it shows no label
+UNKNOWN = frozenset({"nan", "NaN", "NA", "None", "?", "-", "-1"})  # these are read as empty cells
 UNICODE_FORMS = [partial(unicodedata.normalize, "NFC"), partial(unicodedata.normalize, "NFD")]
 
 
@@ -105,7 +106,8 @@ def look_at(path: Path | None) -> Shown:
     if path is None:
         return Shown(None, HEADER[1:], frozenset())
     cells = read_template(path).iloc[:, 1:]
-    return Shown(path, list(cells.columns), {text.strip() for text in cells.to_numpy().ravel()})
+    values = {text.strip() for text in cells.to_numpy().ravel()}
+    return Shown(path, list(cells.columns), {"" if text in UNKNOWN else text for text in values})
 
 
 # The ways to write labels, of which docs/data.md has a table
