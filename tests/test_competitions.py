@@ -85,7 +85,7 @@ def test_a_list_that_numbers_the_images_of_class_folders_has_no_labels(tmp_path)
 def test_a_csv_of_numbered_classes_beside_numbered_images_has_no_labels(place, tmp_path):
     for start, name in enumerate(NAMES):
         draw(tmp_path, *(f"{place.format(c=name)}/{6 * start + i + 1}.png" for i in range(6)))
-    write(tmp_path / "classes.csv", "id,class", (f"{n},{name}" for n, name in enumerate(NAMES, 1)))
+    write(tmp_path / "classes.csv", "id,class,side", (f"{n},{name},224" for n, name in enumerate(NAMES, 1)))
     assert open_data(str(tmp_path)).class_ids == NAMES
 
 

@@ -189,7 +189,8 @@ def read_label_table(path: Path, names: ImageNames, base: str = "") -> LabelTabl
     width = len(rows[0][1]) if rows else 0
     for line, cells in rows:
         if len(cells) != width:
-            raise UserError(f"{path}: line {line} has {len(cells)} columns, but line {rows[0][0]} has {width}")
+            fault = f"line {line} has {len(cells)} columns, but line {rows[0][0]} has {width}"
+            raise UserError(f"{path}: {fault}; correct it, or move the file away")
     images, of_test = _find_images([[cells[position] for _, cells in rows] for position in range(width)], names, base)
     has_header = bool(rows) and 0 not in of_test and not any(found[0] for found in images.values())
     columns = [cell.strip() for cell in rows[0][1]] if has_header else [f"column {n + 1}" for n in range(width)]
@@ -245,9 +246,9 @@ def _try_table(path: Path, names: ImageNames, base: str) -> LabelTable | None:
     """
     try:
         table = read_label_table(path, names, base)
-    except UserError as fault:
+    except UserError:
         if path.suffix.lower() != ".txt" and _seems_to_name_images(path, names, base):
-            raise UserError(f"{fault}; correct it, or move the file away") from None
+            raise
         return None
     return table if table.images and len(table.columns) > 1 and not _is_list(table, names) else None
 
@@ -258,7 +259,7 @@ def _is_list(table: LabelTable, names: ImageNames) -> bool:
     ids = [value for name in table.images for value in table.column(name)]
     named = {file for rows in table.images.values() for files in rows for file in files}
     is_by_chance = all(map(str.isdecimal, ids)) and 4 * len(named) < len(names.paths)
-    if is_by_chance and all(len(set(cells)) == len(cells) for cells in others):
+    if is_by_chance and all(len(set(cells)) in (1, len(cells)) for cells in others):  # nothing that sorts rows
         return True
     return bool(others) and all(map(_counts_rows, others))
 
