@@ -130,8 +130,8 @@ def list_ignored(data: DatasetFiles, path: Path, options: DataOptions, above: Se
         ignored.update(f"../{name}" + " (lists other images)" * (name in templates) for name in unread)
     top = Path(os.path.abspath(path))  # noqa: PTH100
     if root != top and root.is_relative_to(top):
-        found = {top / folder: count for folder, count in list_unused(top, set())[1].items()}
-        images.update({os.path.relpath(f, root): n for f, n in found.items() if not f.is_relative_to(root)})
+        beside = list_unused(top, set(), without=root)[1]
+        images.update({os.path.relpath(top / folder, root): count for folder, count in beside.items()})
     return replace(data, ignored=+ignored, unused_images=images)
 
 
@@ -360,7 +360,7 @@ def _describe_unused(images: Counter[str]) -> list[str]:
     """Warnings about folders of images that are not used."""
     shown = images.most_common(UNUSED_SHOWN)
     lines = [
-        f"warning     {count} images in {folder}/ are not used: they are in no class folder, and not in val/ or test/"
+        f"warning     {count} images in {folder}/ are not used: masks, or in no folder of a class, val or test"
         for folder, count in shown
     ]
     if rest := images.total() - sum(count for _, count in shown):

@@ -256,7 +256,7 @@ def main() -> None:
         nargs="+",
         type=float,
         default=[2e-4, 5e-4, 2e-3],
-        help="learning rates that the standard recipe tries",
+        help="learning rates that the standard recipe tries, if it is among the peers",
     )
     parser.add_argument(
         "--peers",

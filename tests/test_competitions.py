@@ -48,8 +48,28 @@ def test_folders_that_are_called_alike_are_those_of_the_splits(train, test, tmp_
     assert data.class_ids == NAMES and (len(data.train_files), len(data.test_files)) == (12, 5)
 
 
-def test_a_class_that_is_called_like_a_split_stays_a_class(tmp_path):
-    names = ["bullet_train", "car", "test_tube"]
+def test_folders_that_are_called_alike_are_no_splits_beside_one_of_a_usual_name(tmp_path):
+    draw_classes(tmp_path, "train/{c}/{i}.png")
+    draw_classes(tmp_path, "train_512/{c}/{i}.png")
+    draw(tmp_path, "test_512/0.png")
+    data = open_data(str(tmp_path))
+    assert len(data.train_files) == 12 and not data.test_files and data.unused_images.total() == 13
+
+
+@pytest.mark.parametrize("train", [["train_1", "train_2"], ["seg_train", "seg_training"]])
+def test_several_train_folders_that_are_called_alike_are_refused(train, tmp_path):
+    for folder in train:
+        draw_classes(tmp_path, folder + "/{c}/{i}.png")
+    draw(tmp_path, f"{train[0].replace('train', 'test')}/0.png")
+    with pytest.raises(UserError, match=f"{' and '.join(train)} could each be the train folder"):
+        open_data(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["bullet_train", "car", "test_tube"], ["diesel_train", "steam_train"], ["test_negative", "test_positive"]],
+)
+def test_a_class_that_is_called_like_a_split_stays_a_class(names, tmp_path):
     draw_classes(tmp_path, "{c}/{i}.png", names)
     assert open_data(str(tmp_path)).class_ids == names
 
@@ -95,9 +115,20 @@ def test_masks_are_no_images_to_train_on(tmp_path):
     draw_classes(tmp_path / "scans", "{c}/{c} ({i}).png")
     draw_classes(tmp_path / "scans", "{c}/{c} ({i})_mask.png")
     draw(tmp_path / "scans", "cat/cat (0)_mask_1.png")
-    for data in map(open_data, map(str, (tmp_path / "radiographs", tmp_path / "scans"))):
+    for name, masks in (("radiographs", 12), ("scans", 13)):
+        data = open_data(str(tmp_path / name))
         assert data.class_ids == NAMES and len(data.train_files) == 12
-        assert data.unused_images.total() in (12, 13) and len(warnings_of(data)) == 3
+        assert data.unused_images.total() == masks and len(warnings_of(data)) == 3
+
+
+def test_masks_that_a_csv_labels_are_images(tmp_path):
+    draw(tmp_path, *(f"images/{i}{end}.png" for i in range(6) for end in ("", "_mask")))
+    rows = [f"{i}{end}.png,{kind}" for i in range(6) for end, kind in (("", "bare"), ("_mask", "masked"))]
+    write(tmp_path / "train.csv", "image,kind", rows)
+    assert len(open_data(str(tmp_path)).train_files) == 12
+    write(tmp_path / "train.csv", "image,kind", (f"{i}.png,{NAMES[i % 3]}" for i in range(6)))
+    data = open_data(str(tmp_path))
+    assert data.class_ids == NAMES and data.unused_images == {"images": 6}
 
 
 def test_masks_beside_the_images_of_a_csv_are_not_classes(tmp_path):
@@ -133,6 +164,15 @@ def test_a_damaged_csv_beside_class_folders_in_train_changes_nothing(tmp_path):
     draw_classes(tmp_path, "train/{c}/{c}{i}.png")
     write(tmp_path / "notes.csv", "file,note", [*(f"cat{i}.png,x" for i in range(4)), "dog1.png,x,y"])
     assert open_data(str(tmp_path)).class_ids == NAMES
+    write(tmp_path / "train.csv", "file,label", (f"{c}{i}.png,{i % 2}" for c in NAMES for i in range(4)))
+    with pytest.raises(UserError, match=r"train.csv: sorts the images into other classes"):
+        open_data(str(tmp_path))
+
+
+def test_a_damaged_csv_in_the_folder_above_changes_nothing(tmp_path):
+    draw_classes(tmp_path / "pets", "{c}/{i}.png")
+    write(tmp_path / "passengers.csv", "id,name,name", (f"{i},a,b" for i in range(4)))
+    assert open_data(str(tmp_path / "pets")).class_ids == NAMES
 
 
 def test_a_csv_that_labels_folders_is_not_passed_over(tmp_path):
@@ -147,6 +187,14 @@ def test_a_csv_that_labels_folders_is_not_passed_over(tmp_path):
     assert open_data(str(tmp_path)).class_ids == patients
 
 
+def test_a_csv_of_images_whose_numbers_are_also_those_of_the_folders_is_none_of_folders(tmp_path):
+    draw(tmp_path, *(f"train/{i % 4}/{i}.png" for i in range(40)))
+    write(tmp_path / "train.csv", "id,label,fold", (f"{i},{i % 4},{i % 2}" for i in range(40)))
+    assert open_data(str(tmp_path)).class_ids == ["0", "1", "2", "3"]
+    draw(tmp_path, *(f"digits/train/{i % 4}/{i + 100}.png" for i in range(40)))
+    assert open_data(str(tmp_path / "digits")).class_ids == ["0", "1", "2", "3"]
+
+
 @pytest.mark.parametrize("name", ["submission_format.csv", "example_submission.csv", "submission-example.csv"])
 def test_a_template_may_be_called_an_example_or_a_format(name, tmp_path):
     draw_classes(tmp_path, "train/{c}/{c}{i}.png")
@@ -156,10 +204,16 @@ def test_a_template_may_be_called_an_example_or_a_format(name, tmp_path):
     assert data.template_path == tmp_path / name and form_of(data).what == "class names"
 
 
-def test_sample_labels_are_labels(tmp_path):
-    draw(tmp_path, *(f"images/{i}.png" for i in range(12)))
-    write(tmp_path / "sample_labels.csv", "image,label", (f"{i}.png,{NAMES[i % 3]}" for i in range(12)))
-    assert open_data(str(tmp_path)).class_ids == NAMES
+def test_sample_labels_are_labels_unless_another_csv_has_them(tmp_path):
+    draw(tmp_path, *(f"images/{i}.png" for i in range(16)))
+    rows = [f"{i}.png,{NAMES[i % 3]}" for i in range(12)]
+    write(tmp_path / "sample_labels.csv", "image,label", [*rows, *(f"{i}.png,cat" for i in range(12, 16))])
+    assert len(open_data(str(tmp_path)).train_files) == 16
+    write(tmp_path / "train.csv", "image,label", rows)
+    write(tmp_path / "sample_labels.csv", "image,label", (f"{i}.png,cat" for i in range(12, 16)))
+    data = open_data(str(tmp_path))
+    assert (len(data.train_files), data.test_ids[0]) == (12, "12.png")
+    assert data.template_path == tmp_path / "sample_labels.csv"
 
 
 def test_a_template_with_numbers_that_no_folder_has_does_not_show_the_folders_numbers(tmp_path):
@@ -179,7 +233,7 @@ def test_a_csv_of_test_images_tells_them_from_the_others_in_a_common_folder(tmp_
     write(tmp_path / "train.csv", "image_names,kind", (f"{i}.png,{NAMES[i % 3]}" for i in range(12)))
     write(tmp_path / "test.csv", "image_names", (f"{i}.png" for i in range(12, 16)))
     data = open_data(str(tmp_path))
-    assert data.test_ids == ["12", "13", "14", "15"] and not data.ignored
+    assert data.test_ids == ["12", "13", "14", "15"] and len(data.train_files) == 12 and not data.ignored
     draw(tmp_path, "images/16.png")
     with pytest.raises(UserError, match=r"16.png: has no label in column kind of train.csv"):
         open_data(str(tmp_path))
@@ -201,10 +255,26 @@ def test_a_template_may_mark_labels_as_unknown(cell, tmp_path):
     assert form_of(open_data(str(tmp_path))).what == "folder numbers"
 
 
+def test_a_class_may_be_called_none(tmp_path):
+    draw_classes(tmp_path, "train/{c}/{c}_{i}.png", ["Donut", "None"])
+    draw(tmp_path, "test/a.png", "test/b.png")
+    write(tmp_path / "sample_submission.csv", "id,label", ["a,None", "b,None"])
+    assert form_of(open_data(str(tmp_path))).what == "class names"
+
+
+def test_validation_images_of_one_for_each_class_keep_their_csv(tmp_path):
+    for split, count in (("train", 12), ("val", 3)):
+        draw(tmp_path, *(f"{split}/{split[0]}{i}.png" for i in range(count)))
+        write(
+            tmp_path / split / "metadata.csv", "file_name,label", (f"{split[0]}{i}.png,{i % 3}" for i in range(count))
+        )
+    assert open_data(str(tmp_path)).validation_labels == [0, 1, 2]
+
+
 def test_a_folder_without_pictures_is_said_to_have_none(tmp_path):
     (tmp_path / "train").mkdir()
     for n in range(3):
         (tmp_path / "train" / f"{n}.dcm").write_bytes(b"DICM")
     write(tmp_path / "train.csv", "id,label", ["0,1", "1,0", "2,1"])
-    with pytest.raises(UserError, match=r"holds no images, only \*\.dcm, train\.csv; convert them to JPEG or PNG"):
+    with pytest.raises(UserError, match=r"train: holds no images, only \*\.dcm; convert them to JPEG or PNG"):
         open_data(str(tmp_path))

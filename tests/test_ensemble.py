@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,6 +125,28 @@ def test_calibrated_probabilities_are_averaged_and_a_run_that_does_harm_is_left_
     assert f"validation accuracy {metrics.validation.accuracy:.4f} (95% interval " in said[5]
     assert "slightly optimistic: the members were chosen on these images" in said[6]
     assert said[7] == f"submission  {out / 'submission.csv'} (10 rows, checked)"
+
+
+def test_a_run_is_left_out_only_for_more_lost_images_than_chance_explains(tmp_path):
+    labels = np.zeros(40, dtype=int)
+
+    def member(name):
+        return ensemble.Member(name, name, SimpleNamespace(folder=tmp_path), "")
+
+    def chosen(*changed):
+        """The runs that are kept, where each gains and loses so many images when it is averaged in."""
+        sure, row, logits = [[5.0, 0.0]], 20, {"best": np.tile([2.0, 0.0], (40, 1))}
+        logits["best"][:20] *= -1  # half of the images
+        for name, (gained, lost) in zip("abc", changed, strict=False):
+            logits[name] = np.zeros((40, 2))
+            logits[name][:gained] = sure
+            logits[name][row : row + lost] = np.negative(sure)
+            row += lost
+        return [run.name for run in ensemble.choose_runs(list(map(member, logits)), logits, labels)]
+
+    assert chosen((1, 2)) == ["best", "a"]
+    assert chosen((0, 5)) == ["best"]
+    assert chosen((0, 1), (0, 1)) == ["best", "a"]  # small losses do not add up
 
 
 def test_each_architecture_has_the_same_weight(make, average):

@@ -47,7 +47,7 @@ class Member:
     """A finished run, and what identifies its predictions."""
 
     name: str  # the end of its path: metrics.json holds no path of this machine
-    architecture: str  # such as efficientnet; of timm's models, the model
+    architecture: str  # such as efficientnet; of a timm model its name, of an ensemble its path
     results: RunResults
     digest: str  # sha256 of predictions.npz
 
@@ -62,8 +62,8 @@ class Member:
         logits = results.predictions.validation_logits, results.predictions.test_logits
         if not all(np.isfinite(values).all() for values in logits):
             raise UserError(f"{folder}: its predictions are not finite numbers; leave it out")
-        config = {} if "members" in results.record else read_json(folder / "model" / "config.json")
-        architecture = config.get("architecture") or config.get("model_type") or "ensemble"
+        config = {"model_type": name} if "members" in results.record else read_json(folder / "model" / "config.json")
+        architecture = config.get("architecture") or config.get("model_type") or ""
         return cls(name, architecture, results, digest_of((folder / FILE_NAME).read_bytes()))
 
     @property

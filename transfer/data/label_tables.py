@@ -176,7 +176,7 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
 
 
 def _columns_of(rows: Sequence[tuple[int, list[str]]]) -> list[tuple[str, ...]]:
-    """The cells of each column, the first row's among them; of rows of different lengths, those that all have."""
+    """The cells of each column, with the header, cut to the shortest row."""
     return list(zip(*(cells for _, cells in rows), strict=False))
 
 
@@ -229,46 +229,59 @@ def _find_images(
 def list_tables(folder: Path, names: Sequence[str]) -> list[Path]:
     """The files in a folder, of these names, that may hold labels; templates and lists of test images are left out."""
     found = list_csv_files(names, "csv|tsv|txt")
-    left_out = re.compile(r"(?i)submission|^test")
-    named = [
-        name
-        for name in found
-        if not left_out.search(name) and ("label" in name.lower() or not is_template_name(name))  # sample_labels.csv
-    ]
-    paths = [folder / name for name in named if (folder / name).is_file()]  # not a link to nothing
+    named = [name for name in found if not re.search(r"(?i)submission|^test", name)]
+    labels = [name for name in named if not is_template_name(name)]
+    if not labels:
+        labels = [name for name in named if "label" in name.lower()]  # sample_labels.csv
+    paths = [folder / name for name in labels if (folder / name).is_file()]  # not a link to nothing
     return [path for path in paths if path.stat().st_size <= MOST_TABLE_BYTES]
 
 
-def _try_table(path: Path, names: ImageNames, base: str) -> LabelTable | None:
-    """The table in a file, or None if it is something else, such as notes, or only numbers the images.
+def _try_table(path: Path, names: ImageNames, base: str, refuse_damaged: bool) -> LabelTable | None:
+    """The table in a file, or None if it is something else, such as notes.
 
-    Raises `UserError` for a damaged csv whose rows name images.
+    Raises `UserError` for a damaged csv whose rows name images, if that is wanted.
     """
     try:
         table = read_label_table(path, names, base)
     except UserError:
-        if path.suffix.lower() != ".txt" and _seems_to_name_images(path, names, base):
+        if refuse_damaged and path.suffix.lower() != ".txt" and _seems_to_name_images(path, names, base):
             raise
         return None
-    return table if table.images and len(table.columns) > 1 and not _is_list(table, names) else None
+    if not table.images or len(table.columns) < 2:
+        return None
+    # In train/ and val/, each row may be of another class.
+    return None if not base and (_only_counts(table) or _names_by_chance(table, names)) else table
 
 
-def _is_list(table: LabelTable, names: ImageNames) -> bool:
-    """Whether a table numbers images, or something else such as the classes, so that it has no labels."""
-    others = [table.column(name) for name in table.columns if name not in table.images]
-    ids = [value for name in table.images for value in table.column(name)]
+def _only_counts(table: LabelTable) -> bool:
+    """Whether a table numbers the images, and says nothing else of them."""
+    others = [name for name in table.columns if name not in table.images]
+    return bool(others) and all(_counts_rows(table.column(name)) for name in others)
+
+
+def _names_by_chance(table: LabelTable, names: ImageNames) -> bool:
+    """Whether a table numbers something else, such as the classes, and some images have the same numbers as names.
+
+    No column then repeats some of its values, as labels do.
+    """
     named = {file for rows in table.images.values() for files in rows for file in files}
-    is_by_chance = all(map(str.isdecimal, ids)) and 4 * len(named) < len(names.paths)
-    if is_by_chance and all(len(set(cells)) in (1, len(cells)) for cells in others):  # nothing that sorts rows
-        return True
-    return bool(others) and all(map(_counts_rows, others))
+    if 4 * len(named) >= len(names.paths):
+        return False
+    columns = {name: table.column(name) for name in table.columns}
+    are_numbers = all(map(str.isdecimal, (cell for name in table.images for cell in columns[name])))
+    return are_numbers and all(len(set(cells)) in (1, len(cells)) for cells in columns.values())
 
 
 def _seems_to_name_images(path: Path, names: ImageNames, base: str) -> bool:
-    """Whether half of the first rows of a damaged csv name images."""
+    """Whether most of the first rows of a damaged csv name images, by numbers only in the first column."""
+
+    def is_named(cells: Sequence[str]) -> bool:
+        return any(names.find(cell, base) for n, cell in enumerate(cells) if n == 0 or not cell.strip().isdecimal())
+
     with contextlib.suppress(UserError):
         rows = [cells for _, cells in _read_rows(path)[1:SEEN_ROWS]]
-        return 2 * sum(any(names.find(cell, base) for cell in cells) for cells in rows) > len(rows)
+        return 2 * sum(map(is_named, rows)) > len(rows)
     return False
 
 
@@ -277,10 +290,13 @@ def _counts_rows(cells: Sequence[str]) -> bool:
     return len(cells) > 2 and any(list(cells) == [str(n + first) for n in range(len(cells))] for first in (0, 1))
 
 
-def find_label_tables(root: Path, files: Sequence[str], template: Path | None = None) -> list[LabelTable]:
+def find_label_tables(
+    root: Path, files: Sequence[str], template: Path | None = None, refuse_damaged: bool = True
+) -> list[LabelTable]:
     """The tables that name images, in the root and its train and val folders; else those in the folder above.
 
     The `template` is not among them, nor is a copy of it, which may have been unpacked with the dataset.
+    Raises `UserError` for a damaged one in the dataset, unless that is to be passed over.
     """
     content = template.read_bytes() if template and template.is_file() else None
     splits = [folder for split in ("train", "val") if (folder := find_split_folder(root, split))]
@@ -291,18 +307,21 @@ def find_label_tables(root: Path, files: Sequence[str], template: Path | None = 
         paths = [(place, path) for place, listed in names_in.items() for path in list_tables(root / place, listed)]
         paths = [(place, path) for place, path in paths if content is None or path.read_bytes() != content]
         names = ImageNames(files if paths else [], root)
-        tables = [table for place, path in paths if (table := _try_table(path, names, place.strip(".")))]
+        strict = refuse_damaged and places != [".."]
+        tables = [table for place, path in paths if (table := _try_table(path, names, place.strip("."), strict))]
         if tables:
             return tables
     return []
 
 
 def list_named_in_test_csv(root: Path, files: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """(the files that a csv called test.csv or the like names, that csv); nothing without one."""
+    """(those of the files that a csv in the root lists whose name starts with test, that csv); else nothing."""
     names = ImageNames(files)
-    for name in list_csv_files(list_folder(root)[0]) if files else []:
+    for name in list_csv_files(list_folder(root)[0]):
+        if not name.lower().startswith("test"):
+            continue
         with contextlib.suppress(UserError):
-            columns = _columns_of(_read_rows(root / name)) if name.lower().startswith("test") else []
+            columns = _columns_of(_read_rows(root / name))
             found = max((set().union(*map(names.find, cells)) for cells in columns), key=len, default=set())
             if found:
                 return sorted(found), [root / name]
@@ -548,12 +567,12 @@ def _contradicts_folders(root: Path, table: LabelTable, class_of: Mapping[str, s
 
 
 def _labels_folders(path: Path, folders: Set[str]) -> bool:
-    """Whether a column of a csv names all class folders, and another one sorts them into fewer classes."""
+    """Whether the rows of a csv are those of the class folders, and a column sorts them into fewer classes."""
     with contextlib.suppress(UserError):
         columns = [[normal_name(cell.strip()) for cell in cells[1:]] for cells in _columns_of(_read_rows(path))]
         counts = [len(set(cells)) for cells in columns]
-        names_folders = any(folders <= set(cells) and len(set(cells)) == len(cells) for cells in columns)
-        return names_folders and any(1 < count <= len(folders) / 2 for count in counts)
+        are_folders = any(folders <= set(cells) and len(cells) < 2 * len(folders) for cells in columns)
+        return are_folders and any(1 < count <= len(folders) / 2 for count in counts)
     return False
 
 
@@ -569,10 +588,7 @@ def check_folder_labels(root: Path, class_of: Mapping[str, str]) -> None:
                     f"{path}: gives the class folders labels, so each folder is no class of its own; list the images "
                     "with their labels in a csv for --labels_csv, or move this one away"
                 )
-    tables = []
-    with contextlib.suppress(UserError):  # a damaged csv; the folders are the classes
-        tables = find_label_tables(root, list(class_of))
-    for table in tables:
+    for table in find_label_tables(root, list(class_of), refuse_damaged=False):
         if _contradicts_folders(root, table, class_of):
             raise UserError(
                 f"{table.path}: sorts the images into other classes than their folders do; use it with --labels_csv, "

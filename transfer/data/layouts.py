@@ -43,12 +43,14 @@ from transfer.data.listing import (
     find_split_folder,
     find_template,
     has_images,
+    is_image,
+    leave_out_masks,
     list_archives,
     list_class_folders,
+    list_files,
     list_flat_classes,
     list_folder,
     list_images_below,
-    list_unused,
     list_visible_folders,
     natural_key,
     read_lines,
@@ -142,7 +144,7 @@ def check_class_folders(root: Path, class_ids: Sequence[str], label_order: str, 
 
 def list_class_images(root: Path, folders: Sequence[str], label_order: str) -> list[str]:
     """Training images of one class, <folder>/images/*, <folder>/* and below. Raises `UserError` if it has none."""
-    files = [file for folder in folders for file in list_images_below(root, folder)]
+    files = leave_out_masks([file for folder in folders for file in list_images_below(root, folder)])
     if not files:
         reason = (
             "every folder in train/ is a class" if label_order == NATURAL_ORDER else f"{label_order} lists the class"
@@ -213,7 +215,7 @@ def _list_by_class(root: Path, split: str, class_ids: Sequence[str], left_out: S
         raise UserError(f"{root / split}: {fault}; expected val/<class>/*, or val/images/* and {ANNOTATIONS_NAME}")
     for label, class_id in enumerate(class_ids):
         for folder in folders.get(class_id, []):
-            yield from ((file, label) for file in list_images_below(root, folder))
+            yield from ((file, label) for file in leave_out_masks(list_images_below(root, folder)))
 
 
 def list_validation_images(root: Path, class_ids: Sequence[str], left_out: Set[str]) -> list[tuple[str, int]]:
@@ -330,8 +332,9 @@ def list_unlabeled_test(
     listed: Collection[str] = ()
     sources: list[Path] = []
     if unlabeled and find_split_folder(root, "test") is None:
-        listed = match_ids(unlabeled, set(read_template(template).iloc[:, 0])) if template else ()
-        if not template:
+        if template:
+            listed = match_ids(unlabeled, set(read_template(template).iloc[:, 0]))
+        else:
             listed, sources = list_named_in_test_csv(root, unlabeled)
     if rest := [file for file in unlabeled if file not in listed]:
         raise UserError(
@@ -392,7 +395,7 @@ class LabelTables:
                 f"({len(untrained)} such classes in all); add images to train on, or list the other classes with "
                 "--classes_file"
             )
-        unlabeled = [file for file in files if file not in label_of]
+        unlabeled = [file for file in leave_out_masks(files) if file not in label_of]
         tested, lists = list_unlabeled_test(root, template, unlabeled, labels.source)
         return DatasetFiles(
             kind=self.kind,
@@ -489,13 +492,6 @@ def find_layout(path: Path, options: DataOptions | None = None, most: float = ma
 
 def _describe_unknown(path: Path, folders: Sequence[Path]) -> str:
     """Why a folder is not a dataset, what was seen in it, and what helps."""
-    archives = [str(file.relative_to(path)) for folder in folders for file in list_archives(folder)]
-    others, images = list_unused(path, set())
-    if others and not images and not archives:
-        return (
-            f"{path}: holds no images, only {show_names(sorted(others))}; convert them to JPEG or PNG, or load the "
-            "dataset with --dataset_name"
-        )
     unmatched = map(describe_unmatched, folders)
     also = next((f"; {text}" for text in unmatched if text), "")
     for folder in folders:
@@ -503,12 +499,19 @@ def _describe_unknown(path: Path, folders: Sequence[Path]) -> str:
         if train is None and (folder / WNIDS_NAME).is_file():
             return f"{folder}: has no train folder; expected {EXPECTED}"
         if train and not list_archives(folder / train):
-            classes = list_class_folders(folder, "train")
+            classes, names = list_class_folders(folder, "train"), list_files(folder / train)
+            if names and not classes and not any(map(is_image, names)):
+                endings = sorted({f"*{Path(name).suffix}" for name in names})
+                return (
+                    f"{folder / train}: holds no images, only {show_names(endings)}; convert them to JPEG or PNG, or "
+                    "load the dataset with --dataset_name"
+                )
             return (
                 f"{folder / train}: found {len(classes)} class folder{'s' * (len(classes) != 1)} "
                 f"({', '.join(classes) or 'none'}); expected at least two, as train/<class>/*, or a csv that names "
                 f"the images (--labels_csv), or --label_pattern{also}"
             )
+    archives = [str(file.relative_to(path)) for folder in folders for file in list_archives(folder)]
     if archives:
         return f"{path}: holds {show_names(archives)}, which must be unpacked first; then give the folder again"
     seen = [folder.name for folder in folders if has_images(folder)]

@@ -32,7 +32,7 @@ SPLIT_FOLDERS = {
     "test": ("test", "testing"),
 }
 MASK_FOLDER = re.compile(r"(?i)(.*[^a-z])?(masks?|segmentations?|annotations?|labels?|ground.?truth)([^a-z].*)?")
-MASK_ENDING = re.compile(r"[ _-](mask|seg|segmentation)([ _-]?[0-9]+)?$")
+MASK_ENDING = re.compile(r"(?i)[ _-](mask|seg|segmentation)([ _-]?[0-9]+)?$")
 JUNK_FOLDERS = frozenset({"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"})
 NATURALLY = "in natural order"  # ends a label order that no file or column gives
 NATURAL_ORDER = f"folder names {NATURALLY}"
@@ -109,8 +109,13 @@ def list_files_above(root: Path) -> list[str]:
 
 
 def list_visible_folders(folder: Path) -> list[str]:
-    """Sorted names of the folders in a folder, without hidden ones, what systems leave, and masks beside images/."""
-    names = [name for name in list_folder(folder)[1] if not name.startswith(".") and name not in JUNK_FOLDERS]
+    """Sorted names of the folders in a folder, without hidden ones and those that systems and programs leave."""
+    return [name for name in list_folder(folder)[1] if not name.startswith(".") and name not in JUNK_FOLDERS]
+
+
+def list_image_folders(folder: Path) -> list[str]:
+    """The visible folders in a folder, without those of masks beside images/."""
+    names = list_visible_folders(folder)
     masks = [name for name in names if MASK_FOLDER.fullmatch(name)]
     images = [name for name in names if name.lower() == "images"]
     if not masks or not images:
@@ -125,8 +130,18 @@ def _list_stems(folder: Path) -> set[str]:
 
 
 def _are_masks(stems: Set[str], of_images: Set[str]) -> bool:
-    """Whether images are called as those that they mask."""
+    """Whether all images are called as the masked ones are, or so with the ending of masks."""
     return bool(stems) and {MASK_ENDING.sub("", stem) for stem in stems} <= of_images
+
+
+def leave_out_masks(files: Sequence[str]) -> list[str]:
+    """The files without masks of others among them, such as a_mask.png beside a.png."""
+    if not any(MASK_ENDING.search(posixpath.splitext(file)[0]) for file in files if re.search("(?i)mask|seg", file)):
+        return list(files)
+    stem_of = {file: posixpath.splitext(file)[0] for file in files}
+    stems = set(stem_of.values())
+    masks = {stem for stem in stems if (masked := MASK_ENDING.sub("", stem)) != stem and masked in stems}
+    return [file for file in files if stem_of[file] not in masks]
 
 
 def has_images(folder: Path) -> bool:
@@ -144,7 +159,7 @@ def find_split_folder(root: Path, split: str) -> str | None:
     """
     stems, names = SPLIT_FOLDERS[split], list_visible_folders(root)
     pattern = re.compile(rf"(?i)({'|'.join(stems)})([_ -]?(images|imgs|set|data))?[0-9]?")
-    found = [name for name in names if pattern.fullmatch(name)] or _find_alike(names, split)
+    found = [name for name in names if pattern.fullmatch(name)] or _find_alike(names)[split]
     if len(found) > 1:
         raise UserError(
             f"{root}: {' and '.join(found)} could each be the {split} folder; merge them, or move one elsewhere"
@@ -157,35 +172,43 @@ def find_split_folder(root: Path, split: str) -> str | None:
     return f"{folder}/{inside[0]}" if is_same and not has_images(root / folder) else folder
 
 
-def _find_alike(names: Sequence[str], split: str) -> list[str]:
-    """The folder of a split among folders that are called alike, as seg_train and seg_test; without train, none."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
+def _split_name(name: str) -> tuple[str, str]:
+    """(the split that a word in a folder's name means, the rest with # for numbers); two empty texts without one."""
+    for split, stems in SPLIT_FOLDERS.items():
+        if parts := re.fullmatch(rf"(.*?)(?<![a-z])({'|'.join(stems)})(?![a-z])(.*)", name.lower()):
+            return split, re.sub("[0-9]+", "#", f"{parts[1]}*{parts[3]}")
+    return "", ""
+
+
+def _find_alike(names: Sequence[str]) -> dict[str, list[str]]:
+    """The folders of each split where train and another one are called alike, as seg_train and seg_test.
+
+    Nothing where a folder is called train, val or test without more, or where several pairs of folders are alike.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
     for name in names:
-        for other, stems in SPLIT_FOLDERS.items():
-            if parts := re.fullmatch(rf"(.*?)(?<![a-z])({'|'.join(stems)})(?![a-z])(.*)", name.lower()):
-                found.setdefault((parts[1], parts[3]), {})[other] = name
+        split, rest = _split_name(name) if re.search("(?i)train|val|test", name) else ("", "")
+        if split:
+            found.setdefault(rest, {}).setdefault(split, []).append(name)
     alike = [folders for folders in found.values() if "train" in folders and len(folders) > 1]
-    return [alike[0][split]] if len(alike) == 1 and split in alike[0] else []
+    usual = any(re.fullmatch(r"\*([_ -]?(images|imgs|set|data))?#?", rest) for rest in found)
+    only = alike[0] if len(alike) == 1 and not usual else {}
+    return {split: only.get(split, []) for split in SPLIT_FOLDERS}
 
 
 def list_flat_classes(root: Path) -> list[str]:
     """Folders of images directly in a folder that has no train folder; its val and test folders are not classes.
 
-    If all are called as splits are, such as train_1 and train_2, none of them is a class.
+    If all are called as parts of splits are, such as train_1 and train_2, none of them is a class.
     """
     splits = {split: find_split_folder(root, split) for split in SPLIT_FOLDERS}
     if splits["train"]:
         return []
     others = {(folder or "").partition("/")[0] for folder in splits.values()}
     names = [name for name in list_visible_folders(root) if name not in others and has_images(root / name)]
-    if any(name.lower() == "images" for name in names) or all(map(is_called_as_split, names)):
-        return []
-    return names
-
-
-def is_called_as_split(name: str) -> bool:
-    """Whether one of the words in a folder's name is that of a split."""
-    return any(word in stems for word in re.findall("[a-z]+", name.lower()) for stems in SPLIT_FOLDERS.values())
+    splits_of, rests = zip(*map(_split_name, names), strict=True) if names else ((), ())
+    are_parts = all(splits_of) and (len(set(splits_of)) > 1 or not re.search("[a-z]", "".join(rests)))
+    return [] if are_parts or any(name.lower() == "images" for name in names) else names
 
 
 def find_class_folders(root: Path, split: str) -> dict[str, list[str]]:
@@ -195,11 +218,11 @@ def find_class_folders(root: Path, split: str) -> dict[str, list[str]]:
     in the root are the classes.
     """
     parent = find_split_folder(root, split)
-    names = list_visible_folders(root / parent) if parent else list_flat_classes(root) if split == "train" else []
+    names = list_image_folders(root / parent) if parent else list_flat_classes(root) if split == "train" else []
     if parent and [name.lower() for name in names] == ["images"]:
         inside = f"{parent}/{names[0]}"
         if 2 * len(list_images(root, inside)) < len(list_images_below(root, inside)):  # train/images/<class>/*
-            parent, names = inside, list_visible_folders(root / inside)
+            parent, names = inside, list_image_folders(root / inside)
     folders: dict[str, list[str]] = {}
     for name in names:
         folders.setdefault(normal_name(name), []).append(posixpath.join(parent or "", name))
@@ -215,15 +238,8 @@ def list_class_folders(root: Path, split: str) -> list[str]:
 
 
 def list_images(root: Path, folder: str) -> list[str]:
-    """Sorted image files directly in root/folder, relative to root, without masks of others there, as in a_mask.png.
-
-    Raises `UserError` for an unprintable name.
-    """
+    """Sorted image files directly in root/folder, relative to root. Raises `UserError` for an unprintable name."""
     images = [name for name in list_folder(root / folder)[0] if is_image(name)]
-    if any(MASK_ENDING.search(image_id_of(name)) for name in images if "mask" in name or "seg" in name):
-        stems = {image_id_of(name) for name in images}
-        masks = {stem for stem in stems if (masked := MASK_ENDING.sub("", stem)) != stem and masked in stems}
-        images = [name for name in images if image_id_of(name) not in masks]
     if odd := [name for name in images if not name.isprintable()]:
         raise UserError(f"{root / folder}: the file name {odd[0]!r} has unprintable characters; rename the file")
     return [posixpath.join(folder, name) for name in images]
@@ -235,11 +251,11 @@ def is_link_above(folder: Path) -> bool:
 
 
 def list_images_below(root: Path, folder: str = "", without: str | None = None) -> list[str]:
-    """Images of a folder and all folders in it but `without`, relative to root.
+    """Images of a folder and all folders in it but `without` and folders of masks, relative to root.
 
     Those in folder/images/ are first, then those directly in the folder.
     """
-    visible = [name for name in list_visible_folders(root / folder) if not is_link_above(root / folder / name)]
+    visible = [name for name in list_image_folders(root / folder) if not is_link_above(root / folder / name)]
     below = [posixpath.join(folder, name) for name in visible]
     below = sorted((name for name in below if name != without), key=lambda name: file_name(name).lower() != "images")
     found = [list_images_below(root, name, without) for name in below]
@@ -252,13 +268,14 @@ def name_junk(folder: str) -> str:
     return f"{folder}/* (hidden or left by a system)"
 
 
-def list_unused(root: Path, used: Set[str]) -> tuple[Counter[str], Counter[str]]:
-    """(other files by name or ending, images by folder) that lie below the root and are not among the used files."""
+def list_unused(root: Path, used: Set[str], without: Path | None = None) -> tuple[Counter[str], Counter[str]]:
+    """(other files by name or ending, images by folder) below the root, but not in `without`, that are not used."""
     others: Counter[str] = Counter()
     images: Counter[str] = Counter()
     by_ending: dict[str, Counter[str]] = {}
     for place, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not is_link_above(Path(place) / name)]
+        below = {name: Path(place) / name for name in folders}
+        folders[:] = [name for name in folders if not is_link_above(below[name]) and below[name] != without]
         parts = Path(place).relative_to(root).parts
         above = "".join(f"{part}/" for part in parts)
         junk = next((part for part in parts if part in JUNK_FOLDERS or part.startswith(".")), None)
@@ -286,7 +303,7 @@ def list_csv_files(names: Sequence[str], endings: str = "csv|tsv") -> list[str]:
 
 def is_template_name(name: str) -> bool:
     """Whether a file is called as templates are: submission_format.csv is one, train_resampled.csv is not."""
-    if re.search(r"(?i)(example|format).*submission|submission.*(example|format)", name):
+    if re.search(r"(?i)(example|format)[_ -]?submission|submission[_ -]?(example|format)(?![a-z])", name):
         return True
     start = r"(?i:(?<![^\W\d_])|(?<=submission))(?i:sample)|(?<=[a-z])Sample"
     return bool(re.search(rf"(?i:template)|({start})(?i:(?![dr]))", name))

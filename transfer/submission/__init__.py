@@ -8,7 +8,7 @@ import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import ClassVar
@@ -33,7 +33,7 @@ from transfer.errors import UserError
 
 WAY_OUT = "say how labels are written with --submission_labels index, folder, name, wnid or probability"
 UNDECIDED = frozenset({"", "0"})  # what a template has in its label column where it shows no label
-UNKNOWN = frozenset({"nan", "NaN", "NA", "None", "?", "-", "-1"})  # these are read as empty cells
+UNKNOWN = frozenset({"?", "-", "-1"})  # these are read as empty cells there, as are missing values
 UNICODE_FORMS = [partial(unicodedata.normalize, "NFC"), partial(unicodedata.normalize, "NFD")]
 
 
@@ -106,8 +106,7 @@ def look_at(path: Path | None) -> Shown:
     if path is None:
         return Shown(None, HEADER[1:], frozenset())
     cells = read_template(path).iloc[:, 1:]
-    values = {text.strip() for text in cells.to_numpy().ravel()}
-    return Shown(path, list(cells.columns), {"" if text in UNKNOWN else text for text in values})
+    return Shown(path, list(cells.columns), {text.strip() for text in cells.to_numpy().ravel()})
 
 
 # The ways to write labels, of which docs/data.md has a table
@@ -438,8 +437,10 @@ def decide_form(path: Path | None, classes: Classes, asked: str | None = None) -
             columns = len(shown.columns)
             raise UserError(f"{path}: has {columns} label columns, which --submission_labels {asked} cannot fill")
         return form
+    words = {*classes.ids, *classes.names}
+    known = {"" if (is_missing(v) or v in UNKNOWN) and v not in words else v for v in shown.values}
     for spelled in map(classes.change, UNICODE_FORMS):  # as the template has it; names on disk may have the other
-        found = [form for kind in FORMS if (form := kind.recognize(shown, spelled))]
+        found = [form for kind in FORMS if (form := kind.recognize(replace(shown, values=known), spelled))]
         if len({form.words for form in found}) == 1:
             return found[0]
     if classes.has_padded_labels and shown.values <= UNDECIDED:
