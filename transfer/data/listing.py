@@ -151,14 +151,18 @@ def has_images(folder: Path) -> bool:
     return any(is_image(name) for listed in (names, *below) for name in listed)
 
 
+def _usual_names(split: str) -> re.Pattern:
+    """What the folder of a split is usually called."""
+    return re.compile(rf"(?i)({'|'.join(SPLIT_FOLDERS[split])})([_ -]?(images|imgs|set|data))?[0-9]?")
+
+
 def find_split_folder(root: Path, split: str) -> str | None:
     """The folder of a split (train, val or test), relative to the root; None if there is none.
 
     A folder that holds nothing but another folder for this split stands for that one. Raises `UserError` if there are
     several folders for the split.
     """
-    stems, names = SPLIT_FOLDERS[split], list_visible_folders(root)
-    pattern = re.compile(rf"(?i)({'|'.join(stems)})([_ -]?(images|imgs|set|data))?[0-9]?")
+    names, pattern = list_visible_folders(root), _usual_names(split)
     found = [name for name in names if pattern.fullmatch(name)] or _find_alike(names)[split]
     if len(found) > 1:
         raise UserError(
@@ -191,8 +195,9 @@ def _find_alike(names: Sequence[str]) -> dict[str, list[str]]:
         if split:
             found.setdefault(rest, {}).setdefault(split, []).append(name)
     alike = [folders for folders in found.values() if "train" in folders and len(folders) > 1]
-    usual = any(re.fullmatch(r"\*([_ -]?(images|imgs|set|data))?#?", rest) for rest in found)
-    only = alike[0] if len(alike) == 1 and not usual else {}
+    only = alike[0] if len(alike) == 1 else {}
+    if only and any(_usual_names(split).fullmatch(name) for split in SPLIT_FOLDERS for name in names):
+        only = {}
     return {split: only.get(split, []) for split in SPLIT_FOLDERS}
 
 
