@@ -101,6 +101,65 @@ def test_a_list_that_numbers_the_images_of_class_folders_has_no_labels(tmp_path)
     assert open_data(str(tmp_path / "images")).class_ids == NAMES
 
 
+def test_a_list_of_the_splits_has_no_labels(tmp_path):
+    draw_classes(tmp_path, "images/{c}/{c}{i}.png")
+    rows = [f"{c}/{c}{i}.png,{'train' if i else 'test'}" for c in NAMES for i in range(4)]
+    write(tmp_path / "splits.csv", "file,split", rows)
+    assert open_data(str(tmp_path)).class_ids == NAMES
+
+
+def test_csv_files_of_the_splits_divide_the_images_of_class_folders(tmp_path):
+    draw_classes(tmp_path, "{c}/{c}_{i}.png", ["eel", "cat", "dog"], count=8)
+    number = {"eel": 1, "cat": 0, "dog": 2}
+    for name, places in (("train", range(5)), ("validation", (5, 6)), ("test", [7])):
+        rows = [f"{i},{c}/{c}_{i}.png,{number[c]},{c}" for c in number for i in places]
+        write(tmp_path / f"{name}.csv", ",Filename,Label,ClassName", rows)
+    data = open_data(str(tmp_path))
+    assert data.class_ids == ["0", "1", "2"] and data.class_names == ["cat", "eel", "dog"]
+    assert (len(data.train_files), len(data.validation_files), len(data.test_files)) == (15, 6, 3)
+    for name in ("validation", "test"):
+        (tmp_path / f"{name}.csv").unlink()
+    write(tmp_path / "train.csv", "Filename,ClassName", [f"{c}/{c}_{i}.png,{c}" for c in number for i in range(8)])
+    data = open_data(str(tmp_path))
+    assert data.class_ids == NAMES and data.kind == "class folders without train/" and len(data.train_files) == 24
+
+
+def test_test_images_beside_a_test_folder_of_other_files_are_those_that_the_template_lists(tmp_path):
+    draw(tmp_path, *(f"jpeg/train/a{i}.jpg" for i in range(12)), *(f"jpeg/test/b{i}.jpg" for i in range(3)))
+    for name in (*(f"train/a{i}.dcm" for i in range(12)), *(f"test/b{i}.dcm" for i in range(3))):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("DICM")
+    rows = [f"a{i},p{i % 5},{['ill', 'well'][i % 2]},{i % 2}" for i in range(12)]
+    write(tmp_path / "train.csv", "image_name,patient_id,diagnosis,target", rows)
+    write(tmp_path / "sample_submission.csv", "image_name,target", (f"b{i},0" for i in range(3)))
+    data = open_data(str(tmp_path))
+    assert data.class_names == ["ill", "well"] and data.test_ids == ["b0", "b1", "b2"] and len(data.train_files) == 12
+
+
+def test_lists_in_txt_files_divide_the_images(tmp_path):
+    draw_classes(tmp_path, "images/{c}{i}.png", count=6)
+    for name, places in (("train", range(3)), ("val", [3, 4]), ("test", [5])):
+        rows = [f"{c}{i}.png {k}" for k, c in enumerate(NAMES) for i in places]
+        write(tmp_path / f"{name}.txt", rows[0], rows[1:])
+    data = open_data(str(tmp_path))
+    assert (len(data.train_files), len(data.validation_files), len(data.test_files)) == (9, 6, 3)
+    assert data.validation_labels == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_csv_of_another_dataset_in_the_folder_above_has_no_labels(tmp_path):
+    draw_classes(tmp_path / "pets", "{c}/{i}.png", count=9)
+    write(tmp_path / "labels.csv", "id,label", (f"{i},{i % 4}" for i in range(9)))
+    assert open_data(str(tmp_path / "pets")).class_ids == NAMES
+
+
+def test_held_out_class_folders_may_be_named_in_another_case(tmp_path):
+    for split in ("train", "val", "test"):
+        draw_classes(tmp_path, split + "/{c}/{i}.png", [n.title() if split == "test" else n.upper() for n in NAMES])
+    data = open_data(str(tmp_path))
+    assert data.class_ids == ["CAT", "DOG", "EEL"]
+    assert data.validation_labels == data.test_labels == [0] * 4 + [1] * 4 + [2] * 4
+
+
 @pytest.mark.parametrize("place", ["train/{c}", "data/{c}"])
 def test_a_csv_of_numbered_classes_beside_numbered_images_has_no_labels(place, tmp_path):
     for start, name in enumerate(NAMES):

@@ -6,6 +6,7 @@ import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from test_layouts import QUICK, id2label, labels_of, paint, save, write_class_folders
@@ -15,6 +16,7 @@ from transfer.config import RunArguments
 from transfer.data import listing
 from transfer.data.splits import describe_imbalance
 from transfer.errors import UserError
+from transfer.submission import form_of
 
 ANIMALS = ["bee", "lion", "wolf"]
 
@@ -265,7 +267,7 @@ def test_a_class_that_only_validation_images_have_is_refused_or_left_out(tmp_pat
     for i in range(3):
         save(paint(2 + i, 40 + i), root / "val" / f"v{i}.jpg")
     (root / "val.csv").write_text("image_id,label\nv0,bee\nv1,emu\nv2,wolf\n")
-    with pytest.raises(UserError, match=r"class emu has images in val/ alone \(1 such classes in all\); add images"):
+    with pytest.raises(UserError, match=r"class emu has no images to train on \(1 such classes in all\); add some"):
         open_data(str(root))
     (tmp_path / "three.txt").write_text("\n".join(ANIMALS))
     data = open_data(str(root), classes_file=str(tmp_path / "three.txt"))
@@ -358,15 +360,105 @@ def test_a_column_that_cannot_be_the_label_is_passed_over(value, tmp_path):
 
 
 def test_the_label_column_is_chosen_where_several_fit(tmp_path, capsys):
-    root = write_table(tmp_path / "animals")
+    root = write_table(tmp_path / "animals", header="image_id,kind")
     add_column(root, "age", lambda i: i % 2)
-    with pytest.raises(UserError, match="label, age could each be the label column; choose it with --label_column"):
+    with pytest.raises(UserError, match="kind, age could each be the label column; choose it with --label_column"):
         open_data(str(root))
     assert open_data(str(root), label_column="age").class_ids == ["0", "1"]
-    main([str(root), "--label_column", "label"])
-    assert "labels from column label of train.csv" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"--label_column breed: .*train.csv has no such column, only image_id, label"):
+    main([str(root), "--label_column", "kind"])
+    assert "labels from column kind of train.csv" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--label_column breed: .*train.csv has no such column, only image_id, kind"):
         open_data(str(root), label_column="breed")
+
+
+@pytest.mark.parametrize(
+    ("header", "template", "chosen"),
+    [
+        ("image,dx,age,sex", None, "column dx of train.csv (not age, sex)"),
+        ("image,variety,label,age", None, "column label of train.csv (not variety, age)"),
+        ("image,diagnosis,kind,target", "image,target", "column target of train.csv (not diagnosis, kind)"),
+        ("image,kind,Target,age", "image,target", "column Target of train.csv (not kind, age)"),
+        ("image,species,age,individual_id", None, None),
+        ("image,species,class,age", None, None),
+        ("image,species,class,age", "image,species,class", None),
+    ],
+)
+def test_the_template_or_the_names_of_columns_show_which_one_is_the_label(header, template, chosen, tmp_path):
+    root = write_table(tmp_path / "animals")
+    columns = header.split(",")
+    write_columns(root, header, "{image},{three},{two},{four}")
+    if template:
+        rows = "".join(f"{100 + i},0" + ",0" * (template.count(",") - 1) + "\n" for i in range(3))
+        (root / "sample_submission.csv").write_text(f"{template}\n{rows}")
+    if chosen is None:
+        with pytest.raises(UserError, match=f"{', '.join(columns[1:])} could each be the label column"):
+            open_data(str(root))
+        return
+    position = columns.index(chosen.split()[1])
+    assert is_right(open_data(str(root)), "012") == (position == 1)
+    assert classes_of(open_data(str(root)))["003.jpg"] == ["0", "1", "3"][position - 1]
+    assert f"labels from {chosen}" in "\n".join(describe_layout(open_data(str(root))))
+
+
+@pytest.mark.parametrize(
+    ("label", "cells"), [("0", ["0", "1", "2"]), ("bee", ["wolf", "bee", "lion"]), (None, ["0", "1", "2"])]
+)
+def test_numbers_beside_the_names_of_the_classes_are_the_labels(label, cells, tmp_path):
+    root = write_table(tmp_path / "animals", names=["wolf", "bee", "lion"], header="image_id,name")
+    add_column(root, "number", lambda i: i % 3)
+    if label:
+        rows = "".join(f"{100 + i}.jpg,{label}\n" for i in range(3))
+        (root / "sample_submission.csv").write_text(f"image_id,prediction\n{rows}")
+    data = open_data(str(root))
+    assert data.class_ids == ["0", "1", "2"] and data.class_names == ["wolf", "bee", "lion"]
+    assert form_of(data).render(np.eye(3), 1.0) == [[cell] for cell in cells]
+    if label != "bee":  # with two columns of names, the classes are called by their numbers
+        add_column(root, "latin", lambda i: ["lupus", "apis", "leo"][i % 3])
+        assert open_data(str(root)).class_names == ["0", "1", "2"]
+
+
+def split_rows_of(i: int) -> str:
+    return "valid" if 9 <= i < 12 else "Test" if i >= 12 else "train"
+
+
+def test_a_column_of_splits_is_kept_to(tmp_path):
+    root = write_table(tmp_path / "animals")
+    shutil.rmtree(root / "test_images")
+    add_column(root, "set", split_rows_of)
+    data = open_data(str(root))
+    assert sorted(classes_of(data)) == [f"{i:03d}.jpg" for i in range(9)]
+    assert [Path(file).name for file in data.validation_files] == ["009.jpg", "010.jpg", "011.jpg"]
+    assert [Path(file).name for file in data.test_files] == [f"{i:03d}.jpg" for i in range(12, 18)]
+    assert data.validation_labels == [0, 1, 2] and data.test_labels == [0, 1, 2, 0, 1, 2]
+    assert "column label of train.csv (split by column set)" in "\n".join(describe_layout(data))
+
+
+def test_rows_for_testing_may_have_no_label(tmp_path):
+    root = write_table(tmp_path / "animals")
+    rewrite(root, lambda text: re.sub("(01[2-7].jpg),.*", r"\1,", text))
+    add_column(root, "set", split_rows_of)
+    with pytest.raises(UserError, match=r"rows for testing, and test images without a row \(test_images/100.jpg\)"):
+        open_data(str(root))
+    shutil.rmtree(root / "test_images")
+    data = open_data(str(root))
+    assert len(data.test_files) == 6 and data.test_labels == [] and len(data.train_files) == 9
+    rewrite(root, lambda text: f"{text}000.jpg,bee,valid\n")
+    with pytest.raises(UserError, match=r"1 rows give an image a second split \(line 20, 000.jpg\)"):
+        open_data(str(root))
+
+
+def test_the_csv_files_of_both_splits_may_name_images_of_one_folder(tmp_path):
+    root = write_table(tmp_path / "animals", folder="images")
+    lines = (root / "train.csv").read_text().splitlines()
+    (root / "train.csv").write_text("\n".join(lines[:13]))
+    (root / "validation.csv").write_text("\n".join([lines[0], *lines[13:]]))
+    data = open_data(str(root))
+    assert len(data.train_files) == 12 and len(data.test_files) == 3
+    assert [Path(file).name for file in data.validation_files] == [f"{i:03d}.jpg" for i in range(12, 18)]
+    assert data.validation_labels == [0, 1, 2, 0, 1, 2]
+    (root / "train.csv").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"train.csv and validation.csv could each hold the labels"):
+        open_data(str(root))
 
 
 def test_the_image_column_is_chosen_where_several_fit(tmp_path):

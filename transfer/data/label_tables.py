@@ -1,14 +1,12 @@
 """Labels that stand in a csv or in file names instead of folder names."""
 
 import contextlib
-import functools
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transfer.data.labels import SEPARATORS, plain_id, read_csv_text, shorten, split_rows, to_number
+from transfer.data.labels import SEPARATORS, ImageNames, plain_path, read_csv_text, shorten, split_rows, to_number
 from transfer.data.listing import (
     file_name,
     find_split_folder,
@@ -22,6 +20,8 @@ from transfer.data.listing import (
     natural_key,
     normal_name,
     show_names,
+    split_in_name,
+    split_of_word,
 )
 from transfer.errors import UserError
 
@@ -65,87 +65,14 @@ class FoundLabels:
     label_of: dict[str, str]  # of every image that has one
     source: str  # where they come from, in words
     tables: list[Path] = field(default_factory=list)
+    name_of: dict[str, str] = field(default_factory=dict)  # of each label, where another column names the classes
+    split_of: dict[str, str] = field(default_factory=dict)  # train, val or test, of images whose table says it
     group_of: dict[str, str] = field(default_factory=dict)  # of the same images, with --group_column
 
-
-def _plain_path(path: str) -> str:
-    """A path without case, known ending, leading zeros, and the `.0` of an id that a program took for a number."""
-    folder, slash, name = path.rpartition("/")
-    return folder.casefold() + slash + plain_id(re.sub(r"^([0-9]+)\.0+$", r"\1", name))
-
-
-class ImageNames:
-    """Which images a name can mean: a path or the last parts of one, with or without the extension."""
-
-    def __init__(self, files: Sequence[str], root: Path | None = None):
-        self.root = root  # whose test images a table may name too
-        self.paths = {normal_name(file): {file} for file in files}
-        self.endings: dict[str, set[str]] = {}
-        self.stems: dict[str, set[str]] = {}
-        for path, found in self.paths.items():
-            parts = path.split("/")
-            for i in range(len(parts)):
-                ending = "/".join(parts[i:])
-                self.endings.setdefault(ending, set()).update(found)
-                self.stems.setdefault(ending.rpartition(".")[0], set()).update(found)
-        self.path_stems = {path.rpartition(".")[0]: self.stems[path.rpartition(".")[0]] for path in self.paths}
-
-    @functools.cached_property
-    def tests(self) -> "ImageNames":
-        """The names of the dataset's test images."""
-        folder = find_split_folder(self.root, "test") if self.root else None
-        return ImageNames(list_images_below(self.root, folder) if self.root and folder else [])
-
-    def means_test_image(self, value: str) -> bool:
-        """Whether a value that means none of the images means a test image; by its path, where names are in both."""
-        if self.tests.stems.keys().isdisjoint(self.stems):
-            return bool(self.tests.find(value))
-        parts = self._read(value, "")[0].split("/")
-        paths = ("/".join(parts[i:]) for i in range(len(parts)))
-        return any(path in self.tests.paths or path in self.tests.path_stems for path in paths)
-
-    @functools.cached_property
-    def plain(self) -> dict[str, set[str]]:
-        """The images of every path, and of the last parts of one, without what `_plain_path` leaves out."""
-        images: dict[str, set[str]] = {}
-        for path, found in self.paths.items():
-            parts = _plain_path(path).split("/")
-            for i in range(len(parts)):
-                images.setdefault("/".join(parts[i:]), set()).update(found)
-        return images
-
-    @staticmethod
-    def _read(value: str, base: str) -> tuple[str, str]:
-        """(the path in a cell, the same below the folder `base`)."""
-        name = normal_name(value.strip().replace("\\", "/")).removeprefix("./")
-        return name, f"{base}/{name}" if base else name
-
-    def find_all(self, values: Sequence[str], base: str = "") -> list[set[str]]:
-        """The images that each value can mean; one that means none may mean an image that no other value means.
-
-        It then has the image's name in another case, with another ending, or without leading zeros.
-        """
-        found = [self.find(value, base) for value in values]
-        alike: dict[str, set[str]] = {}
-        for value in {value for value, images in zip(values, found, strict=True) if not images}:
-            name, here = (_plain_path(path) for path in self._read(value, base))
-            images = (self.plain.get(here) or self.plain.get(name) or set()) if name else set()
-            alike[value] = images if len(images) == 1 else set()
-        meant = Counter(file for images in [*alike.values(), set().union(*found)] for file in images)
-        return [
-            images or {file for file in alike[value] if meant[file] == 1}
-            for value, images in zip(values, found, strict=True)
-        ]
-
-    def find(self, value: str, base: str = "") -> set[str]:
-        """The images that `value` can mean, where a path may start in the folder `base` or far above the root."""
-        name, here = self._read(value, base)
-        for table, key in ((self.paths, here), (self.endings, name), (self.path_stems, here), (self.stems, name)):
-            if name and key in table:
-                return table[key]
-        parts = name.split("/")
-        above = ("/".join(parts[i:]) for i in range(1, len(parts)))
-        return next((found for key in above if (found := self.paths.get(key) or self.path_stems.get(key))), set())
+    def name_classes(self, class_ids: Sequence[str]) -> list[str]:
+        """The name of each class; two classes with one name keep their ids."""
+        names = [self.name_of.get(class_id, class_id) for class_id in class_ids]
+        return names if len(set(names)) == len(names) else list(class_ids)
 
 
 @dataclass(frozen=True)
@@ -157,11 +84,27 @@ class LabelTable:
     rows: list[tuple[int, list[str]]]  # (line number, cells)
     images: dict[str, list[set[str]]]  # column that names images -> the images of each row
     test_rows: int = 0  # that name test images, and are left out
+    root: Path | None = None  # of the dataset, whose template may show which column is the label
 
     def column(self, name: str) -> list[str]:
         """The cells of a column, stripped, in composed Unicode form."""
         position = self.columns.index(name)
         return [normal_name(cells[position].strip()) for _, cells in self.rows]
+
+    def named_images(self) -> set[str]:
+        """All images that the rows can mean."""
+        return {file for rows in self.images.values() for files in rows for file in files}
+
+
+@dataclass(frozen=True)
+class LabelColumns:
+    """What the columns of a table hold."""
+
+    image: str
+    labels: list[str]  # one column, or one for each class
+    names: str | None = None  # the names of classes whose labels are numbers
+    split: str | None = None  # train, val or test
+    passed_over: Sequence[str] = ()  # columns that could hold labels as well
 
 
 def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
@@ -198,7 +141,7 @@ def read_label_table(path: Path, names: ImageNames, base: str = "") -> LabelTabl
         raise UserError(f"{path}: two columns have the same name; rename one")
     kept = [row for row in range(has_header, len(rows)) if row not in of_test]
     found_in = {columns[position]: [found[row] for row in kept] for position, found in images.items()}
-    return LabelTable(path, columns, [rows[row] for row in kept], found_in, len(of_test))
+    return LabelTable(path, columns, [rows[row] for row in kept], found_in, len(of_test), names.root)
 
 
 def _find_images(
@@ -219,7 +162,7 @@ def _find_images(
             of_test |= tested
     if not images:  # names that are only alike must be those of more images, since any numbers may be alike
         for position, values in enumerate(columns_of_cells):
-            of_tests = [names.tests.plain.get(_plain_path(value)) for value in values[1:]]
+            of_tests = [names.tests.plain.get(plain_path(value)) for value in values[1:]]
             found = [] if all(of_tests) else names.find_all(values, base)  # else it may be a template
             if len(set().union(*found)) >= max((len(values) - 1) / 2, len(names.paths) / 4, 1):
                 images[position] = found
@@ -255,9 +198,10 @@ def _try_table(path: Path, names: ImageNames, base: str, refuse_damaged: bool) -
 
 
 def _only_counts(table: LabelTable) -> bool:
-    """Whether a table numbers the images, and says nothing else of them."""
+    """Whether a table numbers the images, or tells their splits, and says nothing else of them."""
     others = [name for name in table.columns if name not in table.images]
-    return bool(others) and all(_counts_rows(table.column(name)) for name in others)
+    split = find_split_column(table, DataOptions())
+    return bool(others) and all(name == split or _counts_rows(table.column(name)) for name in others)
 
 
 def _names_by_chance(table: LabelTable, names: ImageNames) -> bool:
@@ -265,8 +209,7 @@ def _names_by_chance(table: LabelTable, names: ImageNames) -> bool:
 
     No column then repeats some of its values, as labels do.
     """
-    named = {file for rows in table.images.values() for files in rows for file in files}
-    if 4 * len(named) >= len(names.paths):
+    if 4 * len(table.named_images()) >= len(names.paths):
         return False
     columns = {name: table.column(name) for name in table.columns}
     are_numbers = all(map(str.isdecimal, (cell for name in table.images for cell in columns[name])))
@@ -288,6 +231,14 @@ def _seems_to_name_images(path: Path, names: ImageNames, base: str) -> bool:
 def _counts_rows(cells: Sequence[str]) -> bool:
     """Whether a column numbers the rows, so that it is no label; two rows may also be two classes."""
     return len(cells) > 2 and any(list(cells) == [str(n + first) for n in range(len(cells))] for first in (0, 1))
+
+
+def names_images_below(root: Path, table: LabelTable, files: Sequence[str]) -> bool:
+    """Whether a table lies in the dataset, or in the folder above and each of at least half the images has a row."""
+    if table.path.parent.resolve().is_relative_to(root.resolve()):
+        return True
+    sure = {next(iter(files)) for rows in table.images.values() for files in rows if len(files) == 1}
+    return 2 * len(sure) >= len(files)
 
 
 def find_label_tables(
@@ -315,9 +266,9 @@ def find_label_tables(
 
 
 def list_named_in_test_csv(root: Path, files: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """(those of the files that a csv in the root lists whose name starts with test, that csv); else nothing."""
+    """(those of the files that a csv or txt in the root lists whose name starts with test, its path); else nothing."""
     names = ImageNames(files)
-    for name in list_csv_files(list_folder(root)[0]):
+    for name in list_csv_files(list_folder(root)[0], "csv|tsv|txt"):
         if not name.lower().startswith("test"):
             continue
         with contextlib.suppress(UserError):
@@ -366,10 +317,27 @@ def label_names(table: LabelTable) -> list[str]:
 def repeats_folders(table: LabelTable, files: Sequence[str]) -> bool:
     """Whether a table gives each image the name of one of its folders as the label, so that it tells nothing new."""
     try:
-        label_of = read_labels(table, DataOptions(), ImageNames(files))
+        labels = read_labels(table, DataOptions(), ImageNames(files))
     except UserError:
         return False
-    return all(label in normal_name(file).split("/")[:-1] for file, label in label_of.items())
+    named = ((file, labels.name_of.get(label, label)) for file, label in labels.label_of.items())
+    return all(name in normal_name(file).split("/")[:-1] for file, name in named)
+
+
+def _split_by_name(tables: Sequence[LabelTable]) -> list[str | None]:
+    """The split of each of two tables of different images, if one is called train and the other val; else None."""
+    splits: list[str | None] = [split_in_name(table.path.stem)[0] for table in tables]
+    is_split = sorted(map(str, splits)) == ["train", "val"] and not tables[0].named_images() & tables[1].named_images()
+    return splits if is_split else [None] * len(tables)
+
+
+def divides_images(root: Path, tables: Sequence[LabelTable], files: Sequence[str]) -> bool:
+    """Whether tables say which images are for training, validation and testing."""
+    if any(_split_by_name(tables)) or any(find_split_column(table, DataOptions()) for table in tables):
+        return True
+    named = set().union(*(table.named_images() for table in tables))
+    rest = [file for file in files if file not in named]
+    return bool(rest) and len(list_named_in_test_csv(root, rest)[0]) == len(rest)
 
 
 def _choose_column(table: LabelTable, wanted: str | None, fitting: Sequence[str], flag: str) -> str:
@@ -409,47 +377,131 @@ def label_cells(table: LabelTable, columns: Sequence[str]) -> list[str]:
     return [normal_name(columns[marks.index(True)]) for marks in marked]
 
 
-def choose_columns(table: LabelTable, options: DataOptions) -> tuple[str, list[str]]:
-    """The names of the image column and of the label column, or of a column for each class.
+def find_split_column(table: LabelTable, options: DataOptions) -> str | None:
+    """The only column that says train, val or test in every row; None if it is chosen as something else."""
+    found = []
+    for name in set(table.columns) - {*table.images, options.label_column, options.group_column}:
+        splits = {split_of_word(cell) for cell in set(table.column(name))}
+        if "train" in splits and len(splits) > 1 and None not in splits:
+            found.append(name)
+    return found[0] if len(found) == 1 else None
 
-    Raises `UserError` where several fit, or none.
+
+def _match_one_to_one(first: Sequence[str], second: Sequence[str]) -> bool:
+    """Whether equal cells of one column are beside equal cells of the other, and different ones beside different."""
+    return len(set(first)) == len(set(second)) == len(set(zip(first, second, strict=True)))
+
+
+def _are_numbers(cells: Sequence[str]) -> bool:
+    return all(to_number(cell) is not None for cell in set(cells))
+
+
+def _find_class_names(table: LabelTable, label: str, others: Sequence[str]) -> str | None:
+    """The only column of words, or the only one that is called as labels are, that names the numbers in `label`."""
+    labels = table.column(label)
+    if not _are_numbers(labels):
+        return None
+    cells = {name: table.column(name) for name in others if name != label}
+    found = [
+        name
+        for name, words in cells.items()
+        if all(to_number(word) is None for word in words) and _match_one_to_one(labels, words)
+    ]
+    called = [name for name in found if name in label_names(table)]
+    return next((only[0] for only in (found, called) if len(only) == 1), None)
+
+
+def _columns_of_template(table: LabelTable, template: Path | None) -> set[str]:
+    """The columns, in lower case, of the given template or of the one in the dataset's root; none without one."""
+    try:
+        path = template or (find_template(table.root, [table.path]) if table.root else None)
+        return {cell.strip().casefold() for cell in _read_rows(path)[0][1]} if path else set()
+    except (UserError, IndexError):  # said when the template is read
+        return set()
+
+
+def _choose_label(table: LabelTable, fitting: Sequence[str]) -> list[str]:
+    """Those of several columns that could be the label for which their cells or names speak.
+
+    These are the only numbers, if the other columns name them; else the only column that is called as labels are,
+    unless another one holds ids, which may be labels too.
     """
+    numbers = [name for name in fitting if _are_numbers(table.column(name))]
+    if len(numbers) == 1 and all(_match_one_to_one(table.column(numbers[0]), table.column(name)) for name in fitting):
+        return numbers
+    called = [name for name in fitting if name in label_names(table)]
+    has_ids = any(re.search("(^|[^a-zA-Z])[iI][dD]s?$|[a-z]I[dD]s?$", name) for name in fitting if name not in called)
+    return called if len(called) == 1 and not has_ids else list(fitting)
+
+
+def choose_columns(table: LabelTable, options: DataOptions) -> LabelColumns:
+    """Which columns name the images, their labels and so on. Raises `UserError` where several fit, or none."""
     images = list(table.images)
     if len(images) > 1 and all(table.images[name] == table.images[images[0]] for name in images):
         images = images[:1]  # such as an id and a path
     image = _choose_column(table, options.image_column, images, "image_column")
-    others = [name for name in table.columns if name not in (image, options.group_column) and name not in table.images]
+    split = find_split_column(table, options)
+    taken = {image, split, options.group_column, *table.images}
+    others = fitting = [name for name in table.columns if name not in taken]
     if len(others) > 1:  # a label repeats, but a row number or a note does not, and a constant tells nothing
-        others = [name for name in others if 1 < len(set(table.column(name))) <= len(table.rows) / 2]
-    if options.label_column is None and is_one_hot(table, others):
-        return image, others
-    return image, [_choose_column(table, options.label_column, others, "label_column")]
+        repeated = [name for name in others if 1 < len(set(table.column(name))) <= len(table.rows) / 2]
+        fitting = [name for name in repeated if not re.fullmatch("(Unnamed: [0-9]+)?", name)]  # an index of pandas
+    likely = fitting
+    if options.label_column is None and len(fitting) > 1:
+        in_template = _columns_of_template(table, options.template_path)
+        likely = [name for name in fitting if name.casefold() in in_template]
+        if len(likely) != 1:
+            if is_one_hot(table, fitting):
+                return LabelColumns(image, fitting, split=split)
+            likely = _choose_label(table, fitting)
+    label = _choose_column(table, options.label_column, likely, "label_column")
+    names = _find_class_names(table, label, others)
+    passed_over = [name for name in fitting if name not in (label, names)] if options.label_column is None else []
+    return LabelColumns(image, [label], names, split, passed_over)
 
 
-def read_labels(table: LabelTable, options: DataOptions, names: ImageNames) -> dict[str, str]:
-    """The label of every image that a table names. Raises `UserError`."""
-    image, columns = choose_columns(table, options)
-    values, labels = table.column(image), label_cells(table, columns)
-    found = table.images.get(image) or names.find_all(values)
-    label_of: dict[str, str] = {}
+def read_labels(table: LabelTable, options: DataOptions, names: ImageNames) -> FoundLabels:
+    """The labels of every image that a table names. Raises `UserError`."""
+    columns = choose_columns(table, options)
+    values, labels = table.column(columns.image), label_cells(table, columns.labels)
+    images_of = table.images.get(columns.image) or names.find_all(values)
+    class_names = table.column(columns.names) if columns.names else labels
+    splits = [split_of_word(cell) for cell in table.column(columns.split)] if columns.split else [None] * len(labels)
+    found = FoundLabels({}, _describe_source(table, columns), [table.path])
     faults: dict[str, list[str]] = {}
-    for (line, _), value, images, text in zip(table.rows, values, found, labels, strict=True):
+    rows = zip(table.rows, values, images_of, labels, class_names, splits, strict=True)
+    for (line, _), value, images, text, name, split in rows:
         fault = None
         if len(images) != 1:
             fault = "rows name several images; write the folder and the extension" if images else "rows have no image"
+        elif split and found.split_of.setdefault(next(iter(images)), split) != split:
+            fault = "rows give an image a second split"
         elif not text:
-            fault = "rows have no label"
-        elif label_of.setdefault(next(iter(images)), text) != text:
+            fault = None if split == "test" else "rows have no label"
+        elif found.label_of.setdefault(next(iter(images)), text) != text:
             fault = "rows give an image a second label"
+        elif columns.names:
+            found.name_of[text] = name
         if fault:
             faults.setdefault(fault, []).append(f"line {line}, {value}")
     for fault, places in faults.items():
         raise UserError(f"{table.path}: {len(places)} {fault} ({places[0]}); correct the file, or remove the rows")
-    return label_of
+    if options.group_column is not None:
+        groups = table.column(_choose_column(table, options.group_column, [], "group_column"))
+        # An image without a group is a group of its own.
+        found.group_of.update(
+            (file, group or file) for files, group in zip(images_of, groups, strict=True) for file in files
+        )
+    return found
 
 
-def _choose_tables(root: Path, files: Sequence[str], options: DataOptions, names: ImageNames) -> list[LabelTable]:
-    """The table of --labels_csv, or those found: one for all images, or one each for train and val."""
+def _choose_tables(
+    root: Path, files: Sequence[str], options: DataOptions, names: ImageNames
+) -> list[tuple[LabelTable, str | None]]:
+    """The table of --labels_csv, or those found: one for all images, or one each for train and val.
+
+    Each has the split that its name says, unless the folders of its images say it.
+    """
     if options.labels_csv:
         path = Path(options.labels_csv).expanduser()
         path = path if path.is_file() else root / options.labels_csv
@@ -459,9 +511,8 @@ def _choose_tables(root: Path, files: Sequence[str], options: DataOptions, names
             raise UserError(
                 f"{_show_unmatched(named, files)}; correct the names, or choose the column with --image_column"
             )
-        return [named]
-    template, validation = options.template_path, find_split_folder(root, "val")
-    tables = find_label_tables(root, files, template)
+        return [(named, None)]
+    tables = find_label_tables(root, files, options.template_path)
     if not tables:
         unmatched = describe_unmatched(root)
         raise UserError(
@@ -469,14 +520,14 @@ def _choose_tables(root: Path, files: Sequence[str], options: DataOptions, names
             if unmatched
             else f"{root}: has no csv that names its images; give one with --labels_csv"
         )
-    in_val = [
-        all(file.startswith(f"{validation}/") for rows in table.images.values() for row in rows for file in row)
-        for table in tables
-    ]
-    if in_val.count(True) > 1 or in_val.count(False) > 1:
-        listed = " and ".join(table.path.name for table in tables)
-        raise UserError(f"{root}: {listed} could each hold the labels; choose one with --labels_csv")
-    return tables
+    validation = find_split_folder(root, "val")
+    in_val = [all(file.startswith(f"{validation}/") for file in table.named_images()) for table in tables]
+    if in_val.count(True) <= 1 and in_val.count(False) <= 1:
+        return [(table, None) for table in tables]
+    if any(splits := _split_by_name(tables)):
+        return list(zip(tables, splits, strict=True))
+    listed = " and ".join(table.path.name for table in tables)
+    raise UserError(f"{root}: {listed} could each hold the labels; choose one with --labels_csv")
 
 
 def _label_by_pattern(files: Sequence[str], pattern: str) -> dict[str, str]:
@@ -497,22 +548,17 @@ def _label_by_pattern(files: Sequence[str], pattern: str) -> dict[str, str]:
     return {file: match[1] for file, match in matches.items() if match}
 
 
-def _read_groups(table: LabelTable, options: DataOptions, names: ImageNames) -> dict[str, str]:
-    """The group of every image that a table names, with --group_column; without it, nothing. Raises `UserError`."""
-    if options.group_column is None:
-        return {}
-    groups = table.column(_choose_column(table, options.group_column, [], "group_column"))
-    image, _ = choose_columns(table, options)
-    found = table.images.get(image) or names.find_all(table.column(image))
-    # An image without a group is a group of its own.
-    return {file: group or file for files, group in zip(found, groups, strict=True) for file in files}
-
-
-def _describe_source(table: LabelTable, columns: Sequence[str]) -> str:
+def _describe_source(table: LabelTable, columns: LabelColumns) -> str:
     """Where the labels of a table come from, in words."""
-    column = f"columns {show_names(columns)} (one for each class)" if len(columns) > 1 else f"column {columns[0]}"
-    ignored = f" ({table.test_rows} rows of test images ignored)" if table.test_rows else ""
-    return f"{column} of {table.path.name}{ignored}"
+    labels = columns.labels
+    column = f"columns {show_names(labels)} (one for each class)" if len(labels) > 1 else f"column {labels[0]}"
+    notes = [
+        *([f"named by column {columns.names}"] if columns.names else []),
+        *([f"split by column {columns.split}"] if columns.split else []),
+        *([f"not {show_names(columns.passed_over)}"] if columns.passed_over else []),
+        *([f"{table.test_rows} rows of test images ignored"] if table.test_rows else []),
+    ]
+    return f"{column} of {table.path.name}" + f" ({', '.join(notes)})" * bool(notes)
 
 
 def label_images(root: Path, files: Sequence[str], options: DataOptions) -> FoundLabels:
@@ -521,13 +567,17 @@ def label_images(root: Path, files: Sequence[str], options: DataOptions) -> Foun
         return FoundLabels(_label_by_pattern(files, options.label_pattern), f"file names by {options.label_pattern}")
     names = ImageNames(files, root)
     tables = _choose_tables(root, files, options, names)
-    label_of: dict[str, str] = {}
-    group_of: dict[str, str] = {}
-    for table in tables:
-        label_of |= read_labels(table, options, names)
-        group_of |= _read_groups(table, options, names)
-    source = " and ".join(_describe_source(table, choose_columns(table, options)[1]) for table in tables)
-    return FoundLabels(label_of, source, [table.path for table in tables], group_of)
+    every = [read_labels(table, options, names) for table, _ in tables]
+    found = FoundLabels({}, " and ".join(part.source for part in every), [table.path for table, _ in tables])
+    for part, (table, split) in zip(every, tables, strict=True):
+        for label, name in part.name_of.items():
+            if found.name_of.setdefault(label, name) != name:
+                other = f"{tables[0][0].path.name} names it {shorten(found.name_of[label])}"
+                raise UserError(f"{table.path}: names class {label} {shorten(name)}, but {other}; give it one name")
+        found.label_of.update(part.label_of)
+        found.group_of.update(part.group_of)
+        found.split_of.update(dict.fromkeys(part.label_of, split) if split else part.split_of)
+    return found
 
 
 def _folder_labels(table: LabelTable, class_of: Mapping[str, str], labels: Sequence[str]) -> set[tuple[str, str]]:
@@ -536,24 +586,16 @@ def _folder_labels(table: LabelTable, class_of: Mapping[str, str], labels: Seque
     return {(class_of[next(iter(images))], text) for images, text in cells if len(images) == 1 and text}
 
 
-def _columns_of_template(root: Path, table: LabelTable) -> set[str]:
-    """The columns of the template in a dataset's root; none without a template, or with several."""
-    try:
-        template = find_template(root, [table.path])
-        return set(_read_rows(template)[0][1]) if template else set()
-    except (UserError, IndexError):  # said when the template is read
-        return set()
-
-
-def _contradicts_folders(root: Path, table: LabelTable, class_of: Mapping[str, str]) -> bool:
+def _contradicts_folders(table: LabelTable, class_of: Mapping[str, str]) -> bool:
     """Whether a table seems to sort the images into other classes than their folders do.
 
     Where several columns could be the label, one that is called so, or that the template has too, tells.
     """
     columns = {name: table.column(name) for name in table.columns if name not in table.images}
-    called = {*label_names(table), *_columns_of_template(root, table)}
+    in_template = _columns_of_template(table, None)
+    called = {*label_names(table), *(name for name in columns if name.casefold() in in_template)}
     with contextlib.suppress(UserError):
-        chosen = choose_columns(table, DataOptions())[1]
+        chosen = choose_columns(table, DataOptions()).labels
         columns = {chosen[0]: label_cells(table, chosen)}
         called.update(name for name, labels in columns.items() if len(set(labels)) <= len(table.rows) / 2)
     contradicts, agrees = [], []
@@ -589,7 +631,7 @@ def check_folder_labels(root: Path, class_of: Mapping[str, str]) -> None:
                     "with their labels in a csv for --labels_csv, or move this one away"
                 )
     for table in find_label_tables(root, list(class_of), refuse_damaged=False):
-        if _contradicts_folders(root, table, class_of):
+        if _contradicts_folders(table, class_of):
             raise UserError(
                 f"{table.path}: sorts the images into other classes than their folders do; use it with --labels_csv, "
                 "or move it out of the dataset"

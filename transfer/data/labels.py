@@ -1,8 +1,9 @@
-"""Labels: the order and the names of the classes, the template of a submission, and the ids of the test images."""
+"""Labels: the order and names of the classes, the template of a submission, and the images that ids and cells mean."""
 
 import codecs
 import contextlib
 import csv
+import functools
 import gzip
 import io
 import math
@@ -22,9 +23,11 @@ from transfer.data.listing import (
     WNIDS_NAME,
     choose_templates,
     file_name,
+    find_split_folder,
     image_id_of,
     list_class_folders,
     list_files,
+    list_images_below,
     list_unread,
     natural_key,
     normal_name,
@@ -414,3 +417,86 @@ def _ids_of(path: Path) -> set[str]:
         return set(read_template(path).iloc[:, 0])
     except UserError:  # it may be of another dataset
         return set()
+
+
+# The images that a cell means
+
+
+def plain_path(path: str) -> str:
+    """A path without case, known ending, leading zeros, and the `.0` of an id that a program took for a number."""
+    folder, slash, name = path.rpartition("/")
+    return folder.casefold() + slash + plain_id(re.sub(r"^([0-9]+)\.0+$", r"\1", name))
+
+
+class ImageNames:
+    """Which images a name can mean: a path or the last parts of one, with or without the extension."""
+
+    def __init__(self, files: Sequence[str], root: Path | None = None):
+        self.root = root  # whose test images a table may name too
+        self.paths = {normal_name(file): {file} for file in files}
+        self.endings: dict[str, set[str]] = {}
+        self.stems: dict[str, set[str]] = {}
+        for path, found in self.paths.items():
+            parts = path.split("/")
+            for i in range(len(parts)):
+                ending = "/".join(parts[i:])
+                self.endings.setdefault(ending, set()).update(found)
+                self.stems.setdefault(ending.rpartition(".")[0], set()).update(found)
+        self.path_stems = {path.rpartition(".")[0]: self.stems[path.rpartition(".")[0]] for path in self.paths}
+
+    @functools.cached_property
+    def tests(self) -> "ImageNames":
+        """The names of the dataset's test images."""
+        folder = find_split_folder(self.root, "test") if self.root else None
+        return ImageNames(list_images_below(self.root, folder) if self.root and folder else [])
+
+    def means_test_image(self, value: str) -> bool:
+        """Whether a value that means none of the images means a test image; by its path, where names are in both."""
+        if self.tests.stems.keys().isdisjoint(self.stems):
+            return bool(self.tests.find(value))
+        parts = self._read(value, "")[0].split("/")
+        paths = ("/".join(parts[i:]) for i in range(len(parts)))
+        return any(path in self.tests.paths or path in self.tests.path_stems for path in paths)
+
+    @functools.cached_property
+    def plain(self) -> dict[str, set[str]]:
+        """The images of every path, and of the last parts of one, without what `plain_path` leaves out."""
+        images: dict[str, set[str]] = {}
+        for path, found in self.paths.items():
+            parts = plain_path(path).split("/")
+            for i in range(len(parts)):
+                images.setdefault("/".join(parts[i:]), set()).update(found)
+        return images
+
+    @staticmethod
+    def _read(value: str, base: str) -> tuple[str, str]:
+        """(the path in a cell, the same below the folder `base`)."""
+        name = normal_name(value.strip().replace("\\", "/")).removeprefix("./")
+        return name, f"{base}/{name}" if base else name
+
+    def find_all(self, values: Sequence[str], base: str = "") -> list[set[str]]:
+        """The images that each value can mean; one that means none may mean an image that no other value means.
+
+        It then has the image's name in another case, with another ending, or without leading zeros.
+        """
+        found = [self.find(value, base) for value in values]
+        alike: dict[str, set[str]] = {}
+        for value in {value for value, images in zip(values, found, strict=True) if not images}:
+            name, here = (plain_path(path) for path in self._read(value, base))
+            images = (self.plain.get(here) or self.plain.get(name) or set()) if name else set()
+            alike[value] = images if len(images) == 1 else set()
+        meant = Counter(file for images in [*alike.values(), set().union(*found)] for file in images)
+        return [
+            images or {file for file in alike[value] if meant[file] == 1}
+            for value, images in zip(values, found, strict=True)
+        ]
+
+    def find(self, value: str, base: str = "") -> set[str]:
+        """The images that `value` can mean, where a path may start in the folder `base` or far above the root."""
+        name, here = self._read(value, base)
+        for table, key in ((self.paths, here), (self.endings, name), (self.path_stems, here), (self.stems, name)):
+            if name and key in table:
+                return table[key]
+        parts = name.split("/")
+        above = ("/".join(parts[i:]) for i in range(1, len(parts)))
+        return next((found for key in above if (found := self.paths.get(key) or self.path_stems.get(key))), set())

@@ -6,7 +6,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -15,11 +15,13 @@ from transfer.data.label_tables import (
     DataOptions,
     check_folder_labels,
     describe_unmatched,
+    divides_images,
     find_label_tables,
     label_images,
     label_names,
     list_named_in_test_csv,
     list_tables,
+    names_images_below,
     names_more_than_validation,
     repeats_folders,
 )
@@ -160,9 +162,21 @@ def list_test_images(root: Path) -> list[str]:
     return files if (root / WNIDS_NAME).is_file() else sorted(files, key=natural_key)
 
 
+def find_held_out_folders(root: Path, split: str, class_ids: Sequence[str]) -> dict[str, list[str]]:
+    """The folders of every class in val/ or test/, also if its name is in another case there."""
+    alike: dict[str, list[str]] = {}
+    for class_id in class_ids:
+        alike.setdefault(class_id.casefold(), []).append(class_id)
+    folders: dict[str, list[str]] = {}
+    for name, places in find_class_folders(root, split).items():
+        same = [] if name in class_ids else alike.get(name.casefold(), [])
+        folders.setdefault(same[0] if len(same) == 1 else name, []).extend(places)
+    return folders
+
+
 def list_labeled_test_images(root: Path, class_ids: Sequence[str]) -> tuple[list[str], list[int]]:
     """(files, labels) of test/<class>/*; empty unless every folder in test/ is a class and holds images."""
-    split, folders = find_split_folder(root, "test"), find_class_folders(root, "test")
+    split, folders = find_split_folder(root, "test"), find_held_out_folders(root, "test", class_ids)
     if split is None or not folders or not set(folders) <= set(class_ids) or has_images(root / split):
         return [], []
     found = {name: [f for place in places for f in list_images_below(root, place)] for name, places in folders.items()}
@@ -207,7 +221,7 @@ def _list_annotated(root: Path, split: str, class_ids: Sequence[str], left_out: 
 
 def _list_by_class(root: Path, split: str, class_ids: Sequence[str], left_out: Set[str]) -> Iterator[tuple[str, int]]:
     """(file, label) of the images in split/<class>/*."""
-    found = find_class_folders(root, "val")
+    found = find_held_out_folders(root, "val", class_ids)
     folders = {name: places for name, places in found.items() if name != "images" or name in class_ids}
     unknown = sorted(set(folders) - set(class_ids) - left_out)
     if unknown or not folders:
@@ -331,7 +345,7 @@ def list_unlabeled_test(
     """
     listed: Collection[str] = ()
     sources: list[Path] = []
-    if unlabeled and find_split_folder(root, "test") is None:
+    if unlabeled and not list_test_images(root):
         if template:
             listed = match_ids(unlabeled, set(read_template(template).iloc[:, 0]))
         else:
@@ -361,6 +375,16 @@ def order_used_labels(root: Path, labels: Set[str], classes_file: Path | None, s
     return class_ids
 
 
+def divide_files(root: Path, files: Sequence[str], split_of: Mapping[str, str]) -> dict[str, list[str]]:
+    """The files of train, val and test, as their table says or else their folder."""
+    folder = find_split_folder(root, "val")
+    found: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for file in files:
+        in_val = folder is not None and file.startswith(f"{folder}/")
+        found[split_of.get(file) or ("val" if in_val else "train")].append(file)
+    return found
+
+
 class LabelTables:
     """Labels in a csv or txt whose rows name images."""
 
@@ -370,13 +394,15 @@ class LabelTables:
         files = list_images_below(root, without=find_split_folder(root, "test"))
         tables = find_label_tables(root, files, options.template_path)
         if len(list_flat_classes(root)) > 1:  # the folders may be the classes, and the table notes on the images
-            tables = [table for table in tables if label_names(table) and not repeats_folders(table, files)]
+            tables = [table for table in tables if label_names(table) and names_images_below(root, table, files)]
+            if not divides_images(root, tables, files):
+                tables = [table for table in tables if not repeats_folders(table, files)]
         return any(names_more_than_validation(root, table) for table in tables)
 
     def read_classes(self, root: Path, options: DataOptions) -> tuple[list[str], list[str], str]:
         labels = label_images(root, list_labeled(root, options), options)
         class_ids = order_labels(labels.label_of.values())
-        return class_ids, class_ids, f"{labels.source} {NATURALLY}"
+        return class_ids, labels.name_classes(class_ids), f"{labels.source} {NATURALLY}"
 
     def read(self, root: Path, options: DataOptions) -> DatasetFiles:
         files = list_labeled(root, options)
@@ -385,31 +411,37 @@ class LabelTables:
         label_of, classes_file = labels.label_of, options.classes_path
         class_ids = order_used_labels(root, set(label_of.values()), classes_file, labels.source)
         number = {class_id: label for label, class_id in enumerate(class_ids)}
-        validation = find_split_folder(root, "val")
-        used = [file for file in files if label_of.get(file) in number]
-        held_out = [file for file in used if validation and file.startswith(f"{validation}/")]
-        train = sorted(set(used) - set(held_out))
-        if validation and (untrained := sorted(set(class_ids) - {label_of[file] for file in train}, key=natural_key)):
+        in_split = divide_files(root, [file for file in files if label_of.get(file) in number], labels.split_of)
+        train, held_out = sorted(in_split["train"]), in_split["val"]
+        if untrained := sorted(set(class_ids) - {label_of[file] for file in train}, key=natural_key):
             raise UserError(
-                f"{root}: labels from {labels.source}: class {untrained[0]} has images in {validation}/ alone "
-                f"({len(untrained)} such classes in all); add images to train on, or list the other classes with "
-                "--classes_file"
+                f"{root}: labels from {labels.source}: class {untrained[0]} has no images to train on "
+                f"({len(untrained)} such classes in all); add some, or list the other classes with --classes_file"
             )
-        unlabeled = [file for file in leave_out_masks(files) if file not in label_of]
-        tested, lists = list_unlabeled_test(root, template, unlabeled, labels.source)
+        tested = sorted((file for file, split in labels.split_of.items() if split == "test"), key=natural_key)
+        unlabeled = [file for file in leave_out_masks(files) if file not in label_of and file not in tested]
+        others, lists = list_unlabeled_test(root, template, unlabeled, labels.source)
+        if tested and others:
+            raise UserError(
+                f"{root}: labels from {labels.source}: there are rows for testing, and test images without a row "
+                f"({others[0]}); remove the rows, or move the images elsewhere"
+            )
+        are_known = all(file in in_split["test"] for file in tested)
+        names = labels.name_classes(class_ids)
         return DatasetFiles(
             kind=self.kind,
             root=root,
             class_ids=class_ids,
-            synonyms=list(class_ids),
-            class_names=list(class_ids),
+            synonyms=names,
+            class_names=names,
             label_order=classes_file.name if classes_file else f"{labels.source} {NATURALLY}",
             train_files=train,
             train_labels=[number[label_of[file]] for file in train],
             train_groups=[labels.group_of[file] for file in train] if labels.group_of else [],
             validation_files=held_out,
             validation_labels=[number[label_of[file]] for file in held_out],
-            test_files=tested,
+            test_files=tested or others,
+            test_labels=[number[label_of[file]] for file in tested] if are_known else [],
             left_out=len(set(label_of.values()) - set(class_ids)),
             sources=[*labels.tables, *lists],
         )

@@ -176,12 +176,18 @@ def find_split_folder(root: Path, split: str) -> str | None:
     return f"{folder}/{inside[0]}" if is_same and not has_images(root / folder) else folder
 
 
-def _split_name(name: str) -> tuple[str, str]:
+def split_in_name(name: str) -> tuple[str, str]:
     """(the split that a word in a folder's name means, the rest with # for numbers); two empty texts without one."""
     for split, stems in SPLIT_FOLDERS.items():
         if parts := re.fullmatch(rf"(.*?)(?<![a-z])({'|'.join(stems)})(?![a-z])(.*)", name.lower()):
             return split, re.sub("[0-9]+", "#", f"{parts[1]}*{parts[3]}")
     return "", ""
+
+
+def split_of_word(word: str) -> str | None:
+    """The split (train, val or test) that a cell of a csv means; None if it is another word."""
+    words = {"dev": "val"} | {word: split for split, words in SPLIT_FOLDERS.items() for word in words}
+    return words.get(word.strip().casefold())
 
 
 def _find_alike(names: Sequence[str]) -> dict[str, list[str]]:
@@ -191,7 +197,7 @@ def _find_alike(names: Sequence[str]) -> dict[str, list[str]]:
     """
     found: dict[str, dict[str, list[str]]] = {}
     for name in names:
-        split, rest = _split_name(name) if re.search("(?i)train|val|test", name) else ("", "")
+        split, rest = split_in_name(name) if re.search("(?i)train|val|test", name) else ("", "")
         if split:
             found.setdefault(rest, {}).setdefault(split, []).append(name)
     alike = [folders for folders in found.values() if "train" in folders and len(folders) > 1]
@@ -211,7 +217,7 @@ def list_flat_classes(root: Path) -> list[str]:
         return []
     others = {(folder or "").partition("/")[0] for folder in splits.values()}
     names = [name for name in list_visible_folders(root) if name not in others and has_images(root / name)]
-    splits_of, rests = zip(*map(_split_name, names), strict=True) if names else ((), ())
+    splits_of, rests = zip(*map(split_in_name, names), strict=True) if names else ((), ())
     are_parts = all(splits_of) and (len(set(splits_of)) > 1 or not re.search("[a-z]", "".join(rests)))
     return [] if are_parts or any(name.lower() == "images" for name in names) else names
 
