@@ -24,7 +24,8 @@ from transformers.hf_argparser import string_to_bool
 
 from transfer.config import SUBMISSION_LABELS, RunArguments
 from transfer.data.images import scan_images
-from transfer.data.label_tables import DataOptions, list_tables
+from transfer.data.label_tables import list_tables
+from transfer.data.label_tables.columns import DataOptions
 from transfer.data.labels import (
     check_template,
     describe_odd_classes,

@@ -37,7 +37,7 @@ from data_loading import (
     main,
 )
 from transfer.config import RunArguments
-from transfer.data.label_tables import DataOptions
+from transfer.data.label_tables.columns import DataOptions
 from transfer.data.layouts import LAYOUTS, find_layout
 from transfer.data.splits import split_fold
 from transfer.errors import UserError

@@ -108,6 +108,23 @@ def test_a_list_of_the_splits_has_no_labels(tmp_path):
     assert open_data(str(tmp_path)).class_ids == NAMES
 
 
+def test_notes_beside_the_splits_of_images_in_class_folders_are_no_labels(tmp_path):
+    for split in ("train", "val"):
+        draw_classes(tmp_path / "sorted", split + "/{c}/{c}{i}.png")
+    listed = [(split, f"{split}/{c}/{c}{i}.png") for split in ("train", "val") for c in NAMES for i in range(4)]
+    rows = [f"{file},{split},{['north', 'south'][n % 2]}" for n, (split, file) in enumerate(listed)]
+    write(tmp_path / "sorted" / "metadata.csv", "file,split,site", rows)
+    assert open_data(str(tmp_path / "sorted")).class_ids == NAMES
+    draw_classes(tmp_path / "flat", "images/{c}/{c}{i}.png")
+    rows = [f"{c}/{c}{i}.png,{['train', 'test'][i % 2]},{['north', 'south'][i // 2]}" for c in NAMES for i in range(4)]
+    write(tmp_path / "flat" / "list.csv", "file,split,site", rows)
+    with pytest.raises(UserError, match="none of file, split, site seems to be the label column"):
+        open_data(str(tmp_path / "flat"))
+    assert open_data(
+        str(tmp_path / "flat" / "images"), label_column="site", labels_csv=str(tmp_path / "flat" / "list.csv")
+    )
+
+
 def test_csv_files_of_the_splits_divide_the_images_of_class_folders(tmp_path):
     draw_classes(tmp_path, "{c}/{c}_{i}.png", ["eel", "cat", "dog"], count=8)
     number = {"eel": 1, "cat": 0, "dog": 2}
@@ -144,6 +161,10 @@ def test_lists_in_txt_files_divide_the_images(tmp_path):
     data = open_data(str(tmp_path))
     assert (len(data.train_files), len(data.validation_files), len(data.test_files)) == (9, 6, 3)
     assert data.validation_labels == [0, 0, 1, 1, 2, 2]
+    (tmp_path / "test.txt").rename(tmp_path / "testing_notes.txt")
+    write(tmp_path / "testing_notes.txt", "broken cat5.png", ["blurred dog5.png", "see also the web page"])
+    with pytest.raises(UserError, match=r"cat5\.png: has no label"):
+        open_data(str(tmp_path))
 
 
 def test_a_csv_of_another_dataset_in_the_folder_above_has_no_labels(tmp_path):
@@ -156,8 +177,13 @@ def test_held_out_class_folders_may_be_named_in_another_case(tmp_path):
     for split in ("train", "val", "test"):
         draw_classes(tmp_path, split + "/{c}/{i}.png", [n.title() if split == "test" else n.upper() for n in NAMES])
     data = open_data(str(tmp_path))
-    assert data.class_ids == ["CAT", "DOG", "EEL"]
+    assert data.class_ids == ["CAT", "DOG", "EEL"] and len(data.test_files) == 12
     assert data.validation_labels == data.test_labels == [0] * 4 + [1] * 4 + [2] * 4
+    for split in ("train", "val"):
+        draw_classes(tmp_path / "letters", split + "/{c}/{i}.png", ["A", "B", "a", "b"])
+    (tmp_path / "capitals.txt").write_text("A\nB\n")
+    data = open_data(str(tmp_path / "letters"), classes_file=str(tmp_path / "capitals.txt"))
+    assert data.validation_files == [f"val/{c}/{i}.png" for c in "AB" for i in range(4)]
 
 
 @pytest.mark.parametrize("place", ["train/{c}", "data/{c}"])

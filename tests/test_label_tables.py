@@ -371,33 +371,55 @@ def test_the_label_column_is_chosen_where_several_fit(tmp_path, capsys):
         open_data(str(root), label_column="breed")
 
 
-@pytest.mark.parametrize(
-    ("header", "template", "chosen"),
-    [
-        ("image,dx,age,sex", None, "column dx of train.csv (not age, sex)"),
-        ("image,variety,label,age", None, "column label of train.csv (not variety, age)"),
-        ("image,diagnosis,kind,target", "image,target", "column target of train.csv (not diagnosis, kind)"),
-        ("image,kind,Target,age", "image,target", "column Target of train.csv (not kind, age)"),
-        ("image,species,age,individual_id", None, None),
-        ("image,species,class,age", None, None),
-        ("image,species,class,age", "image,species,class", None),
-    ],
-)
-def test_the_template_or_the_names_of_columns_show_which_one_is_the_label(header, template, chosen, tmp_path):
-    root = write_table(tmp_path / "animals")
-    columns = header.split(",")
-    write_columns(root, header, "{image},{three},{two},{four}")
+ONE_MEANT = [  # columns, those of the template, what is said
+    ("image,dx:three,age:two,sex:four", None, "column dx of train.csv (not age, sex)"),
+    ("image,variety:three,label:four", None, "column label of train.csv (not variety)"),
+    ("image,diagnosis:three,kind:two,target:four", "image,target", "column target of train.csv (not diagnosis, kind)"),
+    ("image,kind:three,Target:two", "image,target", "column Target of train.csv (not kind)"),
+    ("patient:three,image,Kind:four,age:two", "patient,kind", "column Kind of train.csv (not patient, age)"),
+]
+SEVERAL_MEANT = [
+    ("image,species:three,age:four,individual_id:six", None),  # individuals divide the species
+    ("image,species:three,class:two,age:four", None),
+    ("image,species:three,class:two,age:four", "image,species,class"),
+    ("image,kind:three,label_quality:two", None),
+    ("image,emotion:three,labeler:two", None),
+    ("image,dish:six,category:three", None),
+    ("image,patient:three,kind:four", "patient,target"),
+]
+
+
+def write_meant(root: Path, header: str, template: str | None) -> dict[str, str]:
+    """A csv of these columns, and a template; returns what the columns hold."""
+    kinds = dict(part.split(":") for part in header.split(",") if ":" in part)
+    write_columns(
+        root, re.sub(":[a-z]+", "", header), re.sub("[^,:]+:([a-z]+)|image", "{\\1}", header).replace("{}", "{image}")
+    )
     if template:
         rows = "".join(f"{100 + i},0" + ",0" * (template.count(",") - 1) + "\n" for i in range(3))
         (root / "sample_submission.csv").write_text(f"{template}\n{rows}")
-    if chosen is None:
-        with pytest.raises(UserError, match=f"{', '.join(columns[1:])} could each be the label column"):
-            open_data(str(root))
-        return
-    position = columns.index(chosen.split()[1])
-    assert is_right(open_data(str(root)), "012") == (position == 1)
-    assert classes_of(open_data(str(root)))["003.jpg"] == ["0", "1", "3"][position - 1]
-    assert f"labels from {chosen}" in "\n".join(describe_layout(open_data(str(root))))
+    return kinds
+
+
+@pytest.mark.parametrize(("header", "template", "said"), ONE_MEANT)
+@pytest.mark.parametrize("place", [".", ".."])
+def test_the_template_or_the_names_of_columns_show_which_one_is_the_label(header, template, said, place, tmp_path):
+    root = write_table(tmp_path / "animals")
+    kinds = write_meant(root, header, template)
+    if template:
+        (root / "sample_submission.csv").rename(root / place / "sample_submission.csv")
+    data = open_data(str(root))
+    count = {"two": 2, "three": 3, "four": 4}[kinds[said.split()[1]]]
+    assert classes_of(data) == {f"{i:03d}.jpg": str(i % count) for i in range(18)}
+    assert f"labels from {said}" in "\n".join(describe_layout(data))
+
+
+@pytest.mark.parametrize(("header", "template"), SEVERAL_MEANT)
+def test_a_csv_of_which_several_columns_may_be_meant_is_refused(header, template, tmp_path):
+    root = write_table(tmp_path / "animals")
+    kinds = write_meant(root, header, template)
+    with pytest.raises(UserError, match=f"{', '.join(kinds)} could each be the label column; choose it with"):
+        open_data(str(root))
 
 
 @pytest.mark.parametrize(
@@ -417,14 +439,14 @@ def test_numbers_beside_the_names_of_the_classes_are_the_labels(label, cells, tm
         assert open_data(str(root)).class_names == ["0", "1", "2"]
 
 
-def split_rows_of(i: int) -> str:
-    return "valid" if 9 <= i < 12 else "Test" if i >= 12 else "train"
+def split_of_row(i: int) -> str:
+    return "train" if i < 9 else "valid" if i < 12 else "Test"
 
 
 def test_a_column_of_splits_is_kept_to(tmp_path):
     root = write_table(tmp_path / "animals")
     shutil.rmtree(root / "test_images")
-    add_column(root, "set", split_rows_of)
+    add_column(root, "set", split_of_row)
     data = open_data(str(root))
     assert sorted(classes_of(data)) == [f"{i:03d}.jpg" for i in range(9)]
     assert [Path(file).name for file in data.validation_files] == ["009.jpg", "010.jpg", "011.jpg"]
@@ -436,7 +458,7 @@ def test_a_column_of_splits_is_kept_to(tmp_path):
 def test_rows_for_testing_may_have_no_label(tmp_path):
     root = write_table(tmp_path / "animals")
     rewrite(root, lambda text: re.sub("(01[2-7].jpg),.*", r"\1,", text))
-    add_column(root, "set", split_rows_of)
+    add_column(root, "set", split_of_row)
     with pytest.raises(UserError, match=r"rows for testing, and test images without a row \(test_images/100.jpg\)"):
         open_data(str(root))
     shutil.rmtree(root / "test_images")
@@ -444,6 +466,88 @@ def test_rows_for_testing_may_have_no_label(tmp_path):
     assert len(data.test_files) == 6 and data.test_labels == [] and len(data.train_files) == 9
     rewrite(root, lambda text: f"{text}000.jpg,bee,valid\n")
     with pytest.raises(UserError, match=r"1 rows give an image a second split \(line 20, 000.jpg\)"):
+        open_data(str(root))
+
+
+def test_rows_for_testing_without_labels_tell_nothing_about_the_columns(tmp_path):
+    root = write_table(tmp_path / "animals", names=["wolf", "bee", "lion"], header="image_id,name")
+    shutil.rmtree(root / "test_images")
+    add_column(root, "number", lambda i: i % 3)
+    rewrite(root, lambda text: re.sub("(01[2-7].jpg),.*", r"\1,,", text))
+    add_column(root, "set", split_of_row)
+    data = open_data(str(root))
+    assert data.class_ids == ["0", "1", "2"] and data.class_names == ["wolf", "bee", "lion"]
+    rows = [f"{i:03d},{one_hot(i) if i < 12 else '0,0,0'},{split_of_row(i)}" for i in range(18)]
+    (root / "train.csv").write_text("\n".join(["image_id,wolf,bee,lion,split", *rows]) + "\n")
+    data = open_data(str(root))
+    assert data.class_ids == ANIMALS and data.test_labels == [] and len(data.test_files) == 6
+
+
+@pytest.mark.parametrize("mark", ["?", "-1", "unknown"])
+def test_a_mark_in_all_rows_for_testing_is_no_label(mark, tmp_path):
+    root = write_table(tmp_path / "animals")
+    shutil.rmtree(root / "test_images")
+    rewrite(root, lambda text: re.sub("(01[2-7].jpg),.*", rf"\1,{mark}", text))
+    add_column(root, "set", split_of_row)
+    data = open_data(str(root))
+    assert data.class_ids == ANIMALS and data.test_labels == [] and len(data.test_files) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "cells", "held_out"),
+    [
+        ("is_valid", ["False", "True"], "validation"),
+        ("Usage", ["Training", "PrivateTest"], "test"),
+        ("test", ["0", "1"], "test"),
+        ("fold", ["0", "1"], None),
+    ],
+)
+def test_other_ways_to_tell_the_splits(name, cells, held_out, tmp_path):
+    root = write_table(tmp_path / "animals")
+    shutil.rmtree(root / "test_images")
+    add_column(root, name, lambda i: cells[i >= 12])
+    data = open_data(str(root))
+    assert len(data.train_files) == (12 if held_out else 18)
+    assert len(data.validation_files) == 6 * (held_out == "validation")
+    assert data.test_labels == [0, 1, 2, 0, 1, 2] * (held_out == "test")
+
+
+@pytest.mark.parametrize(
+    ("name", "cells", "message"),
+    [
+        ("split", ["train", "val", "holdout"], "column split seems to tell which images .* but has 'holdout' in it"),
+        (
+            "part",
+            ["train", "val", ""],
+            "column part seems to tell which images are to validate or to test, but has ''",
+        ),
+        ("is_train", ["1", "0", "1"], "column is_train seems to tell"),
+        ("split", ["val", "test", "test"], "column split seems to tell"),
+    ],
+)
+def test_a_column_that_may_tell_the_splits_is_not_passed_over(name, cells, message, tmp_path):
+    root = write_table(tmp_path / "animals")
+    add_column(root, name, lambda i: cells[i % 3])
+    for options in ({}, {"label_column": "label"}):
+        with pytest.raises(UserError, match=message):
+            open_data(str(root), **options)
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path):
+    assert is_right(open_data(str(write_table(tmp_path, names=["train", "bus", "test"]))), ["train", "bus", "test"])
+
+
+def test_a_second_csv_is_read_as_the_first(tmp_path):
+    root = write_table(tmp_path / "animals", folder="images")
+    shutil.rmtree(root / "test_images")
+    write_columns(root, "image,label,grade", "{image},{six},{two}")
+    lines = (root / "train.csv").read_text().splitlines()
+    (root / "train.csv").write_text("\n".join(lines[:13]))
+    (root / "dev.csv").write_text("\n".join([lines[0], *lines[13:]]))  # each label once
+    data = open_data(str(root))
+    assert data.validation_labels == list(range(6)) and len(data.train_files) == 12
+    (root / "dev.csv").write_text("\n".join(["image,score,grade", *lines[13:]]))
+    with pytest.raises(UserError, match=r"dev.csv: none of image, score, grade seems to be the label column"):
         open_data(str(root))
 
 
@@ -505,7 +609,7 @@ def sort_into(root: Path, folders: str) -> Path:
 
 
 def write_columns(root: Path, header: str, cells: str, more="") -> None:
-    rows = [cells.format(image=f"{i:03d}.jpg", n=i, two=i % 2, three=i % 3, four=i % 4) for i in range(18)]
+    rows = [cells.format(image=f"{i:03d}.jpg", n=i, two=i % 2, three=i % 3, four=i % 4, six=i % 6) for i in range(18)]
     (root / "train.csv").write_text("\n".join([header, *rows]) + f"\n{more}")
 
 

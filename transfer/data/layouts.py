@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Protocol
 
 from transfer.data.label_tables import (
-    DataOptions,
     check_folder_labels,
     describe_unmatched,
     divides_images,
     find_label_tables,
     label_images,
-    label_names,
     list_named_in_test_csv,
     list_tables,
     names_images_below,
     names_more_than_validation,
     repeats_folders,
 )
+from transfer.data.label_tables.columns import DataOptions, label_names
 from transfer.data.labels import (
     find_fault_of_labels,
     match_ids,
@@ -168,8 +167,9 @@ def find_held_out_folders(root: Path, split: str, class_ids: Sequence[str]) -> d
     for class_id in class_ids:
         alike.setdefault(class_id.casefold(), []).append(class_id)
     folders: dict[str, list[str]] = {}
+    in_train = find_class_folders(root, "train")
     for name, places in find_class_folders(root, split).items():
-        same = [] if name in class_ids else alike.get(name.casefold(), [])
+        same = [] if name in in_train else alike.get(name.casefold(), [])
         folders.setdefault(same[0] if len(same) == 1 else name, []).extend(places)
     return folders
 
@@ -350,7 +350,7 @@ def list_unlabeled_test(
             listed = match_ids(unlabeled, set(read_template(template).iloc[:, 0]))
         else:
             listed, sources = list_named_in_test_csv(root, unlabeled)
-    if rest := [file for file in unlabeled if file not in listed]:
+    if rest := sorted(set(unlabeled).difference(listed)):
         raise UserError(
             f"{root / rest[0]}: has no label in {source} ({len(rest)} images have none); add rows for "
             "them, or move them into test/ or out of the dataset"
@@ -418,15 +418,16 @@ class LabelTables:
                 f"{root}: labels from {labels.source}: class {untrained[0]} has no images to train on "
                 f"({len(untrained)} such classes in all); add some, or list the other classes with --classes_file"
             )
-        tested = sorted((file for file, split in labels.split_of.items() if split == "test"), key=natural_key)
-        unlabeled = [file for file in leave_out_masks(files) if file not in label_of and file not in tested]
+        marked = {file for file, split in labels.split_of.items() if split == "test"}
+        tested = sorted(marked, key=natural_key)
+        unlabeled = [file for file in leave_out_masks(files) if file not in label_of and file not in marked]
         others, lists = list_unlabeled_test(root, template, unlabeled, labels.source)
         if tested and others:
             raise UserError(
                 f"{root}: labels from {labels.source}: there are rows for testing, and test images without a row "
                 f"({others[0]}); remove the rows, or move the images elsewhere"
             )
-        are_known = all(file in in_split["test"] for file in tested)
+        are_known = len(tested) == len(in_split["test"])
         names = labels.name_classes(class_ids)
         return DatasetFiles(
             kind=self.kind,

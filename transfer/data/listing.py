@@ -177,17 +177,11 @@ def find_split_folder(root: Path, split: str) -> str | None:
 
 
 def split_in_name(name: str) -> tuple[str, str]:
-    """(the split that a word in a folder's name means, the rest with # for numbers); two empty texts without one."""
+    """(the split that a word in a name means, the rest with # for numbers); two empty texts without one."""
     for split, stems in SPLIT_FOLDERS.items():
         if parts := re.fullmatch(rf"(.*?)(?<![a-z])({'|'.join(stems)})(?![a-z])(.*)", name.lower()):
             return split, re.sub("[0-9]+", "#", f"{parts[1]}*{parts[3]}")
     return "", ""
-
-
-def split_of_word(word: str) -> str | None:
-    """The split (train, val or test) that a cell of a csv means; None if it is another word."""
-    words = {"dev": "val"} | {word: split for split, words in SPLIT_FOLDERS.items() for word in words}
-    return words.get(word.strip().casefold())
 
 
 def _find_alike(names: Sequence[str]) -> dict[str, list[str]]:

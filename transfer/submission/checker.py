@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from transfer.data.label_tables import DataOptions
+from transfer.data.label_tables.columns import DataOptions
 from transfer.data.labels import (
     MOST_SHOWN,
     ROWS_LOOKED_AT,
