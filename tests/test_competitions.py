@@ -134,6 +134,7 @@ def test_csv_files_of_the_splits_divide_the_images_of_class_folders(tmp_path):
     data = open_data(str(tmp_path))
     assert data.class_ids == ["0", "1", "2"] and data.class_names == ["cat", "eel", "dog"]
     assert (len(data.train_files), len(data.validation_files), len(data.test_files)) == (15, 6, 3)
+    assert data.test_labels == [0, 2, 1] and data.test_ids == ["cat_7", "dog_7", "eel_7"]
     for name in ("validation", "test"):
         (tmp_path / f"{name}.csv").unlink()
     write(tmp_path / "train.csv", "Filename,ClassName", [f"{c}/{c}_{i}.png,{c}" for c in number for i in range(8)])
@@ -165,6 +166,35 @@ def test_lists_in_txt_files_divide_the_images(tmp_path):
     write(tmp_path / "testing_notes.txt", "broken cat5.png", ["blurred dog5.png", "see also the web page"])
     with pytest.raises(UserError, match=r"cat5\.png: has no label"):
         open_data(str(tmp_path))
+
+
+@pytest.mark.parametrize("place", ["", "Test/"])
+def test_a_csv_of_test_images_may_have_their_labels(place, tmp_path):
+    draw_classes(tmp_path, "Train/{c}/{i}.png", ["00000", "00001", "00010"])
+    draw(tmp_path, *(f"Test/{i:05d}.png" for i in range(6)))
+    rows = [f"{30 + i},5,{[10, 0, 1][i % 3]},Test/{i:05d}.png" for i in range(6)]
+    write(tmp_path / f"{place}Test.csv", "Width,Roi,ClassId,Path", rows)
+    data = open_data(str(tmp_path))
+    assert data.test_labels == [2, 0, 1, 2, 0, 1] and not data.ignored
+    assert "6 to predict and to measure the test accuracy on, after training (labels from Test.csv)" in "\n".join(
+        describe_layout(data)
+    )
+
+
+@pytest.mark.parametrize(
+    ("header", "cells"),
+    [
+        ("Width,ClassId,Path", [0, 0, 0]),  # a mark, not labels
+        ("Width,ClassId,Path", [0, 1, 7]),  # no class of train/
+        ("Width,Size,Path", [0, 1, 10]),  # not called so
+    ],
+)
+def test_other_columns_of_a_csv_of_test_images_are_no_labels(header, cells, tmp_path):
+    draw_classes(tmp_path, "train/{c}/{i}.png", ["0", "1", "10"])
+    draw(tmp_path, *(f"test/{i:05d}.png" for i in range(6)))
+    write(tmp_path / "test.csv", header, [f"{30 + i},{cells[i % 3]},test/{i:05d}.png" for i in range(6)])
+    data = open_data(str(tmp_path))
+    assert data.test_labels == [] and data.ignored == {"test.csv": 1} and len(data.test_files) == 6
 
 
 def test_a_csv_of_another_dataset_in_the_folder_above_has_no_labels(tmp_path):

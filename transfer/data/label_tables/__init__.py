@@ -16,6 +16,7 @@ from transfer.data.label_tables.columns import (
     label_columns_of_template,
     label_names,
     list_split_columns,
+    list_sure_columns,
     read_label_table,
     read_rows,
     transpose,
@@ -167,6 +168,42 @@ def list_named_in_test_csv(root: Path, files: Sequence[str]) -> tuple[list[str],
             found = max((set().union(*images) for images in columns), key=len, default=set())
             if found:
                 return sorted(found), [root / name]
+    return [], []
+
+
+def _label_by_cells(table: LabelTable, cells: Sequence[str], label_of: Mapping[str, int]) -> dict[str, int]:
+    """The label of the image that each row names; empty if a cell is no class, or a row names no image of its own."""
+    labels: dict[str, int] = {}
+    for images, cell in zip(next(iter(table.images.values()), []), cells, strict=False):
+        if len(images) != 1 or labels.setdefault(next(iter(images)), label_of.get(cell, -1)) != label_of.get(cell):
+            return {}
+    return labels
+
+
+def read_test_labels(
+    root: Path, files: Sequence[str], class_ids: Sequence[str], class_names: Sequence[str]
+) -> tuple[list[int], list[Path]]:
+    """(label of each test image, the csv that has them), from one in the root or in test/ whose name starts with test.
+
+    Both are empty unless a column that is called as labels are, or the only one, has a class for every image.
+    """
+    label_of = dict(zip(class_ids, range(len(class_ids)), strict=True))
+    label_of |= {name: label_of[class_id] for class_id, name in zip(class_ids, class_names, strict=True)}
+    if all(map(str.isdecimal, class_ids)):  # a folder may be 00007
+        label_of = {str(int(class_id)): label for label, class_id in enumerate(class_ids)} | label_of
+    names = ImageNames(files)
+    places = [root, *([root / folder] if (folder := find_split_folder(root, "test")) else [])]
+    paths = [place / name for place in places for name in list_csv_files(list_files(place), "csv|tsv|txt")]
+    for path in (path for path in paths if re.match("(?i)test(?!.*(submission|sample|template))", path.name)):
+        with contextlib.suppress(UserError):
+            table = read_label_table(path, names)
+            found = [
+                labels
+                for column in list_sure_columns(table)
+                if (labels := _label_by_cells(table, table.column(column), label_of)) and set(labels) == set(files)
+            ]
+            if found and all(labels == found[0] for labels in found) and len(set(found[0].values())) > 1:
+                return [found[0][file] for file in files], [path]
     return [], []
 
 

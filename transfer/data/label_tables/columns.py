@@ -218,6 +218,12 @@ def label_names(table: LabelTable) -> list[str]:
     return [n for n in table.columns if MAYBE_LABEL_COLUMN.search(n) and not (has_x and n.lower() == "y")]
 
 
+def list_sure_columns(table: LabelTable) -> list[str]:
+    """The columns that surely hold labels, by their names, or since there is no other besides those of images."""
+    others = [name for name in table.columns if name not in table.images]
+    return others if len(others) == 1 else [name for name in others if LABEL_COLUMN.fullmatch(name)]
+
+
 def label_columns_of_template(table: LabelTable, template: Path | None) -> set[str]:
     """The label columns, in lower case, of the given template, or of the one in the dataset or the folder above."""
     try:
