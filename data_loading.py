@@ -24,7 +24,7 @@ from transformers.hf_argparser import string_to_bool
 
 from transfer.config import SUBMISSION_LABELS, RunArguments
 from transfer.data.images import scan_images
-from transfer.data.label_tables import list_tables, read_test_labels
+from transfer.data.label_tables import list_tables
 from transfer.data.label_tables.columns import DataOptions
 from transfer.data.labels import (
     check_template,
@@ -158,9 +158,6 @@ def open_folder(path: Path, options: DataOptions | None = None, zip_path: Path |
     above = [] if zip_path and root == path else [Path(os.path.abspath(root)).parent]  # noqa: PTH100
     above += [zip_path.absolute().parent] if zip_path else []
     data = replace(layout.read(root, options), submission_labels=options.submission_labels)
-    if not data.test_labels:
-        labels, lists = read_test_labels(root, data.test_files, data.class_ids, data.class_names)
-        data = replace(data, test_labels=labels, sources=[*data.sources, *lists])
     if data.left_out:  # it is unknown which test images show the classes that are used
         data = replace(data, test_files=[], test_labels=[])
     else:
@@ -326,8 +323,8 @@ def _describe_classes(data: DatasetFiles) -> str:
 def _describe_counts(data: DatasetFiles) -> str:
     train, published, tested = len(data.train_files), len(data.validation_files), f"{len(data.test_files)} to predict"
     if data.test_labels:
-        lists = [f" (labels from {path.name})" for path in data.sources if path.name.lower().startswith("test")]
-        tested += f" and to measure the test accuracy on, after training{''.join(lists[:1])}"
+        source = f" (labels from {data.test_labels_path.name})" if data.test_labels_path else ""
+        tested += f" and to measure the test accuracy on, after training{source}"
     if not published:
         return f"{train} to train and validate, {tested}"
     return f"{train} to train, {published} to validate (as published, none are held out of train), {tested}"

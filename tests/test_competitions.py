@@ -182,19 +182,32 @@ def test_a_csv_of_test_images_may_have_their_labels(place, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("header", "cells"),
+    ("name", "header", "cells"),
     [
-        ("Width,ClassId,Path", [0, 0, 0]),  # a mark, not labels
-        ("Width,ClassId,Path", [0, 1, 7]),  # no class of train/
-        ("Width,Size,Path", [0, 1, 10]),  # not called so
+        ("test.csv", "Width,ClassId,Path", [0, 0, 0]),  # a mark, not labels
+        ("test.csv", "Width,ClassId,Path", [0, 1, 1]),  # classes may be counted from 1 here
+        ("test.csv", "Width,ClassId,Path", [0, 1, 7]),  # no class of train/
+        ("test.csv", "Width,Size,Path", [0, 1, 10]),  # not called so
+        ("test_predictions.csv", "Width,ClassId,Path", [0, 1, 10]),
     ],
 )
-def test_other_columns_of_a_csv_of_test_images_are_no_labels(header, cells, tmp_path):
+def test_other_columns_of_a_csv_of_test_images_are_no_labels(name, header, cells, tmp_path):
     draw_classes(tmp_path, "train/{c}/{i}.png", ["0", "1", "10"])
     draw(tmp_path, *(f"test/{i:05d}.png" for i in range(6)))
-    write(tmp_path / "test.csv", header, [f"{30 + i},{cells[i % 3]},test/{i:05d}.png" for i in range(6)])
+    write(tmp_path / name, header, [f"{30 + i},{cells[i % 3]},test/{i:05d}.png" for i in range(6)])
     data = open_data(str(tmp_path))
-    assert data.test_labels == [] and data.ignored == {"test.csv": 1} and len(data.test_files) == 6
+    assert data.test_labels == [] and data.ignored == {name: 1} and len(data.test_files) == 6
+
+
+def test_only_the_column_of_the_training_labels_labels_test_images(tmp_path):
+    draw(tmp_path, *(f"train/a{i}.png" for i in range(12)), *(f"test/b{i}.png" for i in range(4)))
+    rows = [f"a{i},{i % 2},{i // 4}" for i in range(12)]
+    write(tmp_path / "train.csv", "image,class,grade", rows)
+    write(tmp_path / "sample_submission.csv", "image,grade", (f"b{i},0" for i in range(4)))
+    write(tmp_path / "test.csv", "image,class", (f"b{i},{i % 2}" for i in range(4)))
+    assert open_data(str(tmp_path)).test_labels == []
+    write(tmp_path / "test.csv", "image,class,grade", (f"b{i},{i % 2},{i % 3}" for i in range(4)))
+    assert open_data(str(tmp_path)).test_labels == [0, 1, 2, 0]
 
 
 def test_a_csv_of_another_dataset_in_the_folder_above_has_no_labels(tmp_path):

@@ -377,6 +377,9 @@ ONE_MEANT = [  # columns, those of the template, what is said
     ("image,diagnosis:three,kind:two,target:four", "image,target", "column target of train.csv (not diagnosis, kind)"),
     ("image,kind:three,Target:two", "image,target", "column Target of train.csv (not kind)"),
     ("patient:three,image,Kind:four,age:two", "patient,kind", "column Kind of train.csv (not patient, age)"),
+    ("image,label:eleven,sex:two", None, "column label of train.csv (not sex)"),
+    ("image,Id:eleven,view:two", "image,id", "column Id of train.csv (not view)"),
+    ("image,label:two,male:half", None, "column label of train.csv (not male)"),
 ]
 SEVERAL_MEANT = [
     ("image,species:three,age:four,individual_id:six", None),  # individuals divide the species
@@ -386,6 +389,7 @@ SEVERAL_MEANT = [
     ("image,emotion:three,labeler:two", None),
     ("image,dish:six,category:three", None),
     ("image,patient:three,kind:four", "patient,target"),
+    ("image,class:two,name:words", None),  # names divide the classes, although they hardly repeat
 ]
 
 
@@ -409,7 +413,7 @@ def test_the_template_or_the_names_of_columns_show_which_one_is_the_label(header
     if template:
         (root / "sample_submission.csv").rename(root / place / "sample_submission.csv")
     data = open_data(str(root))
-    count = {"two": 2, "three": 3, "four": 4}[kinds[said.split()[1]]]
+    count = {"two": 2, "three": 3, "four": 4, "eleven": 11}[kinds[said.split()[1]]]
     assert classes_of(data) == {f"{i:03d}.jpg": str(i % count) for i in range(18)}
     assert f"labels from {said}" in "\n".join(describe_layout(data))
 
@@ -483,7 +487,16 @@ def test_rows_for_testing_without_labels_tell_nothing_about_the_columns(tmp_path
     assert data.class_ids == ANIMALS and data.test_labels == [] and len(data.test_files) == 6
 
 
-@pytest.mark.parametrize("mark", ["?", "-1", "unknown"])
+def test_the_columns_of_the_template_are_the_one_hot_labels(tmp_path):
+    root = write_table(tmp_path / "plants")
+    rows = [f"{i:03d},p{i % 4},{i % 2},{one_hot(i)}" for i in range(18)]
+    (root / "train.csv").write_text("\n".join(["image,patient,sex,wolf,bee,lion", *rows]) + "\n")
+    rows = [f"{100 + i},0.3,0.3,0.4" for i in range(3)]
+    (root / "sample_submission.csv").write_text("\n".join(["image,wolf,bee,lion", *rows]) + "\n")
+    assert is_right(open_data(str(root)), ["wolf", "bee", "lion"])
+
+
+@pytest.mark.parametrize("mark", ["?", "-1", "unknown", "bee"])
 def test_a_mark_in_all_rows_for_testing_is_no_label(mark, tmp_path):
     root = write_table(tmp_path / "animals")
     shutil.rmtree(root / "test_images")
@@ -498,8 +511,10 @@ def test_a_mark_in_all_rows_for_testing_is_no_label(mark, tmp_path):
     [
         ("is_valid", ["False", "True"], "validation"),
         ("Usage", ["Training", "PrivateTest"], "test"),
-        ("test", ["0", "1"], "test"),
+        ("phase", ["train", "eval"], "validation"),
+        ("split", ["train", "holdout"], "test"),
         ("fold", ["0", "1"], None),
+        ("usage", ["Casual", "Sports"], None),
     ],
 )
 def test_other_ways_to_tell_the_splits(name, cells, held_out, tmp_path):
@@ -515,14 +530,15 @@ def test_other_ways_to_tell_the_splits(name, cells, held_out, tmp_path):
 @pytest.mark.parametrize(
     ("name", "cells", "message"),
     [
-        ("split", ["train", "val", "holdout"], "column split seems to tell which images .* but has 'holdout' in it"),
+        ("split", ["train", "val", "rest"], "column split seems to tell which images .* but has 'rest' in it"),
         (
             "part",
             ["train", "val", ""],
             "column part seems to tell which images are to validate or to test, but has ''",
         ),
-        ("is_train", ["1", "0", "1"], "column is_train seems to tell"),
-        ("split", ["val", "test", "test"], "column split seems to tell"),
+        ("is_train", ["1", "0", "1"], "column is_train seems to tell .* but has '1' in it"),
+        ("valid", ["1", "0", "1"], "column valid seems to tell .* but has '1' in it"),  # or was each row checked?
+        ("split", ["val", "test", "test"], "column split seems to tell .* but has no train in it"),
     ],
 )
 def test_a_column_that_may_tell_the_splits_is_not_passed_over(name, cells, message, tmp_path):
@@ -534,7 +550,11 @@ def test_a_column_that_may_tell_the_splits_is_not_passed_over(name, cells, messa
 
 
 def test_a_class_may_be_called_like_a_split(tmp_path):
-    assert is_right(open_data(str(write_table(tmp_path, names=["train", "bus", "test"]))), ["train", "bus", "test"])
+    names = ["train", "bus", "test"]
+    root = write_table(tmp_path / "vehicles", names=names)
+    assert is_right(open_data(str(root)), names)
+    add_column(root, "wheels", lambda i: i % 4)
+    assert is_right(open_data(str(root)), names)
 
 
 def test_a_second_csv_is_read_as_the_first(tmp_path):
@@ -546,8 +566,11 @@ def test_a_second_csv_is_read_as_the_first(tmp_path):
     (root / "dev.csv").write_text("\n".join([lines[0], *lines[13:]]))  # each label once
     data = open_data(str(root))
     assert data.validation_labels == list(range(6)) and len(data.train_files) == 12
-    (root / "dev.csv").write_text("\n".join(["image,score,grade", *lines[13:]]))
-    with pytest.raises(UserError, match=r"dev.csv: none of image, score, grade seems to be the label column"):
+    (root / "dev.csv").write_text("\n".join(["image,label_note,grade", *lines[13:]]))
+    with pytest.raises(UserError, match=r"dev.csv: none of image, label_note, grade seems to be the label column"):
+        open_data(str(root))
+    (root / "dev.csv").rename(root / "val_score.csv")
+    with pytest.raises(UserError, match=r"train.csv and val_score.csv could each hold the labels"):
         open_data(str(root))
 
 
@@ -609,7 +632,20 @@ def sort_into(root: Path, folders: str) -> Path:
 
 
 def write_columns(root: Path, header: str, cells: str, more="") -> None:
-    rows = [cells.format(image=f"{i:03d}.jpg", n=i, two=i % 2, three=i % 3, four=i % 4, six=i % 6) for i in range(18)]
+    rows = [
+        cells.format(
+            image=f"{i:03d}.jpg",
+            n=i,
+            two=i % 2,
+            three=i % 3,
+            four=i % 4,
+            six=i % 6,
+            eleven=i % 11,
+            half=i // 9,
+            words=chr(97 + i % 12),
+        )
+        for i in range(18)
+    ]
     (root / "train.csv").write_text("\n".join([header, *rows]) + f"\n{more}")
 
 

@@ -21,6 +21,7 @@ from transfer.data.label_tables import (
     list_tables,
     names_images_below,
     names_more_than_validation,
+    read_test_labels,
     repeats_folders,
 )
 from transfer.data.label_tables.columns import DataOptions, label_names
@@ -85,6 +86,7 @@ class DatasetFiles:
     validation_labels: list[int]
     test_files: list[str]
     test_labels: list[int] = field(default_factory=list)  # of each test file; empty if they are unknown
+    test_labels_path: Path | None = None  # the csv that gives these labels
     test_ids: list[str] = field(default_factory=list)  # of each test file, as in the template
     template_path: Path | None = None
     submission_labels: str | None = None  # how the submission writes labels, if that was asked for
@@ -277,8 +279,12 @@ class ClassFolders:
         train = [(file, label) for label, files in enumerate(by_class) for file in files]
         self.check_tables(root, {file: class_ids[label] for file, label in train})
         validation = list_validation_images(root, class_ids, left_out)
-        tested, test_labels = list_labeled_test_images(root, class_ids)
         synonyms = read_synonyms(root, class_ids, label_order)
+        class_names, labels_path = name_classes(class_ids, synonyms), None
+        tested, test_labels = list_labeled_test_images(root, class_ids)
+        if not tested:
+            tested = list_test_images(root)
+            test_labels, labels_path = read_test_labels(root, tested, class_ids, class_names)
         sources = [root / name for name in (WNIDS_NAME, "words.txt")]
         if is_annotated(root):
             sources.append(root / (find_split_folder(root, "val") or "") / ANNOTATIONS_NAME)
@@ -287,16 +293,17 @@ class ClassFolders:
             root=root,
             class_ids=class_ids,
             synonyms=synonyms,
-            class_names=name_classes(class_ids, synonyms),
+            class_names=class_names,
             label_order=label_order,
             train_files=[file for file, _ in train],
             train_labels=[label for _, label in train],
             validation_files=[file for file, _ in validation],
             validation_labels=[label for _, label in validation],
-            test_files=tested or list_test_images(root),
+            test_files=tested,
             test_labels=test_labels,
+            test_labels_path=labels_path,
             left_out=len(left_out),
-            sources=sources,
+            sources=[*sources, *filter(None, [labels_path])],
         )
 
 
@@ -427,8 +434,10 @@ class LabelTables:
                 f"{root}: labels from {labels.source}: there are rows for testing, and test images without a row "
                 f"({others[0]}); remove the rows, or move the images elsewhere"
             )
-        are_known = len(tested) == len(in_split["test"])
-        names = labels.name_classes(class_ids)
+        names, labels_path = labels.name_classes(class_ids), None
+        test_labels = [number[label_of[file]] for file in tested] if len(tested) == len(in_split["test"]) else []
+        if not tested:
+            test_labels, labels_path = read_test_labels(root, others, class_ids, names, labels.columns)
         return DatasetFiles(
             kind=self.kind,
             root=root,
@@ -442,9 +451,10 @@ class LabelTables:
             validation_files=held_out,
             validation_labels=[number[label_of[file]] for file in held_out],
             test_files=tested or others,
-            test_labels=[number[label_of[file]] for file in tested] if are_known else [],
+            test_labels=test_labels,
+            test_labels_path=labels_path,
             left_out=len(set(label_of.values()) - set(class_ids)),
-            sources=[*labels.tables, *lists],
+            sources=[*labels.tables, *lists, *filter(None, [labels_path])],
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transfer.data.label_tables.columns import (
+    LABEL_COLUMN,
     SPLIT_WORDS,
     DataOptions,
     LabelColumns,
@@ -16,7 +17,6 @@ from transfer.data.label_tables.columns import (
     label_columns_of_template,
     label_names,
     list_split_columns,
-    list_sure_columns,
     read_label_table,
     read_rows,
     transpose,
@@ -39,6 +39,9 @@ from transfer.data.listing import (
 from transfer.errors import UserError
 
 SEEN_ROWS = 50  # of a damaged csv
+# Files that may label the test images; others hold the predictions of a model, or are to be filled with them.
+TEST_LABELS = re.compile("(?i)test(?!.*(submission|sample|template|predict|result|output|baseline))")
+SPLIT_FILE = re.compile(r"[*#\W_]*(labels?|set|data|images?|lists?|split|annotations?)?[*#\W_]*")  # around `train`
 MOST_TABLE_BYTES = 64 * 2**20  # a larger file is read only if --labels_csv names it
 
 
@@ -49,12 +52,13 @@ class FoundLabels:
     label_of: dict[str, str]  # of every image that has one
     source: str  # where they come from, in words
     tables: list[Path] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)  # that hold the labels, and the names of the classes
     name_of: dict[str, str] = field(default_factory=dict)  # of each label, where another column names the classes
     split_of: dict[str, str] = field(default_factory=dict)  # train, val or test, of images whose table says it
     group_of: dict[str, str] = field(default_factory=dict)  # of every image of the table, with --group_column
 
     def name_classes(self, class_ids: Sequence[str]) -> list[str]:
-        """The name of each class; two classes with one name keep their ids."""
+        """The name of each class; the ids themselves if two classes have one name."""
         names = [self.name_of.get(class_id, class_id) for class_id in class_ids]
         return names if len(set(names)) == len(names) else list(class_ids)
 
@@ -172,39 +176,50 @@ def list_named_in_test_csv(root: Path, files: Sequence[str]) -> tuple[list[str],
 
 
 def _label_by_cells(table: LabelTable, cells: Sequence[str], label_of: Mapping[str, int]) -> dict[str, int]:
-    """The label of the image that each row names; empty if a cell is no class, or a row names no image of its own."""
+    """The label of the image in each row; empty if a cell is no class, a row names no image, or two rows differ."""
     labels: dict[str, int] = {}
     for images, cell in zip(next(iter(table.images.values()), []), cells, strict=False):
-        if len(images) != 1 or labels.setdefault(next(iter(images)), label_of.get(cell, -1)) != label_of.get(cell):
+        if len(images) != 1 or cell not in label_of:
+            return {}
+        (file,) = images
+        if labels.setdefault(file, label_of[cell]) != label_of[cell]:
             return {}
     return labels
 
 
 def read_test_labels(
-    root: Path, files: Sequence[str], class_ids: Sequence[str], class_names: Sequence[str]
-) -> tuple[list[int], list[Path]]:
-    """(label of each test image, the csv that has them), from one in the root or in test/ whose name starts with test.
+    root: Path, files: Sequence[str], class_ids: Sequence[str], class_names: Sequence[str], columns: Sequence[str] = ()
+) -> tuple[list[int], Path | None]:
+    """(label of each test image, the csv that has them), from the csv files whose names start with test.
 
-    Both are empty unless a column that is called as labels are, or the only one, has a class for every image.
+    They lie in the root or in the test folder. The labels are in one of `columns`, by default in those that are called
+    as labels are. There are none unless all images have one, and all such columns of all files agree. If the classes
+    are numbers, each must occur, since others may be meant; else two of them.
     """
     label_of = dict(zip(class_ids, range(len(class_ids)), strict=True))
     label_of |= {name: label_of[class_id] for class_id, name in zip(class_ids, class_names, strict=True)}
-    if all(map(str.isdecimal, class_ids)):  # a folder may be 00007
+    are_numbers = all(map(str.isdecimal, class_ids))
+    if are_numbers:  # a folder may be 00007
         label_of = {str(int(class_id)): label for label, class_id in enumerate(class_ids)} | label_of
-    names = ImageNames(files)
-    places = [root, *([root / folder] if (folder := find_split_folder(root, "test")) else [])]
+    folder = find_split_folder(root, "test")
+    places = [root, *([root / folder] if folder else [])] if files else []
     paths = [place / name for place in places for name in list_csv_files(list_files(place), "csv|tsv|txt")]
-    for path in (path for path in paths if re.match("(?i)test(?!.*(submission|sample|template))", path.name)):
+    names, found = ImageNames(files), []
+    for path in filter(Path.is_file, paths):  # no links to nothing
+        if not TEST_LABELS.match(path.name) or path.stat().st_size > MOST_TABLE_BYTES:
+            continue
         with contextlib.suppress(UserError):
             table = read_label_table(path, names)
-            found = [
-                labels
-                for column in list_sure_columns(table)
-                if (labels := _label_by_cells(table, table.column(column), label_of)) and set(labels) == set(files)
-            ]
-            if found and all(labels == found[0] for labels in found) and len(set(found[0].values())) > 1:
-                return [found[0][file] for file in files], [path]
-    return [], []
+            for name in (name for name in table.columns if name not in table.images):
+                if name in columns if columns else LABEL_COLUMN.fullmatch(name):
+                    found.append((_label_by_cells(table, table.column(name), label_of), path))
+    complete = [(labels, path) for labels, path in found if set(labels) == set(files)]
+    if not complete or any(labels != complete[0][0] for labels, _ in complete):
+        return [], None
+    labels, path = complete[0]
+    if len(set(labels.values())) < (len(class_ids) if are_numbers else 2):
+        return [], None
+    return [labels[file] for file in files], path
 
 
 def describe_unmatched(root: Path) -> str:
@@ -247,8 +262,10 @@ def repeats_folders(table: LabelTable, files: Sequence[str]) -> bool:
 
 def _split_by_name(tables: Sequence[LabelTable]) -> list[str | None]:
     """The split of each of two tables of different images, if one is called train and the other val; else None."""
-    stems = [table.path.stem for table in tables]
-    splits: list[str | None] = [split_in_name(stem)[0] or SPLIT_WORDS.get(stem.lower()) for stem in stems]
+    splits: list[str | None] = []
+    for stem in (table.path.name.split(".")[0] for table in tables):  # of train.csv.gz too
+        split, rest = split_in_name(stem)
+        splits.append(split if split and SPLIT_FILE.fullmatch(rest) else SPLIT_WORDS.get(stem.lower()))
     is_split = sorted(map(str, splits)) == ["train", "val"] and not tables[0].named_images() & tables[1].named_images()
     return splits if is_split else [None] * len(tables)
 
@@ -269,11 +286,8 @@ def read_labels(
     values, labels = table.column(columns.image), label_cells(table, columns.labels)
     images_of = table.images.get(columns.image) or names.find_all(values)
     class_names = table.column(columns.names) if columns.names else labels
-    of_test, of_others = (
-        {text for text, split in zip(labels, columns.splits, strict=True) if (split == "test") is to_test}
-        for to_test in (True, False)
-    )
-    unknown = of_test - of_others if len(of_test) == 1 else set()  # all rows to test have a mark such as ?
+    of_test = {text for text, split in zip(labels, columns.splits, strict=True) if split == "test"}
+    unknown = of_test if len(of_test) == 1 else set()  # all rows to test have one mark, such as ? or 0
     found = FoundLabels({}, _describe_source(table, columns), [table.path])
     faults: dict[str, list[str]] = {}
     rows = zip(table.rows, values, images_of, labels, class_names, columns.splits, strict=True)
@@ -283,7 +297,7 @@ def read_labels(
             fault = "rows name several images; write the folder and the extension" if images else "rows have no image"
         elif split and found.split_of.setdefault(next(iter(images)), split) != split:
             fault = "rows give an image a second split"
-        elif not text or text in unknown:
+        elif not text or (split == "test" and text in unknown):
             fault = None if split == "test" else "rows have no label"
         elif found.label_of.setdefault(next(iter(images)), text) != text:
             fault = "rows give an image a second label"
@@ -384,6 +398,7 @@ def label_images(root: Path, files: Sequence[str], options: DataOptions) -> Foun
         for (table, _), columns in zip(tables, [first, *others], strict=True)
     ]
     found = FoundLabels({}, " and ".join(part.source for part in every), [table.path for table, _ in tables])
+    found.columns.extend([*first.labels, *filter(None, [first.names])])
     for part, (table, split) in zip(every, tables, strict=True):
         for label, name in part.name_of.items():
             if found.name_of.setdefault(label, name) != name:

@@ -27,22 +27,25 @@ from transfer.data.listing import (
 )
 from transfer.errors import UserError
 
-# What a cell may call a split, without case and signs; the last two are those of Kaggle's solution files.
+# What a cell may call a split, without case and signs; PublicTest and PrivateTest are Kaggle's.
 SPLIT_WORDS = {word: split for split, words in SPLIT_FOLDERS.items() for word in words} | {
     "dev": "val",
+    "eval": "val",
+    "evaluation": "val",
+    "holdout": "test",
     "publictest": "test",
     "privatetest": "test",
 }
-# What a column is called that tells the splits; `is_valid` and the like hold 0 and 1, or False and True.
-FLAG_COLUMN = re.compile(r"(?i)(?:is[ _]?)?(val|valid|validation|test|testing)")
-SPLIT_COLUMN = re.compile(r"(?i)(is[ _]?)?(train|training|val|valid|validation|test)|(data[ _]?)?(split|subset|usage)")
+FLAG_COLUMN = re.compile(r"(?i)is[ _]?(val|valid|validation|test|testing)")  # its cells are 0 and 1, or False and True
 FLAGS = ({"0", "1"}, {"0.0", "1.0"}, {"false", "true"})
-MOST_SPLITS = 6  # more values are no splits
-# What a column is called that surely holds labels, and what it is called if it may hold them.
+# Flags in a column of such a name may tell the splits in a way that is not known.
+MAYBE_SPLIT_COLUMN = re.compile(r"(?i)(is[ _]?)?(train|training|val|valid|validation|test)|split|subset|usage")
+# What a column is called that holds labels, and what it is called if it may hold them.
 LABEL_COLUMN = re.compile(
     r"(?i)(labels?|class(es)?|categor(y|ies)|target|species|breed)([ _-]?(id|name)s?)?|diagnosis|dx"
 )
 MAYBE_LABEL_COLUMN = re.compile(r"(?i)label|class|categor|target|species|breed|diagnosis|^(dx|y|column \d+)$")
+EXCEPTIONS = 0.05  # share of smaller classes that may lie in several larger ones by mistakes
 
 
 @dataclass(frozen=True)
@@ -186,23 +189,28 @@ def _read_splits(table: LabelTable, column: str) -> list[str | None]:
 
 def list_split_columns(table: LabelTable, columns: Sequence[str]) -> list[str]:
     """The columns that say in every row whether an image is to train, to validate or to test."""
-    splits = {name: set(_read_splits(table, name)) for name in columns}
+    # A class may be called `train`.
+    splits = {name: set(_read_splits(table, name)) for name in columns if not LABEL_COLUMN.fullmatch(name)}
     return [name for name, found in splits.items() if "train" in found and len(found) > 1 and None not in found]
 
 
 def _find_split_column(table: LabelTable, options: DataOptions) -> str | None:
     """The column that tells the splits; None without one. Raises `UserError` for an unclear one, or for several."""
     others = [name for name in table.columns if name not in table.images]
-    columns = [name for name in others if name not in (options.label_column, options.group_column)]
+    chosen = (options.label_column, options.group_column)
+    columns = [name for name in others if name not in chosen and not LABEL_COLUMN.fullmatch(name)]
     found = list_split_columns(table, columns)
     for name in columns if len(others) > 1 else []:
-        splits, count = _read_splits(table, name), len(set(table.column(name)))
-        may_tell = bool(SPLIT_COLUMN.fullmatch(name)) and 1 < count <= MOST_SPLITS
-        if name not in found and (may_tell or {"train", "val"} <= set(splits) or {"train", "test"} <= set(splits)):
-            odd = next((cell for cell, split in zip(table.column(name), splits, strict=True) if not split), "train")
+        cells, splits = table.column(name), set(_read_splits(table, name))
+        has_flags = {cell.casefold() for cell in cells} in FLAGS
+        is_called_so = bool(MAYBE_SPLIT_COLUMN.fullmatch(name)) and len(set(cells)) > 1
+        if name not in found and (len(splits - {None}) > 1 or (is_called_so and (has_flags or splits - {None}))):
+            odd = "no train in it"
+            if None in splits or has_flags:
+                odd = f"{shorten(next(cell for cell in cells if cell.casefold() not in SPLIT_WORDS))} in it"
             raise UserError(
-                f"{table.path}: column {name} seems to tell which images are to validate or to test, but has "
-                f"{shorten(odd)} in it; write train, val or test in every row, or remove the column"
+                f"{table.path}: column {name} seems to tell which images are to validate or to test, but has {odd}; "
+                "write train, val or test in every row, or remove the column"
             )
     if len(found) > 1:
         raise UserError(f"{table.path}: {show_names(found)} each tell which images are to train; remove all but one")
@@ -216,12 +224,6 @@ def label_names(table: LabelTable) -> list[str]:
     """The columns that may hold labels by their names, or that have no name; `y` beside `x` is a coordinate."""
     has_x = any(column.lower() == "x" for column in table.columns)
     return [n for n in table.columns if MAYBE_LABEL_COLUMN.search(n) and not (has_x and n.lower() == "y")]
-
-
-def list_sure_columns(table: LabelTable) -> list[str]:
-    """The columns that surely hold labels, by their names, or since there is no other besides those of images."""
-    others = [name for name in table.columns if name not in table.images]
-    return others if len(others) == 1 else [name for name in others if LABEL_COLUMN.fullmatch(name)]
 
 
 def label_columns_of_template(table: LabelTable, template: Path | None) -> set[str]:
@@ -282,8 +284,9 @@ def _are_one_to_one(first: Sequence[str], second: Sequence[str]) -> bool:
 
 
 def _divides(fine: Sequence[str], coarse: Sequence[str]) -> bool:
-    """Whether the first column divides the classes of the second into smaller ones."""
-    return len(set(zip(fine, coarse, strict=True))) == len(set(fine)) > len(set(coarse))
+    """Whether the first column divides the classes of the second into smaller ones, but for a few mistakes."""
+    smaller = len(set(fine))
+    return smaller > len(set(coarse)) and len(set(zip(fine, coarse, strict=True))) - smaller <= EXCEPTIONS * smaller
 
 
 def _are_numbers(cells: Sequence[str]) -> bool:
@@ -307,8 +310,8 @@ def _find_class_names(table: LabelTable, label: str, others: Sequence[str]) -> s
 
 def _lie_in_folders(table: LabelTable) -> bool:
     """Whether the images lie in several folders that are not those of splits, and that may be the classes."""
-    parents = {file.rpartition("/")[0].rpartition("/")[2] for file in table.named_images()}
-    return len([name for name in parents if not split_in_name(name)[0]]) > 1
+    parents = {tuple(file.split("/")[:-1]) for file in table.named_images()}
+    return len({tuple(name for name in parts if not split_in_name(name)[0]) for parts in parents}) > 1
 
 
 def _could_be_labels(table: LabelTable, columns: Sequence[str]) -> list[str]:
@@ -318,21 +321,36 @@ def _could_be_labels(table: LabelTable, columns: Sequence[str]) -> list[str]:
     return [n for n in repeated if not (re.fullmatch("(Unnamed: [0-9]+)?", n) and all(map(str.isdecimal, cells[n])))]
 
 
-def _choose_label(table: LabelTable, fitting: Sequence[str]) -> list[str]:
-    """The one of several columns that surely holds the labels, or else all of them.
+def _list_likely(table: LabelTable, others: Sequence[str], fitting: Sequence[str]) -> list[str]:
+    """The one column that holds the labels, or else all that may be meant.
 
-    It is the only one of numbers, if the others name these. Otherwise it is the only one that is called as labels are,
-    unless another column divides its classes, which may then be meant.
+    It is the only one of numbers, if the other fitting ones name these. Otherwise it is the only one that is called as
+    labels are, or the numbers among these, unless another column divides its classes, which may then be meant.
     """
-    cells = {name: table.column(name) for name in fitting}
-    called = [name for name in fitting if LABEL_COLUMN.fullmatch(name)]
-    for group in (fitting, called):
+    cells = {name: table.column(name) for name in others}
+
+    def find_numbers(group: Sequence[str]) -> list[str]:
         numbers = [name for name in group if _are_numbers(cells[name])]
-        if len(numbers) == 1 and all(_are_one_to_one(cells[numbers[0]], cells[name]) for name in group):
-            called = numbers
-    if len(called) == 1 and not any(_divides(cells[name], cells[called[0]]) for name in fitting):
-        return called
-    return list(fitting)
+        are_named = len(numbers) == 1 < len(group) and all(
+            _are_one_to_one(cells[numbers[0]], cells[name]) for name in group
+        )
+        return numbers if are_named else []
+
+    if numbers := find_numbers(fitting):
+        return numbers
+    called = [name for name in others if LABEL_COLUMN.fullmatch(name) and len(set(cells[name])) > 1]
+    called = find_numbers(called) or called
+    if len(called) != 1:
+        return [name for name in others if name in called or name in fitting]
+    label = cells[called[0]]
+    # A column that repeats little may hold classes if it holds words; ids have digits.
+    dividing = [
+        name
+        for name, texts in cells.items()
+        if _divides(texts, label)
+        and (name in fitting or (len(set(texts)) < len(texts) and not any(map(re.compile("[0-9]").search, texts))))
+    ]
+    return [name for name in others if name in called or name in fitting or name in dividing] if dividing else called
 
 
 def choose_columns(table: LabelTable, options: DataOptions, like: LabelColumns | None = None) -> LabelColumns:
@@ -355,15 +373,16 @@ def choose_columns(table: LabelTable, options: DataOptions, like: LabelColumns |
     in_template = label_columns_of_template(table, options.template_path)
     called = [name for name in others if name.casefold() in in_template]
     fitting = others if len(others) == 1 and not split else _could_be_labels(known, others)
-    if like or (split and len(others) == 1 and not called and _lie_in_folders(table)):
-        fitting = [name for name in others if name in label_names(table)]  # the others may be notes
+    if like:
+        fitting = [name for name in others if LABEL_COLUMN.fullmatch(name) or re.fullmatch(r"column \d+", name)]
+    elif split and len(others) == 1 and not called and _lie_in_folders(table):
+        fitting = [name for name in others if name in label_names(table)]  # another one may be a note
     likely = fitting
-    if options.label_column is None and len(fitting) > 1:
-        likely = [name for name in fitting if name in called]
-        if len(likely) != 1:
-            if is_one_hot(known, fitting):
-                return LabelColumns(image, fitting, None, split, splits)
-            likely = _choose_label(known, fitting)
+    if options.label_column is None and not like and len(others) > 1:
+        likely = called if len(called) == 1 else _list_likely(known, others, fitting)
+        one_hot = called if len(called) > 1 else fitting
+        if len(likely) != 1 and is_one_hot(known, one_hot):
+            return LabelColumns(image, one_hot, None, split, splits)
     label = _choose_column(table, options.label_column, likely, "label_column")
     names = _find_class_names(known, label, others)
     passed_over = [name for name in fitting if name not in (label, names)] if options.label_column is None else []
