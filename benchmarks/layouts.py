@@ -254,6 +254,8 @@ def write_labels(d: DataSet, paths: list[str], is_in_train: bool) -> None:
         rows, header = [row[::-1] for row in rows], header[::-1]
     d.rng.shuffle(rows)
     lines = [header, *rows] if d.maybe(0.8) else rows
+    if lines is rows and d.kind == "names of splits":  # without a header, they may be splits
+        d.excuses.append("seems to ")
     place = f"{d.root}{d.split['train']}/" if is_in_train and form in ("name", "stem") and d.maybe(0.4) else d.root
     has_split_folder = is_in_train or (d.paths("test") and "test images beside" not in d.what)
     if place == d.root and d.root and has_split_folder and d.maybe(0.15):

@@ -566,6 +566,8 @@ def test_a_second_csv_is_read_as_the_first(tmp_path):
     (root / "dev.csv").write_text("\n".join([lines[0], *lines[13:]]))  # each label once
     data = open_data(str(root))
     assert data.validation_labels == list(range(6)) and len(data.train_files) == 12
+    add_column(root, "patient", lambda i: f"p{i % 4}")
+    assert len(set(open_data(str(root), group_column="patient").train_groups)) == 4
     (root / "dev.csv").write_text("\n".join(["image,label_note,grade", *lines[13:]]))
     with pytest.raises(UserError, match=r"dev.csv: none of image, label_note, grade seems to be the label column"):
         open_data(str(root))

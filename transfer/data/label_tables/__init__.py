@@ -393,10 +393,10 @@ def label_images(root: Path, files: Sequence[str], options: DataOptions) -> Foun
     tables = _choose_tables(root, files, options, names)
     first = choose_columns(tables[0][0], options)
     others = [choose_columns(table, options, like=first) for table, _ in tables[1:]]
-    every = [
-        read_labels(table, columns, names, options.group_column)
-        for (table, _), columns in zip(tables, [first, *others], strict=True)
-    ]
+    groups = options.group_column
+    every = [read_labels(tables[0][0], first, names, groups)]
+    for (table, _), columns in zip(tables[1:], others, strict=True):  # groups matter for training images alone
+        every.append(read_labels(table, columns, names, groups if groups in table.columns else None))
     found = FoundLabels({}, " and ".join(part.source for part in every), [table.path for table, _ in tables])
     found.columns.extend([*first.labels, *filter(None, [first.names])])
     for part, (table, split) in zip(every, tables, strict=True):

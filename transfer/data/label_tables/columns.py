@@ -342,15 +342,10 @@ def _list_likely(table: LabelTable, others: Sequence[str], fitting: Sequence[str
     called = find_numbers(called) or called
     if len(called) != 1:
         return [name for name in others if name in called or name in fitting]
-    label = cells[called[0]]
     # A column that repeats little may hold classes if it holds words; ids have digits.
-    dividing = [
-        name
-        for name, texts in cells.items()
-        if _divides(texts, label)
-        and (name in fitting or (len(set(texts)) < len(texts) and not any(map(re.compile("[0-9]").search, texts))))
-    ]
-    return [name for name in others if name in called or name in fitting or name in dividing] if dividing else called
+    words = {n for n in others if len(set(cells[n])) < len(table.rows) and not re.search("[0-9]", "".join(cells[n]))}
+    may_be_meant = {n for n in others if (n in fitting or n in words) and _divides(cells[n], cells[called[0]])}
+    return [n for n in others if n in called or n in fitting or n in may_be_meant] if may_be_meant else called
 
 
 def choose_columns(table: LabelTable, options: DataOptions, like: LabelColumns | None = None) -> LabelColumns:
