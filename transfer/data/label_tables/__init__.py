@@ -176,7 +176,7 @@ def list_named_in_test_csv(root: Path, files: Sequence[str]) -> tuple[list[str],
 
 
 def _label_by_cells(table: LabelTable, cells: Sequence[str], label_of: Mapping[str, int]) -> dict[str, int]:
-    """The label of the image in each row; empty if a cell is no class, a row names no image, or two rows differ."""
+    """The label of the image in each row; empty if a cell or an image is unknown, or an image has two labels."""
     labels: dict[str, int] = {}
     for images, cell in zip(next(iter(table.images.values()), []), cells, strict=False):
         if len(images) != 1 or cell not in label_of:
@@ -271,7 +271,7 @@ def _split_by_name(tables: Sequence[LabelTable]) -> list[str | None]:
 
 
 def divides_images(root: Path, tables: Sequence[LabelTable], files: Sequence[str]) -> bool:
-    """Whether tables say which images are for training, validation and testing."""
+    """Whether tables, or a list of test images beside them, say what the images are for."""
     if any(_split_by_name(tables)) or any(list_split_columns(table, table.columns) for table in tables):
         return True
     named = set().union(*(table.named_images() for table in tables))
@@ -397,8 +397,8 @@ def label_images(root: Path, files: Sequence[str], options: DataOptions) -> Foun
     every = [read_labels(tables[0][0], first, names, groups)]
     for (table, _), columns in zip(tables[1:], others, strict=True):  # groups matter for training images alone
         every.append(read_labels(table, columns, names, groups if groups in table.columns else None))
-    found = FoundLabels({}, " and ".join(part.source for part in every), [table.path for table, _ in tables])
-    found.columns.extend([*first.labels, *filter(None, [first.names])])
+    source, paths = " and ".join(part.source for part in every), [table.path for table, _ in tables]
+    found = FoundLabels({}, source, paths, columns=[*first.labels, *filter(None, [first.names])])
     for part, (table, split) in zip(every, tables, strict=True):
         for label, name in part.name_of.items():
             if found.name_of.setdefault(label, name) != name:

@@ -45,7 +45,7 @@ LABEL_COLUMN = re.compile(
     r"(?i)(labels?|class(es)?|categor(y|ies)|target|species|breed)([ _-]?(id|name)s?)?|diagnosis|dx"
 )
 MAYBE_LABEL_COLUMN = re.compile(r"(?i)label|class|categor|target|species|breed|diagnosis|^(dx|y|column \d+)$")
-EXCEPTIONS = 0.05  # share of smaller classes that may lie in several larger ones by mistakes
+EXCEPTIONS = 0.05  # share of values that may have several labels, by mistakes, in a column that divides the classes
 
 
 @dataclass(frozen=True)
